@@ -1,0 +1,27 @@
+"""Noise models of the denoising autoencoder (Vincent et al. 2010, section 3.3)."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Noise = Literal["gaussian", "masking", "salt_and_pepper"]
+
+
+def corrupt(x: Float[Tensor, "batch ..."], noise: Noise, level: float) -> Float[Tensor, "batch ..."]:
+    """A corrupted copy of `x`, drawn from torch's global generator.
+
+    Args:
+        noise: `gaussian` adds N(0, level^2); `masking` sets a share `level` of the features to 0; `salt_and_pepper`
+            sets a share `level` of them to 0 or 1, each with probability one half.
+    """
+    if level == 0:
+        return x
+    if noise == "gaussian":
+        return x + level * torch.randn_like(x)
+    draw = torch.rand_like(x)
+    if noise == "masking":
+        return x * (draw >= level)
+    # below level/2 pepper, from there to level salt
+    return torch.where(draw < level, (draw >= level / 2).to(x.dtype), x)

@@ -1,0 +1,188 @@
+"""Figures, one function each, as PNG bytes: one look for all, titles that state the finding.
+
+Colours are Okabe & Ito's, told apart with any colour vision.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, "#B8A900", "#8C8C8C", "#6A3D9A")
+"""Okabe & Ito's, its yellow darkened to be seen on white, with a grey and a violet to make ten."""
+_MAP_POINTS = 1000
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
+    return figure
+
+
+def _show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
+    """One image (channels, height, width); `limit` centres the grey scale on zero."""
+    picture = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
+    if limit is not None:
+        picture = picture / (2 * limit) + 0.5
+    axes.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> bytes:
+    """The same rows before and after, each (rows, *shape) as the network reads them."""
+    title = f"Reconstructed with a squared error of {mse:.4f} a feature (test rows)"
+    if x.ndim == 2:
+        figure = _figure(7, 4.2, title)
+        axes = figure.subplots(3, 1, sharex=True)
+        limit = np.abs(x).max() or 1.0
+        for axis, values, name in zip(
+            axes, (x, reconstruction, x - reconstruction), ("input", "output", "difference"), strict=True
+        ):
+            shown = axis.imshow(values, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.set_ylabel(f"{name}\n(rows)")
+            axis.set_yticks([])
+        axes[-1].set_xlabel("feature")
+        figure.colorbar(shown, ax=axes, label="standardised value", shrink=0.8)
+        return _png(figure)
+    figure = _figure(8, 2.0, title)
+    axes = figure.subplots(2, len(x), squeeze=False)
+    for column in range(len(x)):
+        for row, images in enumerate((x, reconstruction)):
+            _show(axes[row, column], images[column])
+            _bare(axes[row, column])
+    axes[0, 0].set_ylabel("input")
+    axes[1, 0].set_ylabel("output")
+    return _png(figure)
+
+
+def loss_curves(stages: dict[str, dict[str, Any]]) -> bytes:
+    """Training and validation curves of each stage, from its `history` and `best_epoch`."""
+    figure = _figure(
+        max(7.0, 2.4 * len(stages)), 2.9, "Loss by epoch; the dot marks the weights kept, chosen on validation"
+    )
+    for axes, (name, stage) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
+        history, best = stage["history"], stage["best_epoch"]
+        epochs = np.arange(1, len(history) + 1)
+        # a classifier's weights are chosen by its validation error, which then is the curve to see the dot on
+        val = "val/error" if "val/error" in history[0] else "val/loss"
+        validation = [epoch[val] for epoch in history]
+        lines = axes if val == "val/loss" else axes.twinx()
+        axes.plot(epochs, [epoch["train/loss"] for epoch in history], color=ORANGE)
+        lines.plot(epochs, validation, color=BLUE)
+        lines.plot(best, validation[best - 1], "o", color=BLUE, clip_on=False)
+        axes.text(0.97, 0.97, "training loss", transform=axes.transAxes, color=ORANGE, fontsize=8, ha="right", va="top")
+        name_val = "validation loss" if val == "val/loss" else "validation error"
+        axes.text(0.97, 0.88, name_val, transform=axes.transAxes, color=BLUE, fontsize=8, ha="right", va="top")
+        axes.set_title(f"{name}, epoch {best} of {len(history)}", fontsize=9)
+        axes.set_xlabel("epoch")
+        for axis in {axes, lines}:
+            axis.tick_params(labelsize=7)
+            axis.spines[["top"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if lines is axes:
+            axes.spines[["right"]].set_visible(False)
+    figure.axes[0].set_ylabel("loss a row")
+    return _png(figure)
+
+
+def units(layers: Sequence[np.ndarray]) -> bytes:
+    """What units stand for: one array (units, *shape of the data) a layer, drawn around zero."""
+    columns = max(len(images) for images in layers)
+    if layers[0].ndim == 2:
+        figure = _figure(7, 1.1 + 1.6 * len(layers), "What each unit stands for, by feature (purple up, orange down)")
+        for number, (axes, images) in enumerate(
+            zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True), 1
+        ):
+            limit = np.abs(images).max() or 1.0
+            axes.imshow(images, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+            axes.set_ylabel(f"layer {number}\nunit")
+        axes.set_xlabel("feature")
+        return _png(figure)
+    figure = _figure(0.5 * columns + 0.6, 0.56 * len(layers) + 0.6, "What each unit stands for (grey is zero)")
+    grid = figure.subplots(len(layers), columns, squeeze=False)
+    for number, (row, images) in enumerate(zip(grid, layers, strict=True), 1):
+        for axes in row:
+            _bare(axes)
+        for axes, image in zip(row, images, strict=False):
+            _show(axes, image, limit=float(np.abs(image).max()) or 1.0)
+        row[0].set_ylabel(f"layer {number}", fontsize=8)
+    return _png(figure)
+
+
+def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str]) -> bytes:
+    """Codes (rows, features) in a plane, coloured by label: the codes themselves where they have two features, else
+    t-SNE of them (van der Maaten & Hinton 2008)."""
+    codes = codes[:_MAP_POINTS]
+    if codes.shape[1] == 2:
+        plane, how, axis = codes, "The code itself", "code {}"
+    elif codes.shape[1] == 1:
+        plane, how, axis = np.column_stack([codes[:, 0], np.zeros(len(codes))]), "The code itself", "code {}"
+    else:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(codes) - 1) / 3)
+        plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(codes)
+        how, axis = f"t-SNE of {codes.shape[1]}-dimensional codes", "t-SNE {}"
+    figure = _figure(5.2, 5.2, f"{how}, {len(codes)} test rows" + (", by class" if labels is not None else ""))
+    axes = figure.subplots()
+    if labels is None:
+        axes.scatter(*plane.T, s=8, color=BLUE, linewidths=0)
+    else:
+        labels = labels[: len(codes)]
+        for number, name in enumerate(classes):
+            points = plane[labels == number]
+            if not len(points):
+                continue
+            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            axes.scatter(*points.T, s=8, color=colour, linewidths=0)
+            place = {"color": colour, "fontsize": 13, "fontweight": "bold", "ha": "center", "va": "center"}
+            axes.text(
+                *np.median(points, 0), name, **place, bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0}
+            )
+    axes.set_xlabel(axis.format(1))
+    axes.set_ylabel(axis.format(2))
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Counts of (true, predicted) pairs."""
+    wrong = table - np.diag(np.diag(table))
+    title = f"{np.trace(table) / table.sum():.2%} of {table.sum()} test rows right"
+    if wrong.sum():
+        truth, guess = np.unravel_index(wrong.argmax(), wrong.shape)
+        title += f"; {classes[truth]} most often taken for {classes[guess]} ({wrong.max()})"
+    side = min(4.2 + 0.16 * max(len(classes) - 10, 0), 12)
+    figure = _figure(side + 0.6, side + 0.5, title)
+    axes = figure.subplots()
+    # shares of the true class, on a root scale: the errors are what there is to see
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 20:
+        for row, column in np.ndindex(table.shape):
+            if table[row, column]:
+                colour = "white" if share[row, column] > 0.3 else "black"
+                axes.text(column, row, str(table[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=8)
+    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    return _png(figure)

@@ -1,0 +1,220 @@
+"""The training loop; every stage uses it."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import reduce
+from operator import add
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aecore.config import Fit, Precision
+from aecore.errors import DivergenceError
+from aecore.networks import Terms
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called once an epoch with its number, from 1, and its metrics."""
+
+_PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
+
+
+class Fitted(NamedTuple):
+    """What `fit` leaves beside the trained model."""
+
+    history: list[dict[str, float]]
+    """One dict of metrics an epoch."""
+    best_epoch: int
+    """The epoch, from 1, whose weights the model carries."""
+
+
+def fit(
+    model: nn.Module,
+    terms: Callable[..., Terms],
+    train: tuple[Tensor, ...],
+    validation: tuple[Tensor, ...],
+    spec: Fit,
+    *,
+    seed: int,
+    device: torch.device,
+    measure: Callable[..., Terms] | None = None,
+    monitor: str = "loss",
+    precision: Precision = "fp32",
+    compile: bool = False,
+    report: Report = lambda epoch, metrics: None,
+) -> Fitted:
+    """Train `model` in place and leave it with the weights of its best epoch on validation, in eval mode.
+
+    The tensors stay where they are, as they are (uint8 stays uint8); batches are cut there by an index permutation
+    and only batches travel, if anything does. Nothing in a step waits for the device. A last batch of a single row
+    is left out, since batch statistics need two.
+
+    Args:
+        terms: (*batch) -> weighted terms of the objective, whose sum is minimised.
+        train: tensors of equal length, cut into batches together.
+        validation: the same for the validation rows, scored in eval mode with the same noise at every epoch.
+        measure: (*batch) -> further sums over the rows of a batch (counts of errors, say), for validation only.
+        monitor: the validation metric, a term's or measure's name or `loss`, to choose the best epoch by; the loss
+            breaks ties. Smaller is better.
+
+    Raises:
+        DivergenceError: a term was not finite in some epoch.
+    """
+    n = len(train[0])
+    dropped = n % spec.batch_size == 1 and n > 1
+    steps = math.ceil((n - dropped) / spec.batch_size)
+    optimizer = _AdamW(model, spec.weight_decay)
+    shuffle = torch.Generator().manual_seed(seed)
+    step_terms = torch.compile(terms) if compile else terms
+    history: list[dict[str, float]] = []
+    best: tuple[float, float] | None = None
+    best_epoch, best_weights, plateau = 0, {}, _Plateau()
+
+    with _numerics(precision, device) as autocast:
+        for epoch in range(1, spec.epochs + 1):
+            began = time.perf_counter()
+            model.train()
+            sums: Terms = {}
+            order = torch.randperm(n, generator=shuffle)[: n - dropped]
+            for step, batch in enumerate(_batches(train, order, spec.batch_size, device)):
+                rate = spec.lr * _schedule(spec, epoch - 1 + step / steps) * plateau.scale
+                with autocast():
+                    losses = step_terms(*batch)
+                loss = reduce(add, losses.values())
+                optimizer.zero_grad()
+                loss.backward()
+                if spec.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
+                optimizer.step(rate)
+                _add(sums, losses, len(batch[0]))
+            metrics = {f"train/{name}": value.item() / len(order) for name, value in sums.items()}
+            metrics["train/loss"] = sum(metrics.values())
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise DivergenceError(f"{name} is {value} in epoch {epoch}: lower the learning rate or set clip")
+
+            scores = evaluate(model, terms, validation, device=device, seed=seed, autocast=autocast)
+            scores["loss"] = sum(scores.values())
+            if measure is not None:
+                scores |= evaluate(model, measure, validation, device=device, seed=seed, autocast=autocast, sums=True)
+            metrics |= {f"val/{name}": value for name, value in scores.items()}
+            metrics["lr"], metrics["seconds"] = rate, time.perf_counter() - began
+            history.append(metrics)
+            report(epoch, metrics)
+
+            score = (scores[monitor], scores["loss"])
+            if best is None or score < best:
+                best, best_epoch = score, epoch
+                best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            if spec.schedule == "plateau":
+                plateau = plateau.after(scores["loss"])
+            if spec.patience is not None and epoch - best_epoch >= spec.patience:
+                break
+    model.load_state_dict(best_weights)
+    model.eval()
+    return Fitted(history, best_epoch)
+
+
+class _AdamW:
+    """AdamW (Loshchilov & Hutter 2019), which without weight decay is Adam (Kingma & Ba 2015), in one fused kernel.
+
+    The kernel is `torch.optim.AdamW(fused=True)`'s. That class imports torch's compiler, which takes as long as
+    training a layer, and spends more time around the kernel than a small layer's step takes.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.means = [torch.zeros_like(p) for p in self.params]
+        self.squares = [torch.zeros_like(p) for p in self.params]
+        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        torch._foreach_add_(self.steps, 1)
+        torch._fused_adamw_(
+            self.params, [p.grad for p in self.params], self.means, self.squares, [], self.steps,
+            lr=lr, beta1=0.9, beta2=0.999, weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def evaluate(
+    model: nn.Module,
+    terms: Callable[..., Terms],
+    rows: tuple[Tensor, ...],
+    *,
+    device: torch.device,
+    seed: int = 0,
+    autocast: Callable = nullcontext,
+    sums: bool = False,
+    batch_size: int = 2048,
+) -> dict[str, float]:
+    """Means over all rows, in eval mode, with the same noise at every call with the same seed.
+
+    Args:
+        sums: `terms` returns sums over a batch instead of means.
+    """
+    totals: Terms = {}
+    model.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        for batch in _batches(rows, torch.arange(len(rows[0])), batch_size, device):
+            with autocast():
+                _add(totals, terms(*batch), 1 if sums else len(batch[0]))
+    return {name: value.item() / len(rows[0]) for name, value in totals.items()}
+
+
+def _add(sums: Terms, terms: Terms, rows: int) -> None:
+    for name, value in terms.items():
+        weighted = value.detach() * rows
+        sums[name] = sums[name] + weighted if name in sums else weighted
+
+
+def _batches(
+    tensors: tuple[Tensor, ...], order: Tensor, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Batches on `device`, cut from tensors that lie there or in host memory."""
+    order = order.to(tensors[0].device)
+    for index in order.split(batch_size):
+        yield tuple(t.index_select(0, index).to(device, non_blocking=True) for t in tensors)
+
+
+def _schedule(spec: Fit, epochs: float) -> float:
+    """Share of the peak learning rate after so many epochs, fractions of one included."""
+    if epochs < spec.warmup:
+        # the first step already moves: half a step ahead of the ramp's foot
+        return max(epochs, 1e-3) / spec.warmup
+    if spec.schedule != "cosine":
+        return 1.0
+    done = (epochs - spec.warmup) / max(spec.epochs - spec.warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Plateau(NamedTuple):
+    scale: float = 1.0
+    best: float = float("inf")
+    bad: int = 0
+
+    def after(self, loss: float) -> "_Plateau":
+        if loss < self.best:
+            return _Plateau(self.scale, loss)
+        if self.bad + 1 < _PLATEAU_EPOCHS:
+            return _Plateau(self.scale, self.best, self.bad + 1)
+        return _Plateau(self.scale * _PLATEAU_FACTOR, self.best)
+
+
+@contextmanager
+def _numerics(precision: Precision, device: torch.device) -> Iterator[Callable]:
+    """Sets the float32 matrix precision for the block and yields the autocast to wrap forward passes in."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,183 @@
+"""What the stages are made of: an experiment, worked out against the data it meets.
+
+Nothing here imports torch, so that a driver which only builds the graph stays small.
+"""
+
+from typing import Literal
+
+from aecore.config import Activation, Conv, Data, Dense, Fit, LikelihoodKind, Precision, Task
+from aecore.errors import InputError
+from aecore.fingerprint import Frozen
+from aecore.variants import Variant
+
+REVISION = 1
+"""Part of every stage's key: raise it when a change in this package alters what a stage returns."""
+
+Shape = tuple[int, ...]
+
+
+class Numerics(Frozen):
+    """The choices of how to compute that reach the numbers, and so the hash."""
+
+    precision: Precision = "fp32"
+    compile: bool = False
+
+
+class LayerSpec(Frozen):
+    """One layer, complete: all that its weights' shapes and its mathematics depend on."""
+
+    kind: Literal["dense", "conv"]
+    in_shape: Shape
+    code_shape: Shape
+    activation: Activation
+    likelihood: LikelihoodKind
+    """Reconstruction term of what the layer reads."""
+    out_activation: Activation
+    """What the decoder ends in: the activation that made the layer's input, so that it can emit what it must fit."""
+    levels: int
+    """Grey levels a channel (categorical only)."""
+    dropout: float
+    normalization: Literal["none", "batch", "layer"]
+    tied: bool
+    kernel: int = 0
+    stride: int = 0
+    padding: int = 0
+
+
+class PretrainSpec(Frozen):
+    """Identity of one layer's pretraining."""
+
+    number: int
+    layer: LayerSpec
+    variant: Variant
+    fit: Fit
+    seed: int
+    numerics: Numerics
+
+
+class FinetuneSpec(Frozen):
+    """Identity of a finetuning; from pretrained layers or, where it stands on none, from random weights."""
+
+    layers: tuple[LayerSpec, ...]
+    task: Task
+    classes: tuple[str, ...]
+    variant: Variant | None
+    """Loss of the unrolled autoencoder; None to classify."""
+    fit: Fit
+    seed: int
+    numerics: Numerics
+
+
+class EvaluateSpec(Frozen):
+    """Identity of an evaluation."""
+
+    task: Task | None
+    """What the finetuned model does; None where only pretrained layers are evaluated."""
+    classes: tuple[str, ...]
+    pictures: bool
+    """Draw figures and measure codes; a control needs neither."""
+
+
+class Facts(Frozen):
+    """What the driver learns of a data set without keeping any of it."""
+
+    digest: str
+    """SHA-256 of the bytes."""
+    shape: Shape
+    """(channels, height, width) of an image, (features,) of a vector."""
+    levels: int
+    """Integer values 0 .. levels - 1 that a pixel can take; 0 for floating-point data."""
+    classes: tuple[str, ...]
+    """Names of the classes; empty without labels."""
+    rows: int
+    """Rows in all."""
+
+
+class LoadSpec(Frozen):
+    """Identity of the data: what was asked for, and what was found."""
+
+    data: Data
+    facts: Facts
+
+
+def resolve_likelihood(data: Data, facts: Facts) -> LikelihoodKind:
+    """The reconstruction term that `auto` stands for."""
+    if data.likelihood != "auto":
+        return data.likelihood
+    if not facts.levels:
+        return "gaussian"
+    return "categorical" if len(facts.shape) == 3 and facts.shape[0] == 3 else "bernoulli"
+
+
+def resolve_standardize(data: Data, facts: Facts) -> bool:
+    """Whether features are standardised, `auto` resolved.
+
+    Raises:
+        InputError: standardisation with a likelihood that needs the original range.
+    """
+    if data.standardize == "auto":
+        return not facts.levels and len(facts.shape) == 1 and resolve_likelihood(data, facts) == "gaussian"
+    if data.standardize and resolve_likelihood(data, facts) != "gaussian":
+        raise InputError(
+            f"data.standardize: the {resolve_likelihood(data, facts)} likelihood needs unstandardised values; "
+            "set --data.likelihood gaussian or --data.standardize false"
+        )
+    return data.standardize
+
+
+def layer_specs(network: Dense | Conv, data: Data, facts: Facts) -> list[LayerSpec]:
+    """The stack's layers, outermost first, with every shape worked out.
+
+    Raises:
+        InputError: the network does not fit the data.
+    """
+    likelihood = resolve_likelihood(data, facts)
+    if likelihood == "categorical" and not facts.levels:
+        raise InputError("data.likelihood: categorical needs integer pixels, these are floats; use gaussian")
+    if likelihood == "categorical" and network.tied:
+        raise InputError(
+            "network.tied: a categorical decoder has an output a level and cannot share the encoder's weights; "
+            "set --network.tied false or --data.likelihood gaussian"
+        )
+    if network.kind == "conv" and len(facts.shape) != 3:
+        raise InputError(f"network.kind: conv needs images, data.name {data.name} has vectors; use dense")
+    plan: list[tuple[Literal["dense", "conv"], int]] = [(network.kind, width) for width in network.widths]
+    if isinstance(network, Conv):
+        plan += [("dense", width) for width in network.dense]
+
+    specs: list[LayerSpec] = []
+    shape = facts.shape
+    for number, (kind, width) in enumerate(plan, 1):
+        last = number == len(plan)
+        below = specs[-1].activation if specs else "linear"
+        conv: dict[str, int] = {}
+        code_shape: Shape = (width,)
+        if kind == "conv":
+            assert isinstance(network, Conv)
+            if network.kernel > min(shape[1:]):
+                raise InputError(
+                    f"network.kernel: {network.kernel} is larger than the {shape[1]} x {shape[2]} input of layer "
+                    f"{number}; use a smaller kernel or stride, or fewer convolutional layers"
+                )
+            padding = (network.kernel - 1) // 2
+            sides = [(side + 2 * padding - network.kernel) // network.stride + 1 for side in shape[1:]]
+            code_shape = (width, *sides)
+            conv = {"kernel": network.kernel, "stride": network.stride, "padding": padding}
+        specs.append(
+            LayerSpec(
+                kind=kind,
+                in_shape=shape,
+                code_shape=code_shape,
+                activation=(network.code_activation or network.activation) if last else network.activation,
+                # codes of a sigmoid layer lie in (0, 1) and are fitted by cross-entropy (Vincent et al. 2010, sec. 2)
+                likelihood=likelihood if not specs else "bernoulli" if below == "sigmoid" else "gaussian",
+                out_activation="linear" if below == "sigmoid" else below,
+                levels=facts.levels if likelihood == "categorical" and not specs else 0,
+                dropout=network.dropout,
+                normalization=network.normalization,
+                tied=network.tied,
+                **conv,
+            )
+        )
+        shape = code_shape
+    return specs

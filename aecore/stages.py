@@ -1,0 +1,285 @@
+"""What a pipeline is made of: pure functions of (spec, inputs).
+
+Each takes a hashed spec and the results of the stages it stands on, and returns a `Result` (`load` returns `Arrays`).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aecore import figures, metrics
+from aecore.data import Arrays, Split
+from aecore.data import load as load_data
+from aecore.fingerprint import derive_seed
+from aecore.fit import Fitted, Report, fit
+from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
+from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, LoadSpec, PretrainSpec
+from aecore.storage import Result, Weights
+
+
+class Run(NamedTuple):
+    """Where a stage runs and whom it tells; nothing here reaches the numbers."""
+
+    device: torch.device = torch.device("cpu")
+    report: Report = lambda epoch, metrics: None
+
+
+def load(spec: LoadSpec, run: Run) -> Arrays:
+    """Read and split the data."""
+    return load_data(spec.data, spec.facts)
+
+
+def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequence[Result] = ()) -> Result:
+    """Train one layer by its variant's loss on the codes of the frozen layers below (Bengio et al. 2006).
+
+    The codes are computed here, on this device, without noise or dropout; they never travel.
+    """
+    began = time.perf_counter()
+    prepare = _prepare(data, run.device)
+    layers = [build_layer(result).to(run.device).eval() for result in below]
+
+    def encode(raw: np.ndarray) -> Tensor:
+        """Codes for upper layers; the first layer reads the raw rows, which stay as small as they came."""
+        return metrics.over_batches(lambda x: Stack(layers).encode(prepare(x)), raw, run.device).to(run.device)
+
+    codes = bool(layers)
+    train, validation = (
+        encode(split.x) if codes else _resident(split.x, run.device) for split in (data.train, data.validation)
+    )
+    seed = derive_seed(spec.seed, "pretrain", spec.number)
+    with _seeded(seed):
+        layer = Layer(spec.layer).to(run.device)
+
+        def terms(x: Tensor) -> Terms:
+            return spec.variant.loss(layer, x if codes else prepare(x))
+
+        fitted = fit(
+            layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
+            precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
+        )  # fmt: skip
+    config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
+    return Result(config, _weights(layer), _summary(fitted, began))
+
+
+def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = ()) -> Result:
+    """Train all weights together, starting from exactly those of `layers`, or from random ones where there are none.
+
+    `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
+    validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
+    """
+    began = time.perf_counter()
+    prepare = _prepare(data, run.device)
+    seed = derive_seed(spec.seed, "finetune")
+    with _seeded(seed):
+        # drawn before any pretrained weights are read: the control's head is the same as the pretrained net's
+        stack = Stack([Layer(layer) for layer in spec.layers])
+        head = Classifier([layer.encoder for layer in stack], len(spec.classes)) if spec.task == "classify" else None
+        for layer, result in zip(stack, layers, strict=True) if layers else ():
+            _load(layer, result.weights)
+        model = (head or stack).to(run.device)
+
+        def classify(raw: Tensor, labels: Tensor) -> Terms:
+            return {"cross_entropy": F.cross_entropy(model(prepare(raw)).float(), labels)}
+
+        def errors(raw: Tensor, labels: Tensor) -> Terms:
+            return {"error": (model(prepare(raw)).argmax(1) != labels).sum()}
+
+        def reconstruct(raw: Tensor, *_: Tensor) -> Terms:
+            assert spec.variant is not None
+            return spec.variant.loss(stack, prepare(raw))
+
+        supervised = spec.task == "classify"
+        fitted = fit(
+            model, classify if supervised else reconstruct,
+            _tensors(data.train, supervised, run.device), _tensors(data.validation, supervised, run.device),
+            spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
+            monitor="error" if supervised else "loss",
+            precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
+        )  # fmt: skip
+    config = {
+        "task": spec.task,
+        "classes": list(spec.classes),
+        "layers": [layer.model_dump(mode="json") for layer in spec.layers],
+        **_curves(fitted),
+    }
+    summary = _summary(fitted, began)
+    if supervised:
+        summary["val/accuracy"] = 1 - summary["val/error"]
+    weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
+    return Result(config, weights, summary, example=data.train.x[:4])
+
+
+def evaluate(
+    spec: EvaluateSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), finetuned: Result | None = None
+) -> Result:
+    """Score the selected weights on the test split, once, and draw what they learned.
+
+    Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
+    finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder.
+    """
+    prepare = _prepare(data, run.device)
+    scores: dict[str, float] = {}
+    pictures: dict[str, bytes] = {}
+    if finetuned is not None and spec.task == "classify":
+        classifier = build_classifier(finetuned).to(run.device).eval()
+        assert data.test.y is not None
+        prediction = metrics.over_batches(lambda x: classifier(prepare(x)).argmax(1), data.test.x, run.device).numpy()
+        accuracy = float((prediction == data.test.y).mean())
+        low, high = metrics.accuracy_interval(accuracy, len(prediction))
+        scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
+        scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
+        if spec.pictures:
+            table = metrics.confusion(data.test.y, prediction, len(spec.classes))
+            pictures["confusion"] = figures.confusion(table, spec.classes)
+
+    stack = None
+    if finetuned is not None and spec.task == "reconstruct":
+        stack = build_stack(finetuned)
+    elif layers:
+        stack = Stack([build_layer(result) for result in layers])
+    if stack is not None:
+        stack = stack.to(run.device).eval()
+        x = metrics.over_batches(prepare, data.test.x, run.device)
+        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device)
+        scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
+        if spec.pictures:
+            scores |= _measure_codes(stack, prepare, data, run.device, pictures, spec.classes)
+            pictures["reconstructions"] = figures.reconstructions(
+                x[:12].numpy(), reconstruction[:12].numpy(), scores["test/reconstruction_mse"]
+            )
+            pictures["units"] = figures.units(unit_images(stack, prepare, data.train.x[:2048], run.device))
+    if spec.pictures:
+        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
+        if finetuned is not None:
+            named["finetuning"] = finetuned.config
+        pictures["loss_curves"] = figures.loss_curves(named)
+    return Result({}, {}, scores, pictures)
+
+
+def _measure_codes(
+    stack: Stack, prepare: Prepare, data: Arrays, device: torch.device, pictures: dict[str, bytes],
+    classes: tuple[str, ...],
+) -> dict[str, float]:  # fmt: skip
+    train, validation, test = (
+        metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device).numpy()
+        for split in (data.train, data.validation, data.test)
+    )
+    pictures["codes"] = figures.codes_map(test, data.test.y, classes)
+    if data.train.y is None or data.validation.y is None or data.test.y is None:
+        return {}
+    labelled = (train, data.train.y), (validation, data.validation.y), (test, data.test.y)
+    return {
+        "probe/accuracy": metrics.linear_probe(*labelled),
+        "knn/accuracy": metrics.knn(labelled[0], labelled[2]),
+    }
+
+
+def unit_images(
+    stack: Stack, prepare: Prepare, raw: np.ndarray, device: torch.device, count: int = 16
+) -> list[np.ndarray]:
+    """What the first `count` units of each layer stand for: one array (units, *shape of the data) a layer.
+
+    A dense first layer shows its weights. Units further up are raised by two standard deviations above the mean code
+    and decoded; the image is the difference this makes. A convolutional unit is its channel's centre.
+    """
+    images = []
+    with torch.inference_mode():
+        h = prepare(torch.tensor(raw, device=device))
+        first = stack.layers[0].spec
+        for depth, layer in enumerate(stack, 1):
+            h = layer.encode(h)
+            units = min(count, layer.spec.code_shape[0])
+            if depth == 1 and first.kind == "dense":
+                images.append(layer.encoder.affine.weight[:units].view(units, *first.in_shape).cpu().numpy())
+                continue
+            lower, mean, spread = Stack(list(stack)[:depth]), h.mean(0), h.std(0)
+            raised = mean.repeat(units, *[1] * mean.ndim)
+            for unit in range(units):
+                place = (unit, *(side // 2 for side in mean.shape[1:]))
+                raised[(unit, *place)] += 2 * spread[place]
+            images.append((lower.mean(raised) - lower.mean(mean[None])).cpu().numpy())
+    return images
+
+
+def build_layer(result: Result) -> Layer:
+    """The layer that `pretrain_layer` returned."""
+    layer = Layer(LayerSpec.model_validate(result.config["layer"]))
+    _load(layer, result.weights)
+    return layer
+
+
+def build_stack(result: Result) -> Stack:
+    """The unrolled autoencoder that `finetune` returned."""
+    stack = Stack([Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]])
+    _load(stack, result.weights)
+    return stack
+
+
+def build_classifier(result: Result) -> Classifier:
+    """The classifier that `finetune` returned."""
+    layers = [Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]]
+    classifier = Classifier([layer.encoder for layer in layers], len(result.config["classes"]))
+    _load(classifier, result.weights)
+    return classifier
+
+
+def build_prepare(result: Result) -> Prepare:
+    """The preprocessing that the model of `finetune` was trained behind."""
+    shift, scale = (torch.tensor(result.weights[f"prepare.{name}"]) for name in ("shift", "scale"))
+    return Prepare(shift, scale)
+
+
+def _prepare(data: Arrays, device: torch.device) -> Prepare:
+    return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
+
+
+def _resident(x: np.ndarray, device: torch.device) -> Tensor:
+    """`x` on the device where at most half of its free memory is taken by it, else in pinned host memory."""
+    tensor = torch.tensor(x)
+    if device.type == "cuda" and x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor.pin_memory()
+    return tensor.to(device)
+
+
+def _tensors(split: Split, supervised: bool, device: torch.device) -> tuple[Tensor, ...]:
+    x = _resident(split.x, device)
+    # labels lie where the rows lie, so that one index cuts both
+    return (x, torch.tensor(split.y, device=x.device)) if supervised else (x,)
+
+
+def _weights(module: nn.Module) -> Weights:
+    return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
+
+
+def _load(module: nn.Module, weights: Weights) -> None:
+    own = {name: torch.tensor(value) for name, value in weights.items() if not name.startswith("prepare.")}
+    module.load_state_dict(own)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's global generators for a block and restores them after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _curves(fitted: Fitted) -> dict[str, Any]:
+    return {"history": fitted.history, "best_epoch": fitted.best_epoch}
+
+
+def _summary(fitted: Fitted, began: float) -> dict[str, float]:
+    best = fitted.history[fitted.best_epoch - 1]
+    kept = {name: value for name, value in best.items() if name.startswith("val/")}
+    return {
+        **kept,
+        "best_epoch": fitted.best_epoch,
+        "epochs": len(fitted.history),
+        "train_seconds": time.perf_counter() - began,
+    }

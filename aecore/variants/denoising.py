@@ -1,0 +1,33 @@
+"""The denoising autoencoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from aecore.fingerprint import Frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aecore.networks import Autoencoder, Terms
+
+
+class Denoising(Frozen):
+    """Reconstructs the clean input from a corrupted one (Vincent et al. 2010, eq. 8).
+
+    The noise is there only while the layer itself is trained; the layer above is fed clean codes.
+    """
+
+    kind: Literal["denoising"] = "denoising"
+    noise: Literal["gaussian", "masking", "salt_and_pepper"] = "masking"
+    """Corruption of the input."""
+    level: Annotated[float, Field(ge=0)] = 0.25
+    """Standard deviation of gaussian noise, else the share of features corrupted."""
+
+    def loss(self, model: Autoencoder, x: Tensor) -> Terms:
+        """Terms of the objective for x of shape (batch, *in_shape)."""
+        from aecore.corruption import corrupt
+
+        return {"reconstruction": model.reconstruction_loss(corrupt(x, self.noise, self.level), x)}

@@ -1,0 +1,1 @@
+"""The commands: parse, connect, call one pipeline function, print."""

@@ -1,0 +1,184 @@
+"""What every command shares: settings from defaults < recipe < environment < command line, and how a command ends."""
+
+import difflib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
+
+from aecore.errors import InputError
+
+ENVIRONMENT = "DIABOLO__"
+"""`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class _Sources(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        cli_parse_none_str="null",
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+    )
+
+
+def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
+    """Settings from defaults < recipe (the positional argument) < environment < command line.
+
+    A partial override keeps its siblings; a changed `kind` replaces its whole subtree.
+
+    Raises:
+        InputError: an unknown key, or a value that does not fit; the message has its full path.
+    """
+    args = sys.argv[1:] if args is None else args
+    both = type(settings.__name__, (settings, _Sources), {"__doc__": settings.__doc__})
+    try:
+        command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
+        environment = EnvSettingsSource(both)()
+    except SettingsError as error:
+        raise InputError(_option_error(settings, str(error))) from None
+    values = settings().model_dump(by_alias=True)
+    recipe = command_line.get("recipe")
+    for source in (_read_recipe(Path(recipe)) if recipe else {}, environment, command_line):
+        values = _overlay(values, source)
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_value_error(settings, error)) from None
+
+
+def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
+    """Run a command to its end: print `run`'s report as the last line of stdout, and exit.
+
+    Exit codes: 0 done; 2 bad configuration or data, told in one line; 1 failed; 130 interrupted.
+    """
+    began = time.monotonic()
+    warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _interrupt)
+    report: dict[str, Any] | None
+    try:
+        report, code = run(), 0
+    except KeyboardInterrupt:
+        say("interrupted")
+        report, code = {"status": "killed"}, 130
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
+        if isinstance(cause, InputError):
+            say(f"error: {' '.join(str(cause).split())}")
+            sys.exit(2)
+        traceback.print_exception(error)
+        say(f"error: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+        report, code = {"status": "failed"}, 1
+    if report is not None:
+        print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    # not sys.exit: waiting for idle threads of Ray and MLflow to unwind takes longer than some jobs
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout is for the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {message}")
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"recipe {path}: {error.strerror}; name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(recipe, dict | None):
+        raise InputError(f"recipe {path}: holds a {type(recipe).__name__}; write `field: value` lines")
+    return recipe or {}
+
+
+def _overlay(lower: Any, upper: Any) -> Any:
+    """`upper` over `lower`, key by key; another `kind` takes nothing of what lies below it."""
+    if not (isinstance(lower, Mapping) and isinstance(upper, Mapping)):
+        return upper
+    if upper.get("kind", lower.get("kind")) != lower.get("kind"):
+        return dict(upper)
+    return {**lower, **{key: _overlay(lower.get(key), value) for key, value in upper.items()}}
+
+
+def _models(field: FieldInfo) -> list[type[BaseModel]]:
+    """The models that a field's value may be."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _keys(models: list[type[BaseModel]], path: list[str]) -> dict[str, FieldInfo]:
+    """The keys that are valid below `path`, with all kinds of a union taken together."""
+    fields = {(field.alias or name): field for model in models for name, field in model.model_fields.items()}
+    return _keys(_models(fields[path[0]]), path[1:]) if path and path[0] in fields else fields
+
+
+def _nearest(settings: type[BaseModel], path: str) -> str:
+    """The valid key nearest to an unknown one, as the end of a sentence."""
+    *above, last = path.split(".")
+    here = [".".join([*above, key]) for key in _keys([settings], above)]
+    everywhere = [f"{top}.{key}" for top in settings.model_fields for key in _keys([settings], [top])]
+    match = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(path, everywhere, 1, 0.4)
+    return f"the nearest is {match[0]}" if match else f"there are {', '.join(here)}"
+
+
+def _option_error(settings: type[BaseModel], text: str) -> str:
+    text = " ".join(text.removeprefix("error parsing CLI: ").split())
+    if text.startswith("unrecognized arguments: --"):
+        option = text.split()[2].removeprefix("--").split("=")[0]
+        return f"--{option}: unknown option; {_nearest(settings, option)}"
+    return f"{text}; see --help"
+
+
+def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
+    """One line of pydantic's first error: path, what is wrong, what was given."""
+    first = error.errors(include_url=False)[0]
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [settings]
+    for part in map(str, first["loc"]):
+        fields = {(f.alias or name): f for model in models for name, f in model.model_fields.items()}
+        if part in fields:
+            models = _models(fields[part])
+        elif len(models) > 1 and part in (
+            kind for m in models if "kind" in m.model_fields for kind in get_args(m.model_fields["kind"].annotation)
+        ):
+            continue  # the tag of a union is no key
+        parts.append(part)
+    path = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {_nearest(settings, path)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def ray_tags() -> dict[str, str]:
+    """What ties an MLflow run to the Ray job that it is part of; empty outside `ray job submit`."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    submission = config.get("metadata", {}).get("job_submission_id")
+    return {"ray.submission_id": submission} if submission else {}

@@ -1,0 +1,38 @@
+"""A stage: a function, its spec, and the stages it stands on. Building one runs nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pydantic import BaseModel
+
+from aecore.fingerprint import fingerprint
+from aecore.specs import REVISION
+
+Inputs = Mapping[str, "Stage | tuple[Stage, ...]"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph, identified by `key`."""
+
+    name: str
+    """For people; not part of the key."""
+    fn: str
+    """Name of a function in `aecore.stages`: named, not imported, so that the driver needs no torch."""
+    spec: BaseModel
+    inputs: Inputs = field(default_factory=dict)
+    """By parameter of the function."""
+    kept: bool = True
+    """Whether the result is kept in MLflow, or made again by each job that needs it (the data)."""
+    revision: int = REVISION
+
+    @cached_property
+    def key(self) -> str:
+        """The identity of the result: the hash of what computes it, from what."""
+        keys = {name: [s.key for s in i] if isinstance(i, tuple) else i.key for name, i in self.inputs.items()}
+        return fingerprint(self.fn, self.revision, self.spec, keys)
+
+    def parents(self) -> tuple["Stage", ...]:
+        """The stages this one stands on, in order."""
+        return tuple(s for i in self.inputs.values() for s in (i if isinstance(i, tuple) else (i,)))
