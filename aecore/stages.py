@@ -1,6 +1,6 @@
 """What a pipeline is made of: pure functions of (spec, inputs).
 
-Each takes a hashed spec and the results of the stages it stands on, and returns a `Result` (`load` returns `Arrays`).
+Each takes a hashed spec and the results of the stages it stands on, and returns a `Result`.
 """
 
 import time
@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aecore import figures, metrics
+from aecore import metrics
 from aecore.data import Arrays, Split
-from aecore.data import load as load_data
 from aecore.fingerprint import derive_seed
 from aecore.fit import Fitted, Report, fit
 from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
-from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, LoadSpec, PretrainSpec
+from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, PretrainSpec
 from aecore.storage import Result, Weights
 
 
@@ -28,11 +27,6 @@ class Run(NamedTuple):
 
     device: torch.device = torch.device("cpu")
     report: Report = lambda epoch, metrics: None
-
-
-def load(spec: LoadSpec, run: Run) -> Arrays:
-    """Read and split the data."""
-    return load_data(spec.data, spec.facts)
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequence[Result] = ()) -> Result:
@@ -123,6 +117,8 @@ def evaluate(
     Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
     finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder.
     """
+    from aecore import figures  # matplotlib, which training does without
+
     prepare = _prepare(data, run.device)
     scores: dict[str, float] = {}
     pictures: dict[str, bytes] = {}
@@ -166,6 +162,8 @@ def _measure_codes(
     stack: Stack, prepare: Prepare, data: Arrays, device: torch.device, pictures: dict[str, bytes],
     classes: tuple[str, ...],
 ) -> dict[str, float]:  # fmt: skip
+    from aecore import figures
+
     train, validation, test = (
         metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device).numpy()
         for split in (data.train, data.validation, data.test)

@@ -86,6 +86,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         report, code = {"status": "failed"}, 1
     if report is not None:
         print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
     # not sys.exit: waiting for idle threads of Ray and MLflow to unwind takes longer than some jobs
     sys.stderr.flush()
     os._exit(code)
@@ -139,7 +141,7 @@ def _keys(models: list[type[BaseModel]], path: list[str]) -> dict[str, FieldInfo
 
 def _nearest(settings: type[BaseModel], path: str) -> str:
     """The valid key nearest to an unknown one, as the end of a sentence."""
-    *above, last = path.split(".")
+    *above, _ = path.split(".")
     here = [".".join([*above, key]) for key in _keys([settings], above)]
     everywhere = [f"{top}.{key}" for top in settings.model_fields for key in _keys([settings], [top])]
     match = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(path, everywhere, 1, 0.4)
@@ -160,21 +162,27 @@ def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
     parts: list[str] = []
     models: list[type[BaseModel]] = [settings]
     for part in map(str, first["loc"]):
-        fields = {(f.alias or name): f for model in models for name, f in model.model_fields.items()}
-        if part in fields:
-            models = _models(fields[part])
-        elif len(models) > 1 and part in (
-            kind for m in models if "kind" in m.model_fields for kind in get_args(m.model_fields["kind"].annotation)
-        ):
-            continue  # the tag of a union is no key
+        tagged = [model for model in models if len(models) > 1 and part in _kinds(model)]
+        if tagged:  # the tag of a union is no key
+            models = tagged
+            continue
         parts.append(part)
+        field = _keys(models, []).get(part)
+        models = _models(field) if field else []
     path = ".".join(parts)
     if first["type"] == "extra_forbidden":
+        everywhere = _keys([settings], parts[:-1])
+        if parts[-1] in everywhere:
+            return f"{path}: not a field of this {parts[-2]}.kind; leave it out or choose the kind that has it"
         return f"{path}: unknown key; {_nearest(settings, path)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
     return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
 
 
 def ray_tags() -> dict[str, str]:

@@ -3,8 +3,9 @@
 Stacked pretraining, layer by layer, then finetuning, then evaluation; whatever is finished already is restored.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
@@ -14,8 +15,12 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Resources, compute
+from pipelines.run import Resources, compute, start_ray
 from pipelines.stacked import Stacked, build
+from pipelines.stage import store_is_empty
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 
 class Train(Experiment):
@@ -50,9 +55,13 @@ def train(settings: Train) -> dict[str, Any] | None:
     stages = graph.kept()
     key = fingerprint("train", [stage.key for stage in stages])
 
-    from pipelines.tracking import connect  # takes seconds, and bad input has been told by now
-
-    tracker = connect(create=not settings.plan)
+    if not settings.plan and store_is_empty():
+        with ThreadPoolExecutor(1) as aside:  # both take seconds, most of them waiting
+            connecting = aside.submit(_connect)
+            start_ray()
+            tracker = connecting.result()
+    else:
+        tracker = _connect(create=not settings.plan)
     if settings.plan:
         for stage in stages:
             found = tracker.find(stage.key) if tracker else None
@@ -89,6 +98,12 @@ def train(settings: Train) -> dict[str, Any] | None:
         "stages": {"computed": len(outcomes) - restored, "restored": restored},
         **({"model": {"name": settings.register_as, "version": version}} if version else {}),
     }
+
+
+def _connect(create: bool = True) -> "Tracker | None":
+    from pipelines.tracking import connect  # imports MLflow, after bad input has been told
+
+    return connect(create=create)
 
 
 def _print_table(graph: Stacked, outcomes: dict[str, Any], metrics: dict[str, float]) -> None:

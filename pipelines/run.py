@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from aecore.config import Precision
+from aecore.data import load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen
 from aecore.specs import Numerics
@@ -110,24 +111,32 @@ class _Share(NamedTuple):
     retries: int
 
 
+def start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time."""
+    embedded = not os.environ.get("RAY_ADDRESS")
+    if embedded:
+        # the embedded cluster shares this environment; Ray would build each worker another one
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's workers yield to everything else by default, which costs threads that wait for each other a third
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    import ray
+
+    if not ray.is_initialized():
+        options = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
+        ray.init(logging_level=logging.WARNING, **options)
+
+
 @contextlib.contextmanager
-def cluster(resources: Resources) -> Any:
-    """A connection to the cluster that RAY_ADDRESS names, else to an embedded one; yields the share of each stage.
+def cluster(resources: Resources) -> Iterator["_Share"]:
+    """A cluster for the block; yields the share of each stage.
 
     Raises:
         InputError: no node has what was asked for.
     """
-    if not os.environ.get("RAY_ADDRESS"):
-        # the embedded cluster shares this environment; Ray would build each worker another one
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TQDM_PATCH_PRINT", "0")
+    start_ray()
     import ray
 
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
-    ray.init(**options)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")}
@@ -169,6 +178,8 @@ def _submit(
 def _execute(stage: Stage, tracker: "Tracker", parent: str, share: _Share, *inputs: Any) -> tuple[Any, Any]:
     """The body of a stage's task: compute, keep, return the result and (run id, metrics)."""
     with contextlib.redirect_stdout(sys.stderr):
+        if not stage.kept:
+            return load(stage.spec.data, stage.spec.facts), None
         import torch
 
         from aecore import stages
@@ -177,8 +188,6 @@ def _execute(stage: Stage, tracker: "Tracker", parent: str, share: _Share, *inpu
         named = _by_parameter(stage, [tracker.restore(i.run_id) if isinstance(i, _Restored) else i for i in inputs])
         fn: Any = getattr(stages, stage.fn)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
-        if not stage.kept:
-            return fn(stage.spec, stages.Run(device), **named), None
         with tracker.stage_run(stage, parent) as run:
             progress = _Progress(stage.name)
 

@@ -75,7 +75,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
 
 
 def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> None:
-    """An overcomplete layer under no constraint can copy its input and learn nothing (Vincent et al. 2010, sec. 2.3)."""
+    """An overcomplete layer under no constraint can copy its input and learn nothing (Vincent et al. 2010, 2.3)."""
     trained = [fit for fit in (experiment.pretrain, experiment.finetune) if fit is not None]
     constrained = experiment.variant.kind != "plain" or any(fit.weight_decay for fit in trained[:1])
     for number, spec in enumerate(specs, 1):

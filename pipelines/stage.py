@@ -1,8 +1,10 @@
-"""A stage: a function, its spec, and the stages it stands on. Building one runs nothing."""
+"""A stage: a function, its spec, and the stages it stands on, and where results are kept. Building one runs nothing."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -36,3 +38,14 @@ class Stage:
     def parents(self) -> tuple["Stage", ...]:
         """The stages this one stands on, in order."""
         return tuple(s for i in self.inputs.values() for s in (i if isinstance(i, tuple) else (i,)))
+
+
+def store_uri() -> str:
+    """The MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def store_is_empty() -> bool:
+    """Whether nothing can be finished yet, as far as can be told without importing MLflow, which takes seconds."""
+    scheme, _, path = store_uri().partition(":///")
+    return scheme == "sqlite" and not Path(path).exists()

@@ -29,7 +29,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from aecore.errors import InputError
 from aecore.specs import Facts
 from aecore.storage import Result, load_weights, save_weights
-from pipelines.stage import Stage
+from pipelines.stage import Stage, store_uri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -240,7 +240,7 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
     Raises:
         InputError: the store cannot be reached.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = uri or store_uri()
     experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "diabolo"
     local = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
     if local is not None:
