@@ -104,6 +104,8 @@ class Fit(Frozen):
     """Epochs of linear warm-up."""
     clip: PositiveFloat | None = None
     """Largest norm of the gradient; null does not clip."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of each layer's outputs dropped in this fit; null takes the network's."""
     patience: PositiveInt | None = None
     """Stop after so many epochs without a better validation; null never does. The best weights are kept either way."""
 

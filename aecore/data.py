@@ -132,13 +132,14 @@ def load(data: Data, facts: Facts) -> Arrays:
     train, validation, test = (
         Split(x[rows], None if y is None else y[rows]) for rows in _split(data, y, marks, len(x))
     )
-    shift, scale = np.float32(0), np.float32(1 / (facts.levels - 1) if facts.levels else 1)
+    shift = np.zeros((), np.float32)
+    scale = np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)
     if resolve_standardize(data, facts):
         values = train.x.astype(np.float64)
         spread = values.std(0)
         # a constant feature carries nothing: left at zero instead of divided by zero
         shift, scale = values.mean(0).astype(np.float32), (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
-    return Arrays(train, validation, test, np.asarray(shift), np.asarray(scale))
+    return Arrays(train, validation, test, shift, scale)
 
 
 def _split(

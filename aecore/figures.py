@@ -144,7 +144,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     figure = _figure(5.2, 5.2, f"{how}, {len(codes)} test rows" + (", by class" if labels is not None else ""))
     axes = figure.subplots()
     if labels is None:
-        axes.scatter(*plane.T, s=8, color=BLUE, linewidths=0)
+        axes.scatter(plane[:, 0], plane[:, 1], s=8, color=BLUE, linewidths=0)
     else:
         labels = labels[: len(codes)]
         for number, name in enumerate(classes):
@@ -152,11 +152,10 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
             if not len(points):
                 continue
             colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            axes.scatter(*points.T, s=8, color=colour, linewidths=0)
-            place = {"color": colour, "fontsize": 13, "fontweight": "bold", "ha": "center", "va": "center"}
-            axes.text(
-                *np.median(points, 0), name, **place, bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0}
-            )
+            axes.scatter(points[:, 0], points[:, 1], s=8, color=colour, linewidths=0)
+            x, y = np.median(points, 0)
+            box = {"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0}
+            axes.text(x, y, name, color=colour, fontsize=13, fontweight="bold", ha="center", va="center", bbox=box)
     axes.set_xlabel(axis.format(1))
     axes.set_ylabel(axis.format(2))
     axes.spines[["top", "right"]].set_visible(False)

@@ -126,7 +126,7 @@ class _AdamW:
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         self.weight_decay = weight_decay
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.means = [torch.zeros_like(p) for p in self.params]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = [torch.zeros((), device=p.device) for p in self.params]
@@ -137,9 +137,10 @@ class _AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
+        grads = [p.grad for p in self.params if p.grad is not None]
         torch._foreach_add_(self.steps, 1)
         torch._fused_adamw_(
-            self.params, [p.grad for p in self.params], self.means, self.squares, [], self.steps,
+            self.params, grads, self.means, self.squares, [], self.steps,
             lr=lr, beta1=0.9, beta2=0.999, weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 

@@ -11,12 +11,10 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 
 
 def over_batches(fn: Callable[[Tensor], Tensor], x: np.ndarray, device: torch.device, batch_size: int = 2048) -> Tensor:
-    """`fn` applied to the rows of `x` in batches on `device`; the results together in host memory."""
-    with torch.inference_mode():
-        parts = [
-            fn(torch.tensor(x[start : start + batch_size], device=device)) for start in range(0, len(x), batch_size)
-        ]
-        return torch.cat([part.cpu() for part in parts])
+    """`fn` applied to the rows of `x` in batches on `device`; the results together, there."""
+    with torch.no_grad():
+        starts = range(0, len(x), batch_size)
+        return torch.cat([fn(torch.tensor(x[start : start + batch_size], device=device)) for start in starts])
 
 
 def reconstruction_mse(x: Tensor, reconstruction: Tensor) -> float:

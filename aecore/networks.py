@@ -1,6 +1,6 @@
 """Layers and stacks, dense and convolutional, all with `encode` and `decode`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Protocol
 
@@ -10,13 +10,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from aecore import likelihood
+from aecore.config import Activation
 from aecore.kernels import linear
 from aecore.specs import LayerSpec
 
 Terms = dict[str, Tensor]
 """Weighted terms of an objective, scalars: the objective is their sum, each is logged under its name."""
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -60,7 +61,10 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(spec.code_shape)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        z = linear(x.flatten(1), self.affine.weight, self.affine.bias) if self.spec.kind == "dense" else self.affine(x)
+        if isinstance(self.affine, nn.Linear):
+            z = linear(x.flatten(1), self.affine.weight, self.affine.bias)
+        else:
+            z = self.affine(x)
         h = _ACTIVATIONS[self.spec.activation](self.norm(z))
         return F.dropout(h, self.spec.dropout) if self.training and self.spec.dropout else h
 
@@ -133,8 +137,13 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.layers)
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)  # type: ignore[arg-type]  # ModuleList does not say what it holds
+
+    @property
+    def first(self) -> Layer:
+        """The layer that reads the data."""
+        return next(iter(self))
 
     def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         for layer in self:
@@ -145,11 +154,11 @@ class Stack(nn.Module):
         """Parameters of the likelihood of the data."""
         for layer in reversed(list(self)[1:]):
             code = layer.mean(code)
-        return self.layers[0].decode(code)
+        return self.first.decode(code)
 
     def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """The reconstruction that `code` stands for, in the space of the data."""
-        return likelihood.mean(self.layers[0].spec.likelihood, self.decode(code))
+        return likelihood.mean(self.first.spec.likelihood, self.decode(code))
 
     def reconstruct(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         return self.mean(self.encode(x))
@@ -157,7 +166,7 @@ class Stack(nn.Module):
     def reconstruction_loss(
         self, x: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
     ) -> Float[Tensor, ""]:
-        return likelihood.reconstruction_loss(self.layers[0].spec.likelihood, self.decode(self.encode(x)), target)
+        return likelihood.reconstruction_loss(self.first.spec.likelihood, self.decode(self.encode(x)), target)
 
 
 class Classifier(nn.Module):
@@ -179,6 +188,9 @@ class Classifier(nn.Module):
 
 class Prepare(nn.Module):
     """Raw rows -> what the first layer reads: float32, scaled to [0, 1] or standardised. Holds no learned weight."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shift: Tensor, scale: Tensor) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from aecore import stages
+from aecore.networks import Classifier, Stack
 from aecore.storage import Result, load_weights
 
 
@@ -17,7 +18,9 @@ class Model:
         self.classes = np.array(result.config["classes"])
         self.prepare = stages.build_prepare(result)
         self.task = result.config["task"]
-        self.net = (stages.build_classifier if self.task == "classify" else stages.build_stack)(result).eval()
+        self.net: Classifier | Stack
+        self.net = (stages.build_classifier if self.task == "classify" else stages.build_stack)(result)
+        self.net.eval()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
         """Columns `prediction` and `probability` (of that class) of a classifier, `reconstruction_mse` (a feature) of
@@ -25,7 +28,7 @@ class Model:
         with torch.inference_mode():
             x = self.prepare(torch.tensor(np.asarray(rows)))
             code = self.net.encode(x).flatten(1)
-            if self.task == "classify":
+            if isinstance(self.net, Classifier):
                 best = self.net(x).softmax(1).max(1)
                 table = {"prediction": self.classes[best.indices.numpy()], "probability": best.values.numpy()}
             else:

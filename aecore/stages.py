@@ -21,6 +21,9 @@ from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
 from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, PretrainSpec
 from aecore.storage import Result, Weights
 
+_PREPARED_BYTES = 2**30
+"""Largest set kept on the device as float32."""
+
 
 class Run(NamedTuple):
     """Where a stage runs and whom it tells; nothing here reaches the numbers."""
@@ -37,21 +40,21 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
     began = time.perf_counter()
     prepare = _prepare(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
-
-    def encode(raw: np.ndarray) -> Tensor:
-        """Codes for upper layers; the first layer reads the raw rows, which stay as small as they came."""
-        return metrics.over_batches(lambda x: Stack(layers).encode(prepare(x)), raw, run.device).to(run.device)
-
-    codes = bool(layers)
-    train, validation = (
-        encode(split.x) if codes else _resident(split.x, run.device) for split in (data.train, data.validation)
-    )
+    if layers:
+        lower = Stack(layers)
+        train, validation = (
+            metrics.over_batches(lambda x: lower.encode(prepare(x)), split.x, run.device)
+            for split in (data.train, data.validation)
+        )
+        read: nn.Module = nn.Identity()
+    else:
+        train, validation, read = _resident(data, prepare, run.device)
     seed = derive_seed(spec.seed, "pretrain", spec.number)
     with _seeded(seed):
         layer = Layer(spec.layer).to(run.device)
 
         def terms(x: Tensor) -> Terms:
-            return spec.variant.loss(layer, x if codes else prepare(x))
+            return spec.variant.loss(layer, read(x))
 
         fitted = fit(
             layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
@@ -69,6 +72,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
     """
     began = time.perf_counter()
     prepare = _prepare(data, run.device)
+    train, validation, read = _resident(data, prepare, run.device)
     seed = derive_seed(spec.seed, "finetune")
     with _seeded(seed):
         # drawn before any pretrained weights are read: the control's head is the same as the pretrained net's
@@ -78,20 +82,21 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
             _load(layer, result.weights)
         model = (head or stack).to(run.device)
 
-        def classify(raw: Tensor, labels: Tensor) -> Terms:
-            return {"cross_entropy": F.cross_entropy(model(prepare(raw)).float(), labels)}
+        def classify(x: Tensor, labels: Tensor) -> Terms:
+            return {"cross_entropy": F.cross_entropy(model(read(x)).float(), labels)}
 
-        def errors(raw: Tensor, labels: Tensor) -> Terms:
-            return {"error": (model(prepare(raw)).argmax(1) != labels).sum()}
+        def errors(x: Tensor, labels: Tensor) -> Terms:
+            return {"error": (model(read(x)).argmax(1) != labels).sum()}
 
-        def reconstruct(raw: Tensor, *_: Tensor) -> Terms:
+        def reconstruct(x: Tensor) -> Terms:
             assert spec.variant is not None
-            return spec.variant.loss(stack, prepare(raw))
+            return spec.variant.loss(stack, read(x))
 
         supervised = spec.task == "classify"
         fitted = fit(
             model, classify if supervised else reconstruct,
-            _tensors(data.train, supervised, run.device), _tensors(data.validation, supervised, run.device),
+            (train, *_labels(data.train, supervised, train)),
+            (validation, *_labels(data.validation, supervised, validation)),
             spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
@@ -125,7 +130,9 @@ def evaluate(
     if finetuned is not None and spec.task == "classify":
         classifier = build_classifier(finetuned).to(run.device).eval()
         assert data.test.y is not None
-        prediction = metrics.over_batches(lambda x: classifier(prepare(x)).argmax(1), data.test.x, run.device).numpy()
+        prediction = (
+            metrics.over_batches(lambda x: classifier(prepare(x)).argmax(1), data.test.x, run.device).cpu().numpy()
+        )
         accuracy = float((prediction == data.test.y).mean())
         low, high = metrics.accuracy_interval(accuracy, len(prediction))
         scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
@@ -141,8 +148,8 @@ def evaluate(
         stack = Stack([build_layer(result) for result in layers])
     if stack is not None:
         stack = stack.to(run.device).eval()
-        x = metrics.over_batches(prepare, data.test.x, run.device)
-        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device)
+        x = metrics.over_batches(prepare, data.test.x, run.device).cpu()
+        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device).cpu()
         scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
         if spec.pictures:
             scores |= _measure_codes(stack, prepare, data, run.device, pictures, spec.classes)
@@ -165,7 +172,7 @@ def _measure_codes(
     from aecore import figures
 
     train, validation, test = (
-        metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device).numpy()
+        metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device).cpu().numpy()
         for split in (data.train, data.validation, data.test)
     )
     pictures["codes"] = figures.codes_map(test, data.test.y, classes)
@@ -189,7 +196,7 @@ def unit_images(
     images = []
     with torch.inference_mode():
         h = prepare(torch.tensor(raw, device=device))
-        first = stack.layers[0].spec
+        first = stack.first.spec
         for depth, layer in enumerate(stack, 1):
             h = layer.encode(h)
             units = min(count, layer.spec.code_shape[0])
@@ -237,18 +244,26 @@ def _prepare(data: Arrays, device: torch.device) -> Prepare:
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
-def _resident(x: np.ndarray, device: torch.device) -> Tensor:
-    """`x` on the device where at most half of its free memory is taken by it, else in pinned host memory."""
-    tensor = torch.tensor(x)
-    if device.type == "cuda" and x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return tensor.pin_memory()
-    return tensor.to(device)
+def _resident(data: Arrays, prepare: Prepare, device: torch.device) -> tuple[Tensor, Tensor, nn.Module]:
+    """Training and validation rows to cut batches from, and what makes of a batch what the first layer reads.
+
+    A small set lies on the device prepared, once for all epochs; a larger one lies there as it came (uint8 stays
+    uint8); one that takes more than half of the device's free memory stays in pinned host memory.
+    """
+    rows = data.train.x.size + data.validation.x.size
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _PREPARED_BYTES
+    if 4 * rows <= min(room, _PREPARED_BYTES):
+        train, validation = (metrics.over_batches(prepare, split.x, device) for split in (data.train, data.validation))
+        return train, validation, nn.Identity()
+    train, validation = torch.tensor(data.train.x), torch.tensor(data.validation.x)
+    if device.type == "cuda" and train.nbytes + validation.nbytes > room:
+        return train.pin_memory(), validation.pin_memory(), prepare
+    return train.to(device), validation.to(device), prepare
 
 
-def _tensors(split: Split, supervised: bool, device: torch.device) -> tuple[Tensor, ...]:
-    x = _resident(split.x, device)
-    # labels lie where the rows lie, so that one index cuts both
-    return (x, torch.tensor(split.y, device=x.device)) if supervised else (x,)
+def _labels(split: Split, supervised: bool, beside: Tensor) -> tuple[Tensor, ...]:
+    """The labels, where they are used, beside the rows, so that one index cuts both."""
+    return (torch.tensor(split.y, device=beside.device),) if supervised else ()
 
 
 def _weights(module: nn.Module) -> Weights:

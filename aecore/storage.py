@@ -28,7 +28,7 @@ class Result:
 def save_weights(folder: Path, config: dict[str, Any], weights: Weights) -> None:
     """Write both files into `folder`; the config carries the checksum of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({name: np.ascontiguousarray(value) for name, value in weights.items()})
+    data = save({name: np.asarray(value, order="C") for name, value in weights.items()})
     (folder / "weights.safetensors").write_bytes(data)
     config = {**config, "weights_sha256": hashlib.sha256(data).hexdigest()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -141,11 +141,17 @@ def _keys(models: list[type[BaseModel]], path: list[str]) -> dict[str, FieldInfo
 
 def _nearest(settings: type[BaseModel], path: str) -> str:
     """The valid key nearest to an unknown one, as the end of a sentence."""
-    *above, _ = path.split(".")
-    here = [".".join([*above, key]) for key in _keys([settings], above)]
-    everywhere = [f"{top}.{key}" for top in settings.model_fields for key in _keys([settings], [top])]
-    match = difflib.get_close_matches(path, here, 1, 0.5) or difflib.get_close_matches(path, everywhere, 1, 0.4)
-    return f"the nearest is {match[0]}" if match else f"there are {', '.join(here)}"
+    good: list[str] = []
+    for part in path.split("."):
+        fields = _keys([settings], good)
+        if part not in fields:
+            match = difflib.get_close_matches(part, fields, 1, 0.5)
+            rest = path.split(".")[len(good) + 1 :]
+            if match:
+                return f"the nearest is {'.'.join([*good, match[0], *rest])}"
+            return f"there are {', '.join('.'.join([*good, name]) for name in fields)}"
+        good.append(part)
+    return "see --help"
 
 
 def _option_error(settings: type[BaseModel], text: str) -> str:

@@ -16,7 +16,7 @@ from aecore.config import Precision
 from aecore.data import load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen
-from aecore.specs import Numerics
+from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
 from pipelines.stage import Stage
 
@@ -123,7 +123,9 @@ def start_ray() -> None:
     import ray
 
     if not ray.is_initialized():
-        options = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
+        options: dict[str, Any] = (
+            {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
+        )
         ray.init(logging_level=logging.WARNING, **options)
 
 
@@ -164,7 +166,7 @@ def _submit(
         for other in stage.parents():
             run_id = tracker.find(other.key) if other.kept and other.key not in submitted else None
             inputs.append(_Restored(run_id) if run_id else _submit(other, tracker, parent, share, submitted)[0])
-        options = {
+        options: dict[str, Any] = {
             "name": stage.name,
             "num_returns": 2,
             "num_cpus": share.cpus if stage.kept else 1,
@@ -178,7 +180,7 @@ def _submit(
 def _execute(stage: Stage, tracker: "Tracker", parent: str, share: _Share, *inputs: Any) -> tuple[Any, Any]:
     """The body of a stage's task: compute, keep, return the result and (run id, metrics)."""
     with contextlib.redirect_stdout(sys.stderr):
-        if not stage.kept:
+        if isinstance(stage.spec, LoadSpec):
             return load(stage.spec.data, stage.spec.facts), None
         import torch
 
@@ -221,8 +223,8 @@ def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int,
     def loop() -> Result:
         return fn(stages.Run(device, tell))
 
-    trained = TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=0)).fit()
-    return trained.return_value
+    trainer: Any = TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=0))  # type: ignore[arg-type]
+    return trainer.fit().return_value  # its hints know of no loop that returns something
 
 
 def _by_parameter(stage: Stage, values: list[Any]) -> dict[str, Any]:

@@ -37,8 +37,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
     data = Stage("data", "load", LoadSpec(data=experiment.data, facts=facts), kept=False)
 
     layers: list[Stage] = []
-    for number, spec in enumerate(specs, 1) if experiment.pretrain else ():
-        assert experiment.pretrain is not None
+    for number, spec in enumerate(_with_dropout(specs, experiment.pretrain), 1) if experiment.pretrain else ():
         pretrain = PretrainSpec(
             number=number, layer=spec, variant=experiment.variant, fit=experiment.pretrain,
             seed=experiment.seed, numerics=numerics,
@@ -54,19 +53,20 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
         if task == "classify" and not facts.classes:
             raise InputError("finetune.task: classify needs labels, the data have none; use reconstruct")
         tuning = FinetuneSpec(
-            layers=specs, task=task, classes=facts.classes if task == "classify" else (),
+            layers=_with_dropout(specs, experiment.finetune), task=task,
+            classes=facts.classes if task == "classify" else (),
             variant=experiment.variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
             seed=experiment.seed, numerics=numerics,
         )  # fmt: skip
-        finetune = Stage("finetune", "finetune", tuning, {"data": data, "layers": tuple(layers)})
+        finetune = Stage("finetune", "finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
-            control = Stage("control", "finetune", tuning, {"data": data})
+            control = Stage("control", "finetune", tuning, _inputs(data, []))
 
     def evaluation(name: str, pretrained: list[Stage], finetuned: Stage | None, pictures: bool) -> Stage:
         spec = EvaluateSpec(task=task, classes=facts.classes, pictures=pictures)
-        inputs: dict[str, Stage | tuple[Stage, ...]] = {"data": data, "layers": tuple(pretrained)}
-        return Stage(name, "evaluate", spec, inputs | ({"finetuned": finetuned} if finetuned else {}))
+        inputs = _inputs(data, pretrained) | ({"finetuned": finetuned} if finetuned else {})
+        return Stage(name, "evaluate", spec, inputs)
 
     evaluate = evaluation("evaluate", layers, finetune, pictures=True)
     if control is not None:
@@ -74,11 +74,22 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
     return Stacked(data, tuple(layers), finetune, evaluate, control, evaluate_control)
 
 
+def _inputs(data: Stage, layers: list[Stage]) -> dict[str, Stage | tuple[Stage, ...]]:
+    return {"data": data, "layers": tuple(layers)} if layers else {"data": data}
+
+
+def _with_dropout(specs: tuple[LayerSpec, ...], fit: Fit) -> tuple[LayerSpec, ...]:
+    if fit.dropout is None:
+        return specs
+    return tuple(spec.model_copy(update={"dropout": fit.dropout}) for spec in specs)
+
+
 def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> None:
     """An overcomplete layer under no constraint can copy its input and learn nothing (Vincent et al. 2010, 2.3)."""
-    trained = [fit for fit in (experiment.pretrain, experiment.finetune) if fit is not None]
-    constrained = experiment.variant.kind != "plain" or any(fit.weight_decay for fit in trained[:1])
-    for number, spec in enumerate(specs, 1):
+    fit = experiment.pretrain or experiment.finetune
+    assert fit is not None
+    constrained = experiment.variant.kind != "plain" or fit.weight_decay
+    for number, spec in enumerate(_with_dropout(specs, fit), 1):
         if prod(spec.code_shape) >= prod(spec.in_shape) and not (constrained or spec.dropout):
             warnings.warn(
                 f"layer {number} is overcomplete ({prod(spec.in_shape)} -> {prod(spec.code_shape)}) and nothing "

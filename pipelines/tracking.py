@@ -147,7 +147,8 @@ class Tracker(NamedTuple):
 
     def log_data(self, run_id: str, name: str, facts: Facts, context: str = "training") -> None:
         """Record which data a run read."""
-        if self.client.get_run(run_id).inputs.dataset_inputs:
+        inputs = self.client.get_run(run_id).inputs
+        if inputs and inputs.dataset_inputs:
             return
         profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes)}
         dataset = Dataset(
@@ -165,7 +166,9 @@ class Tracker(NamedTuple):
 
     def model_uri(self, run_id: str) -> str:
         """The model that a finetuning logged."""
-        return f"models:/{self.client.get_run(run_id).outputs.model_outputs[0].model_id}"
+        outputs = self.client.get_run(run_id).outputs
+        assert outputs is not None, "a finished finetuning has a model"
+        return f"models:/{outputs.model_outputs[0].model_id}"
 
     def register(self, name: str, uri: str) -> str:
         """Register a logged model under `name`; the version, which is the same if it was registered before."""

@@ -12,6 +12,8 @@ from aecore.variants.plain import Plain
 
 Variant = Annotated[Plain | Denoising, Field(discriminator="kind")]
 
+__all__ = ["PAPERS", "Denoising", "Plain", "Variant"]
+
 PAPERS = {
     "plain": "Hinton & Salakhutdinov, Science 313 (2006); Bengio et al., NIPS 2006",
     "denoising": "Vincent et al., JMLR 11 (2010) 3371-3408",

@@ -1,0 +1,66 @@
+"""Shared fixtures: tiny data, stores of their own, real MNIST where DIABOLO_DATA says that it lies."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aecore.config import Experiment, Finetune, Fit
+from aecore.data import Arrays, Split, inspect, load
+from aecore.specs import Facts
+from pipelines.tracking import Tracker, connect
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("DIABOLO__", "MLFLOW_", "RAY_ADDRESS")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The folder that holds MNIST/raw."""
+    root = os.environ.get("DIABOLO_DATA")
+    if not root:
+        pytest.skip("DIABOLO_DATA is not set: no folder with real MNIST to test on")
+    return Path(root).resolve()
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Facts, Arrays]:
+    data = Experiment().data
+    facts = inspect(data)
+    return facts, load(data, facts)
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Arrays:
+    """Standard normal vectors on a plane of two dimensions, in eight."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(600, 2)) @ rng.normal(size=(2, 8)) + 0.1 * rng.normal(size=(600, 8))).astype(np.float32)
+    y = (x[:, 0] > 0).astype(np.int64)
+    one, zero = np.ones((), np.float32), np.zeros((), np.float32)
+    return Arrays(Split(x[:400], y[:400]), Split(x[400:500], y[400:500]), Split(x[500:], y[500:]), zero, one)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
+    """A store of this module's own."""
+    made = connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db", "test")
+    assert made is not None
+    yield made
+
+
+@pytest.fixture
+def quick() -> Experiment:
+    """The digits experiment in a second."""
+    return Experiment(pretrain=Fit(epochs=2), finetune=Finetune(epochs=2))

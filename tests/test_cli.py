@@ -1,0 +1,158 @@
+"""Settings: precedence, kinds, and every way to get them wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aecore.config import Conv, Experiment
+from aecore.errors import InputError
+from aecore.variants import Denoising
+from jobs.cli import parse
+from jobs.train import Train
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
+
+
+def settings(*args: str) -> Train:
+    return parse(Train, "test", list(args))
+
+
+def recipe(folder: Path, content: Any) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(file)
+
+
+def test_no_arguments_are_the_defaults() -> None:
+    assert settings().experiment == Experiment()
+
+
+def test_precedence_is_defaults_recipe_environment_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe(tmp_path, {"finetune": {"epochs": 5, "lr": 0.5, "batch_size": 7}, "seed": 1})
+    monkeypatch.setenv("DIABOLO__FINETUNE__LR", "0.25")
+    monkeypatch.setenv("DIABOLO__FINETUNE__EPOCHS", "6")
+    monkeypatch.setenv("DIABOLO__RESOURCES__RETRIES", "9")
+    found = settings(file, "--finetune.epochs", "8")
+    assert found.finetune is not None
+    assert (found.finetune.epochs, found.finetune.lr, found.finetune.batch_size) == (8, 0.25, 7)
+    assert found.finetune.schedule == "constant" and found.seed == 1 and found.resources.retries == 9
+
+
+def test_a_partial_override_keeps_the_class_defaults_of_its_siblings() -> None:
+    default = Experiment().pretrain
+    found = settings("--pretrain.lr", "0.1").pretrain
+    assert default is not None and found == default.model_copy(update={"lr": 0.1})
+
+
+def test_another_kind_replaces_its_subtree(tmp_path: Path) -> None:
+    file = recipe(tmp_path, {"variant": {"kind": "denoising", "level": 0.4}, "network": {"widths": [5], "tied": True}})
+    assert settings(file, "--variant.noise", "gaussian").variant == Denoising(level=0.4, noise="gaussian")
+    assert settings(file, "--variant.kind", "plain").variant.kind == "plain"
+    assert settings(file, "--network.kind", "conv").network == Conv()
+    assert settings("--variant.kind", "denoising", "--variant.level", "0.3").variant == Denoising(level=0.3)
+
+
+@pytest.mark.parametrize("null", ["recipe", "option"])
+def test_null_switches_a_part_off_and_a_field_switches_it_on_again(null: str, tmp_path: Path) -> None:
+    file = recipe(tmp_path, {"pretrain": None} if null == "recipe" else {})
+    args = [] if null == "recipe" else ["--pretrain", "null"]
+    assert settings(file, *args).pretrain is None
+    again = settings(file, "--pretrain.epochs", "3").pretrain
+    assert again is not None and again.epochs == 3
+
+
+def test_values_of_every_sort() -> None:
+    found = settings(
+        "--network.widths", "[7, 5]", "--control", "false", "--data.labels", "null", "--data.validation", "100",
+        "--pretrain.lr", "1e-4", "--plan", "--figures", "somewhere", "--register", "name",
+    )  # fmt: skip
+    assert found.network.widths == (7, 5) and found.control is False and found.data.labels is None
+    assert found.data.validation == 100 and found.pretrain is not None and found.pretrain.lr == 1e-4
+    assert found.plan and found.figures == Path("somewhere") and found.register_as == "name"
+
+
+BAD: list[tuple[list[str], Any, str]] = [
+    (["--finetune.epohs", "3"], None, "--finetune.epohs: unknown option; the nearest is finetune.epochs"),
+    (["--varient.kind", "plain"], None, "the nearest is variant.kind"),
+    (["--zzz"], None, "--zzz: unknown option"),
+    ([], {"finetune": {"lrr": 1}}, "finetune.lrr: unknown key; the nearest is finetune.lr"),
+    ([], {"pretain": {}}, "pretain: unknown key; the nearest is pretrain"),
+    ([], {"resources": {"gpu": 1}}, "resources.gpu: unknown key; the nearest is resources.gpus"),
+    ([], {"variant": {"kind": "denoising", "levle": 1}}, "variant.levle: unknown key; the nearest is variant.level"),
+    ([], {"variant": {"level": 1}}, "variant.level: not a field of this variant.kind"),
+    (["--network.kernel", "3"], None, "network.kernel: not a field of this network.kind"),
+    ([], {"variant": {"kind": "sparce"}}, "variant: input tag 'sparce'"),
+    (["--pretrain.epochs", "0"], None, "pretrain.epochs: input should be greater than 0, got '0'"),
+    (["--pretrain.epochs", "many"], None, "pretrain.epochs: input should be a valid integer"),
+    (["--network.dropout", "1"], None, "network.dropout: input should be less than 1"),
+    (["--network.widths", "[]"], None, "network.widths: "),
+    (["--data.name", "minst"], None, "data.name: "),
+    (["--data.name", "parquet"], None, "data.path is missing"),
+    (["--data.path", "x.parquet"], None, "add --data.name parquet"),
+    (["--pretrain", "null", "--finetune", "null"], None, "nothing to train"),
+    (["--control", "maybe"], None, "control: input should be a valid boolean"),
+    (["--finetune.epochs"], None, "expected one argument"),
+    (["no-such-recipe.yaml"], None, "recipe no-such-recipe.yaml: No such file"),
+    ([], "a: [1", "not YAML"),
+    ([], "- just\n- a list", "holds a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "content", "message"), BAD, ids=[row[2] for row in BAD])
+def test_bad_settings_are_told_in_one_line(args: list[str], content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        settings(*([] if content is None else [recipe(tmp_path, content)]), *args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_environment_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIABOLO__FINETUNE__LRR", "3")
+    with pytest.raises(InputError, match=r"finetune\.lrr: unknown key; the nearest is finetune\.lr"):
+        settings()
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_every_recipe_parses(file: Path) -> None:
+    assert settings(str(file)).experiment != Experiment()
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "jobs.train", *args]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False, env=None)
+
+
+def test_help_lists_every_field_with_its_meaning(tmp_path: Path) -> None:
+    done = command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for part in ("--finetune.lr", "Peak learning rate of Adam.", "(default: 0.001)", "RECIPE", "--variant.level"):
+        assert part in text
+    for name, field in Train.model_fields.items():
+        assert f"--{field.alias or name}" in text or name == "recipe"
+
+
+def test_bad_input_ends_with_one_line_and_exit_code_2_before_anything_is_made(tmp_path: Path) -> None:
+    done = command("--finetune.epohs", "3", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --finetune.epohs: unknown option; the nearest is finetune.epochs\n"
+    done = command("--data.name", "parquet", "--data.path", "gone.parquet", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "gone.parquet does not exist" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_makes_nothing(tmp_path: Path) -> None:
+    done = command("--plan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "layer", "layer", "layer", "finetune", "evaluate", "control", "evaluate",
+    ]  # fmt: skip
+    assert all(line.endswith("would run") for line in lines)
+    assert list(tmp_path.iterdir()) == []

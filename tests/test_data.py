@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from aecore.config import Data
+from aecore.data import Arrays, inspect, load
+from aecore.errors import InputError
+from aecore.specs import Facts
+
+
+def test_digits_are_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    assert (facts.shape, facts.levels, len(facts.classes), facts.rows) == ((1, 8, 8), 17, 10, 1797)
+    every = np.concatenate([split.x for split in arrays[:3]])
+    assert every.dtype == np.uint8
+    assert sorted(every.reshape(1797, 64).sum(1)) == sorted(load_digits().data.sum(1))
+    assert arrays.scale == np.float32(1 / 16)
+
+
+def test_splits_are_disjoint_stratified_and_the_same_again(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    assert [len(split.x) for split in arrays[:3]] == [1222, 216, 359]
+    again = load(Data(), facts)
+    for one, two in zip(arrays[:3], again[:3], strict=True):
+        assert np.array_equal(one.x, two.x)
+        assert one.y is not None
+        assert np.bincount(one.y).min() > 0.08 * len(one.y)
+
+
+def test_limit_takes_only_training_rows_and_keeps_the_classes(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    few = load(Data(limit=100), facts)
+    assert few.train.y is not None and sorted(np.bincount(few.train.y)) == [10] * 10
+    assert np.array_equal(few.test.x, arrays.test.x)
+
+
+def test_labels_can_be_ignored() -> None:
+    data = Data(labels=None)
+    facts = inspect(data)
+    assert facts.classes == () and load(data, facts).train.y is None
+
+
+@pytest.mark.parametrize("field", ["validation", "test"])
+def test_more_rows_than_there_are(field: str) -> None:
+    with pytest.raises(InputError, match=f"data.{field}: 2000 rows asked for, the data have 1797"):
+        inspect(Data.model_validate({field: 2000}))
+
+
+def test_a_split_that_leaves_nothing(digits: tuple[Facts, Arrays]) -> None:
+    with pytest.raises(InputError, match=r"data.validation: 1700 of 1438 rows leaves a split empty"):
+        load(Data(validation=1700), digits[0])
+
+
+def test_real_mnist(mnist_root: Path) -> None:
+    data = Data(name="mnist", root=mnist_root, validation=10000)
+    facts = inspect(data)
+    arrays = load(data, facts)
+    assert [len(split.x) for split in arrays[:3]] == [50_000, 10_000, 10_000]
+    train = np.concatenate([arrays.train.x, arrays.validation.x])
+    assert train.dtype == np.uint8
+    assert train.mean() / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert train.std() / 255 == pytest.approx(0.3081, abs=1e-4)
+    assert arrays.test.y is not None and arrays.test.y[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+    file.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def write_mnist(root: Path, name: str = "MNIST", prefix: tuple[str, str] = ("train", "t10k")) -> None:
+    rng = np.random.default_rng(0)
+    for stem, rows in zip(prefix, (400, 100), strict=True):
+        write_idx(root / name / "raw" / f"{stem}-images-idx3-ubyte", rng.integers(0, 256, (rows, 28, 28)))
+        write_idx(root / name / "raw" / f"{stem}-labels-idx1-ubyte", np.arange(rows) % 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "stems"),
+    [
+        ("mnist", "MNIST", ("train", "t10k")),
+        ("fashion_mnist", "FashionMNIST", ("train", "t10k")),
+        ("kmnist", "KMNIST", ("train", "t10k")),
+        ("emnist", "EMNIST", ("emnist-balanced-train", "emnist-balanced-test")),
+    ],
+)
+def test_idx_sets_are_read_as_torchvision_reads_them(
+    tmp_path: Path, name: str, folder: str, stems: tuple[str, str]
+) -> None:
+    import torchvision
+
+    write_mnist(tmp_path, folder, stems)
+    data = Data.model_validate({"name": name, "root": tmp_path, "validation": 50})
+    arrays = load(data, inspect(data))
+    extra = {"split": "balanced"} if name == "emnist" else {}
+    theirs = getattr(torchvision.datasets, folder)(str(tmp_path), train=False, **extra).data.numpy()
+    assert np.array_equal(arrays.test.x[:, 0], theirs.transpose(0, 2, 1) if name == "emnist" else theirs)
+    assert len(arrays.train.x) == 350
+
+
+def test_a_missing_set_says_where_to_put_which_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "KMNIST", offline)
+    with pytest.raises(InputError) as error:
+        inspect(Data(name="kmnist", root=tmp_path))
+    assert "\n" not in str(error.value)
+    for part in ("data.root", "no network", str(tmp_path), "KMNIST/raw/t10k-labels-idx1-ubyte"):
+        assert part in str(error.value)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-100])
+    data = Data(name="mnist", root=tmp_path)
+    with pytest.raises(InputError, match="train-images-idx3-ubyte is truncated"):
+        load(data, inspect(data))
+
+
+def test_other_bytes_other_digest(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = Data(name="mnist", root=tmp_path)
+    before = inspect(data).digest
+    assert inspect(data).digest == before
+    write_idx(tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", np.ones(100))
+    assert inspect(data).digest != before
+
+
+def test_colour_sets_come_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    class Cifar:
+        def __init__(self, root: str, train: bool = True) -> None:
+            rows = 100 if train else 20
+            self.data = np.arange(rows * 32 * 32 * 3, dtype=np.uint8).reshape(rows, 32, 32, 3)
+            self.targets = [n % 10 for n in range(rows)]
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / name).write_bytes(b"stands for the real one")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
+    data = Data(name="cifar10", root=tmp_path)
+    arrays = load(data, inspect(data))
+    assert arrays.test.x.shape == (20, 3, 32, 32)
+    assert np.array_equal(arrays.test.x[0, :, 0, 1], Cifar("", False).data[0, 0, 1])

@@ -1,0 +1,192 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from aecore.config import Fit
+from aecore.data import Arrays
+from aecore.errors import DivergenceError
+from aecore.fit import Fitted, _AdamW, _schedule, evaluate, fit
+from aecore.networks import Terms
+
+CPU = torch.device("cpu")
+
+
+class Affine(nn.Module):
+    """A linear autoencoder."""
+
+    def __init__(self, features: int, code: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(features, code), nn.Linear(code, features)
+
+    def terms(self, x: Tensor) -> Terms:
+        return {"reconstruction": (self.decoder(self.encoder(x)) - x).square().sum(1).mean()}
+
+
+def run(vectors: Arrays, spec: Fit, seed: int = 0, code: int = 2) -> tuple[Affine, Fitted]:
+    torch.manual_seed(seed)
+    model = Affine(8, code)
+    rows = [(torch.tensor(split.x),) for split in (vectors.train, vectors.validation)]
+    return model, fit(model, model.terms, rows[0], rows[1], spec, seed=seed, device=CPU)
+
+
+def test_a_linear_autoencoder_reaches_pca(vectors: Arrays) -> None:
+    seen = vectors._replace(validation=vectors.train)  # the best epoch for the rows that PCA is fitted on
+    model, _ = run(seen, Fit(epochs=600, batch_size=100, lr=2e-2, schedule="cosine"))
+    x = torch.tensor(vectors.train.x)
+    pca = PCA(2).fit(vectors.train.x)
+    best = np.square(pca.inverse_transform(pca.transform(vectors.train.x)) - vectors.train.x).sum(1).mean()
+    assert model.terms(x)["reconstruction"].item() == pytest.approx(best, rel=0.01)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_optimiser_is_torchs_adamw_bit_for_bit(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(9, 4), nn.Linear(9, 4)
+    theirs.load_state_dict(ours.state_dict())
+    mine = _AdamW(ours, weight_decay)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=weight_decay, fused=True)
+    for _ in range(5):
+        x = torch.randn(3, 9)
+        for model, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+        mine.step(0.01)
+        reference.step()
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+
+
+def test_same_seed_same_bits_and_another_seed_others(vectors: Arrays) -> None:
+    weights = [run(vectors, Fit(epochs=3), seed)[0].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["encoder.weight"], weights[2]["encoder.weight"])
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_training(vectors: Arrays) -> None:
+    # so large a rate that the loss soon jumps about
+    model, fitted = run(vectors, Fit(epochs=200, lr=0.5, patience=5))
+    losses = [epoch["val/loss"] for epoch in fitted.history]
+    assert fitted.best_epoch == 1 + int(np.argmin(losses))
+    assert len(losses) == fitted.best_epoch + 5 < 200
+    kept = evaluate(model, model.terms, (torch.tensor(vectors.validation.x),), device=CPU)
+    assert kept["reconstruction"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_a_measure_can_choose_the_epoch(vectors: Arrays) -> None:
+    torch.manual_seed(0)
+    model = Affine(8, 2)
+    seen: list[int] = []
+
+    def measure(x: Tensor) -> Terms:  # best at the second epoch, by decree
+        seen.append(1)
+        return {"decree": torch.tensor(abs(len(seen) - 2.0) * len(x))}
+
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    fitted = fit(model, model.terms, *rows, Fit(epochs=4), seed=0, device=CPU, measure=measure, monitor="decree")
+    assert fitted.best_epoch == 2
+    assert [epoch["val/decree"] for epoch in fitted.history] == [1, 0, 1, 2]
+
+
+def test_epochs_are_reported_once_each_as_they_end(vectors: Arrays) -> None:
+    torch.manual_seed(0)
+    model, told = Affine(8, 2), []
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    fitted = fit(
+        model,
+        model.terms,
+        *rows,
+        Fit(epochs=3),
+        seed=0,
+        device=CPU,
+        report=lambda n, m: told.append((n, m["val/loss"])),
+    )
+    assert told == [(n, m["val/loss"]) for n, m in enumerate(fitted.history, 1)]
+    assert {"train/loss", "train/reconstruction", "val/reconstruction", "lr", "seconds"} <= set(fitted.history[0])
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order(vectors: Arrays) -> None:
+    torch.manual_seed(0)
+    model, seen = Affine(8, 2), []
+
+    def terms(x: Tensor) -> Terms:
+        if model.training:
+            seen.append(x[:, 0])
+        return model.terms(x)
+
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    fit(model, terms, *rows, Fit(epochs=2, batch_size=64), seed=0, device=CPU)
+    first, second = torch.cat(seen[:7]), torch.cat(seen[7:])
+    assert len(seen) == 14 and not torch.equal(first, second)
+    assert torch.equal(first.sort().values, rows[0][0][:, 0].sort().values)
+    assert torch.equal(second.sort().values, rows[0][0][:, 0].sort().values)
+
+
+def test_a_last_batch_of_one_row_is_left_out(vectors: Arrays) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 8))
+    rows = (torch.tensor(vectors.train.x[:65]),), (torch.tensor(vectors.validation.x),)
+    fitted = fit(
+        model, lambda x: {"r": (model(x) - x).square().mean()}, *rows, Fit(epochs=1, batch_size=64), seed=0, device=CPU
+    )
+    assert math.isfinite(fitted.history[0]["train/loss"])
+
+
+def test_schedules() -> None:
+    cosine = Fit(epochs=10, schedule="cosine", warmup=2)
+    assert [round(_schedule(cosine, e), 6) for e in (1, 2, 6, 10)] == [0.5, 1, 0.5, 0]
+    assert 0 < _schedule(cosine, 0) < 0.01
+    assert _schedule(Fit(), 7.5) == 1
+
+
+def test_plateau_halves_the_rate_after_three_bad_epochs(vectors: Arrays) -> None:
+    _, fitted = run(vectors, Fit(epochs=60, lr=0.3, schedule="plateau"))
+    losses, rates = ([epoch[name] for epoch in fitted.history] for name in ("val/loss", "lr"))
+    best, bad, rate = math.inf, 0, 0.3
+    for loss, used in zip(losses, rates, strict=True):
+        assert used == pytest.approx(rate)
+        bad = 0 if loss < best else bad + 1
+        best = min(best, loss)
+        if bad == 3:
+            rate, bad = rate / 2, 0
+    assert rates[-1] < 0.3
+
+
+def test_clipping_bounds_the_step(vectors: Arrays) -> None:
+    free, clipped = (run(vectors, Fit(epochs=1, clip=clip))[0] for clip in (None, 1e-9))
+    torch.manual_seed(0)
+    start = Affine(8, 2).encoder.weight
+    # Adam scales gradients out, so that only a gradient below its epsilon shows in the step
+    assert (clipped.encoder.weight - start).abs().max() < 0.2 * (free.encoder.weight - start).abs().max()
+
+
+def test_a_term_that_is_not_finite_stops_with_its_name(vectors: Arrays) -> None:
+    model = Affine(8, 2)
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    with pytest.raises(DivergenceError, match="train/penalty is nan in epoch 1"):
+        fit(
+            model, lambda x: {**model.terms(x), "penalty": model.encoder.weight.sum() * math.nan}, *rows,
+            Fit(epochs=2, batch_size=400), seed=0, device=CPU,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_lower_precision_trains_and_leaves_no_trace(vectors: Arrays, precision: str) -> None:
+    torch.manual_seed(0)
+    model = Affine(8, 2)
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    before = torch.get_float32_matmul_precision()
+    fitted = fit(model, model.terms, *rows, Fit(epochs=5), seed=0, device=CPU, precision=precision)  # type: ignore[arg-type]
+    assert fitted.history[-1]["val/loss"] < fitted.history[0]["val/loss"]
+    assert model.encoder.weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == before
+
+
+def test_validation_noise_is_the_same_at_every_epoch(vectors: Arrays) -> None:
+    model = Affine(8, 2)
+    rows = (torch.tensor(vectors.validation.x),)
+    noisy = [
+        evaluate(model, lambda x: model.terms(x + torch.randn_like(x)), rows, device=CPU, seed=seed)["reconstruction"]
+        for seed in (1, 1, 2)
+    ]
+    assert noisy[0] == noisy[1] != noisy[2]

@@ -1,0 +1,158 @@
+"""The contract for a user's own Parquet, one test a way of writing it."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from aecore.config import Data
+from aecore.data import Arrays, inspect, load
+from aecore.errors import InputError
+from aecore.specs import Facts
+
+ROWS = 40
+IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 6, 5), dtype=np.uint8)
+COLOUR = np.random.default_rng(1).integers(0, 256, (ROWS, 6, 5, 3), dtype=np.uint8)
+VECTORS = np.random.default_rng(2).normal(3, 2, (ROWS, 4)).astype(np.float32)
+LABELS = [n % 2 for n in range(ROWS)]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read(path: Path, columns: dict[str, Any], **fields: Any) -> tuple[Facts, Arrays]:
+    pq.write_table(pa.table(columns), path / "data.parquet", row_group_size=16)
+    data = Data.model_validate({"name": "parquet", "path": str(path / "data.parquet"), "validation": 6, **fields})
+    facts = inspect(data)
+    return facts, load(data, facts)
+
+
+def everything(arrays: Arrays) -> np.ndarray:
+    return np.concatenate([split.x for split in arrays[:3]])
+
+
+def same_rows(one: np.ndarray, two: np.ndarray) -> bool:
+    key = lambda rows: sorted(row.tobytes() for row in rows)  # noqa: E731  # the order is the split's business
+    return key(np.ascontiguousarray(one)) == key(np.ascontiguousarray(two))
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+WAYS = {
+    "structs": (pa.array([{"bytes": png(i), "path": None} for i in IMAGES], STRUCT), IMAGES[:, None]),
+    "png": (pa.array([png(i) for i in IMAGES]), IMAGES[:, None]),
+    "colour": (pa.array([png(i) for i in COLOUR]), COLOUR.transpose(0, 3, 1, 2)),
+    "tensors": (pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES), IMAGES[:, None]),
+    "nested": (pa.array(IMAGES.tolist(), pa.list_(pa.list_(pa.uint8(), 5), 6)), IMAGES[:, None]),
+    "vectors": (pa.array(VECTORS.tolist(), pa.list_(pa.float32(), 4)), VECTORS),
+    "lists": (pa.array(VECTORS.tolist(), pa.list_(pa.float32())), VECTORS),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_column_of(way: str, tmp_path: Path) -> None:
+    column, expected = WAYS[way]
+    facts, arrays = read(tmp_path, {"thing": column, "label": LABELS})
+    assert facts.shape == expected.shape[1:]
+    assert facts.levels == (256 if expected.dtype == np.uint8 else 0)
+    assert same_rows(everything(arrays), expected)
+    assert len(arrays.validation.x) == 6 and len(arrays.test.x) == 8
+
+
+def test_columns_of_numbers_are_features_and_labels_may_be_strings(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {f"f{n}": VECTORS[:, n] for n in range(4)}
+    facts, arrays = read(tmp_path, {**columns, "label": ["dog" if n else "cat" for n in LABELS]})
+    assert facts.classes == ("cat", "dog") and facts.shape == (4,)
+    assert same_rows(everything(arrays), VECTORS)
+    for split in arrays[:3]:
+        assert split.y is not None
+        for x, y in zip(split.x, split.y, strict=True):
+            assert LABELS[int(np.argmin(np.abs(VECTORS - x).sum(1)))] == y
+
+
+def test_standardised_on_the_training_rows_alone(tmp_path: Path) -> None:
+    _, arrays = read(tmp_path, {"x": WAYS["vectors"][0], "label": LABELS})
+    train = (arrays.train.x - arrays.shift) * arrays.scale
+    assert train.mean(0) == pytest.approx(0, abs=1e-5) and train.std(0) == pytest.approx(1, abs=1e-5)
+    assert abs(((arrays.test.x - arrays.shift) * arrays.scale).mean(0)).max() > 0.05
+
+
+def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
+    _, arrays = read(tmp_path, {"a": np.arange(ROWS), "b": np.full(ROWS, 7.0), "label": LABELS})
+    assert (((arrays.train.x - arrays.shift) * arrays.scale)[:, 1] == 0).all()
+
+
+def test_the_split_column_decides(tmp_path: Path) -> None:
+    marks = ["train"] * 20 + ["validation"] * 12 + ["test"] * 8
+    _, arrays = read(tmp_path, {"image": WAYS["png"][0], "label": LABELS, "split": marks})
+    assert np.array_equal(arrays.train.x, IMAGES[:20, None])
+    assert np.array_equal(arrays.validation.x, IMAGES[20:32, None])
+    assert np.array_equal(arrays.test.x, IMAGES[32:, None])
+
+
+def test_a_folder_is_one_set_and_names_do_not_matter(tmp_path: Path) -> None:
+    table = pa.table({"x": WAYS["vectors"][0], "label": LABELS})
+    for folder, names in (("one", ("a", "b")), ("two", ("c", "d"))):
+        (tmp_path / folder).mkdir()
+        for name, part in zip(names, (table[:25], table[25:]), strict=True):
+            pq.write_table(part, tmp_path / folder / f"{name}.parquet")
+    facts = [inspect(Data(name="parquet", path=str(tmp_path / folder))) for folder in ("one", "two")]
+    assert facts[0].rows == ROWS and facts[0].digest == facts[1].digest
+    local = inspect(Data(name="parquet", path=(tmp_path / "one").as_uri()))
+    assert local == facts[0]
+
+
+VECTOR_COLUMN = WAYS["vectors"][0]
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no features": ({"label": LABELS, "name": ["x"] * ROWS}, {}, "no column of images, vectors or numbers"),
+    "two candidates": ({"a": VECTOR_COLUMN, "b": VECTOR_COLUMN}, {}, "a and b could all be the images"),
+    "unknown column": ({"a": VECTOR_COLUMN}, {"column": "z"}, "no column z; there are a"),
+    "unknown labels": ({"a": VECTOR_COLUMN}, {"labels": "z"}, "no column z; there are a"),
+    "text as features": ({"a": ["x"] * ROWS}, {"column": "a"}, "column a: string is neither images nor vectors"),
+    "float labels": ({"a": VECTOR_COLUMN, "label": np.ones(ROWS)}, {}, "labels are double; use integers or strings"),
+    "missing labels": ({"a": VECTOR_COLUMN, "label": [None, *LABELS[1:]]}, {}, "some labels are missing"),
+    "one class": ({"a": VECTOR_COLUMN, "label": [1] * ROWS}, {}, "one class only"),
+    "missing value": ({"a": [None, *VECTORS[1:].tolist()]}, {"column": "a"}, "column a row 0: missing"),
+    "ragged": ({"a": [[1.0], *VECTORS[1:].tolist()]}, {}, "list of another length|others \\(1,\\)"),
+    "not an image": ({"a": [png(IMAGES[0]), *[b"no"] * (ROWS - 1)]}, {}, "row 1: not a readable image"),
+    "sizes differ": ({"a": [*map(png, IMAGES[1:]), png(IMAGES[0][:4])]}, {}, r"row \d+: (image of )?shape"),
+    "not finite": ({"a": [*VECTORS[1:].tolist(), [1.0, 2.0, 3.0, float("nan")]]}, {}, "row 39: a value is not finite"),
+    "strange split": ({"a": VECTOR_COLUMN, "split": ["dev"] * ROWS}, {}, "row 0: split is 'dev'"),
+    "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row is marked train"),
+    "beyond [0, 1]": ({"a": VECTOR_COLUMN}, {"likelihood": "bernoulli"}, r"bernoulli needs values in \[0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_parquet_is_told_in_one_line(case: str, tmp_path: Path) -> None:
+    columns, fields, message = BAD[case]
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path, columns, **fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (b"", "not a readable Parquet file"), (b"PAR1 and nothing else", "not a readable")],
+)
+def test_bad_files_are_told_in_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        inspect(Data(name="parquet", path=str(file)))
+
+
+def test_an_empty_table_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \.parquet file"):
+        inspect(Data(name="parquet", path=str(tmp_path)))
+    pq.write_table(pa.table({"a": VECTOR_COLUMN})[:0], tmp_path / "data.parquet")
+    with pytest.raises(InputError, match="has no rows"):
+        inspect(Data(name="parquet", path=str(tmp_path)))

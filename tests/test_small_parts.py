@@ -1,0 +1,115 @@
+"""Storage, measures, figures."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from aecore import figures, metrics
+from aecore.storage import load_weights, save_weights
+
+RNG = np.random.default_rng(0)
+
+
+def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    weights = {"a": RNG.normal(size=(3, 4)).astype(np.float32), "b": np.arange(3), "c": np.zeros((), np.float32)}
+    save_weights(tmp_path, {"x": [1, None]}, weights)
+    config, again = load_weights(tmp_path)
+    assert config == {"x": [1, None]}
+    assert all(
+        np.array_equal(weights[name], again[name]) and weights[name].dtype == again[name].dtype for name in weights
+    )
+
+
+def test_transposed_weights_are_saved_as_they_read(tmp_path: Path) -> None:
+    weight = np.arange(6.0).reshape(2, 3).T
+    save_weights(tmp_path, {}, {"w": weight})
+    assert np.array_equal(load_weights(tmp_path)[1]["w"], weight)
+
+
+def test_altered_weights_are_refused(tmp_path: Path) -> None:
+    save_weights(tmp_path, {}, {"a": np.zeros(5)})
+    file = tmp_path / "weights.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="checksum"):
+        load_weights(tmp_path)
+
+
+def test_config_is_readable_json(tmp_path: Path) -> None:
+    save_weights(tmp_path, {"layer": {"width": 3}}, {})
+    assert json.loads((tmp_path / "config.json").read_text())["layer"] == {"width": 3}
+
+
+def separable(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, rows)
+    return (np.eye(3)[labels] * 4 + rng.normal(size=(rows, 3))).astype(np.float32) * [1, 100, 0.01], labels
+
+
+def test_probe_and_neighbours_on_known_clusters() -> None:
+    train, validation, test = separable(600, 0), separable(200, 1), separable(500, 2)
+    # three unit normals 4 sqrt 2 apart: the best any classifier can do is about 99.5 %
+    assert metrics.linear_probe(train, validation, test) > 0.98
+    assert metrics.knn((train[0] / [1, 100, 0.01], train[1]), (test[0] / [1, 100, 0.01], test[1])) > 0.98
+    noise = RNG.permutation(test[1])
+    assert metrics.linear_probe(train, validation, (test[0], noise)) == pytest.approx(1 / 3, abs=0.08)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(979, 1000), (5, 10), (10, 10), (0, 7)])
+def test_interval_is_wilsons(right: int, rows: int) -> None:
+    reference = binomtest(right, rows).proportion_ci(method="wilson")
+    low, high = metrics.accuracy_interval(right / rows, rows)
+    assert (low, high) == (pytest.approx(reference.low, abs=1e-6), pytest.approx(reference.high, abs=1e-6))
+
+
+def test_confusion_counts_pairs() -> None:
+    table = metrics.confusion(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
+    assert table.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_batches_change_nothing() -> None:
+    x = RNG.normal(size=(50, 3)).astype(np.float32)
+    whole = metrics.over_batches(lambda rows: rows * 2, x, torch.device("cpu"), batch_size=7)
+    assert np.array_equal(whole.numpy(), x * 2)
+
+
+def size(png: bytes) -> tuple[int, int]:
+    image = Image.open(io.BytesIO(png)).convert("L")
+    shades = np.asarray(image)
+    assert shades.std() > 5, "an empty picture"
+    return image.size
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (20,)])
+def test_reconstructions_and_units(shape: tuple[int, ...]) -> None:
+    x = RNG.random((12, *shape)).astype(np.float32)
+    assert size(figures.reconstructions(x, 1 - x, 0.1))[0] > 500
+    assert size(figures.units([RNG.normal(size=(16, *shape)), RNG.normal(size=(5, *shape))]))[0] > 500
+
+
+@pytest.mark.parametrize("features", [1, 2, 16])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_codes_map(features: int, labelled: bool) -> None:
+    codes = RNG.normal(size=(60, features)).astype(np.float32)
+    labels = RNG.integers(0, 3, 60) if labelled else None
+    assert min(size(figures.codes_map(codes, labels, ("a", "b", "c")))) > 500
+
+
+def test_loss_curves_of_layers_and_finetuning() -> None:
+    history = [{"train/loss": 1 / n, "val/loss": 1.1 / n} for n in range(1, 9)]
+    errors = [{**epoch, "val/error": 0.1} for epoch in history]
+    stages = {"layer 1": {"history": history, "best_epoch": 8}, "finetuning": {"history": errors, "best_epoch": 3}}
+    assert size(figures.loss_curves(stages))[0] > 700
+
+
+@pytest.mark.parametrize("classes", [2, 10, 47])
+def test_confusion_figure(classes: int) -> None:
+    table = np.eye(classes, dtype=np.int64) * 90 + 1
+    assert min(size(figures.confusion(table, [f"class {n}" for n in range(classes)]))) > 500

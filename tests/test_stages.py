@@ -1,0 +1,160 @@
+"""Stages as a whole: the table of variants x problems, and what pretraining hands on."""
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from aecore import stages
+from aecore.config import Conv, Data, Dense, Fit
+from aecore.data import Arrays
+from aecore.specs import EvaluateSpec, Facts, FinetuneSpec, LayerSpec, Numerics, PretrainSpec, layer_specs
+from aecore.storage import Result
+from aecore.variants import PAPERS, Variant
+
+VARIANTS = get_args(get_args(Variant)[0])
+CLASSES = tuple("0123456789")
+
+
+def pretrain(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int = 3, seed: int = 0) -> list[Result]:
+    layers: list[Result] = []
+    for number, layer in enumerate(specs, 1):
+        spec = PretrainSpec(
+            number=number, layer=layer, variant=variant, fit=Fit(epochs=epochs), seed=seed, numerics=Numerics()
+        )
+        layers.append(stages.pretrain_layer(spec, stages.Run(), data=arrays, below=layers))
+    return layers
+
+
+def tuning(specs: list[LayerSpec], task: str = "classify", **fit: Any) -> FinetuneSpec:
+    return FinetuneSpec.model_validate(
+        {
+            "layers": specs, "task": task, "classes": CLASSES if task == "classify" else (), "seed": 0,
+            "variant": None if task == "classify" else VARIANTS[0](), "fit": {"epochs": 2, **fit}, "numerics": {},
+        }
+    )  # fmt: skip
+
+
+def test_every_variant_says_where_it_comes_from() -> None:
+    assert {variant().kind for variant in VARIANTS} == set(PAPERS)
+
+
+PROBLEMS: dict[str, tuple[Dense | Conv, str]] = {
+    "relu": (Dense(widths=(24, 12), activation="relu"), "bernoulli"),
+    "sigmoid": (Dense(widths=(24, 12), activation="sigmoid"), "bernoulli"),
+    "tanh gaussian": (Dense(widths=(24, 12), activation="tanh"), "gaussian"),
+    "categorical": (Dense(widths=(24,)), "categorical"),
+    "conv": (Conv(widths=(4, 6), dense=(8,)), "bernoulli"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_variants_on_problems(problem: str, variant: Any, digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    network, likelihood = PROBLEMS[problem]
+    specs = layer_specs(network, Data.model_validate({"likelihood": likelihood}), facts)
+    layers = pretrain(arrays, specs, variant(), epochs=4)
+    for result in layers:
+        history = result.config["history"]
+        assert all(np.isfinite(list(epoch.values())).all() for epoch in history)
+        assert history[-1]["train/loss"] < history[0]["train/loss"]
+    again = pretrain(arrays, specs, variant(), epochs=4)
+    for one, two in zip(layers, again, strict=True):
+        assert all(np.array_equal(one.weights[name], two.weights[name]) for name in one.weights)
+
+
+def test_finetuning_starts_from_exactly_the_pretrained_weights(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
+    layers = pretrain(arrays, specs, VARIANTS[0]())
+    still = {"lr": 1e-30, "epochs": 1}
+    tuned = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays, layers=layers)
+    control = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays)
+    for number, layer in enumerate(layers):
+        weight = f"encoders.{number}.affine.weight"
+        assert np.array_equal(tuned.weights[weight], layer.weights["encoder.affine.weight"])
+        assert not np.array_equal(control.weights[weight], layer.weights["encoder.affine.weight"])
+    # the control differs in its encoders alone
+    assert np.array_equal(tuned.weights["head.weight"], control.weights["head.weight"])
+    unrolled = stages.finetune(tuning(specs, "reconstruct", **still), stages.Run(), data=arrays, layers=layers)
+    for number, layer in enumerate(layers):
+        for name, value in layer.weights.items():
+            assert np.array_equal(unrolled.weights[f"layers.{number}.{name}"], value)
+
+
+def test_finetuning_frees_all_weights(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
+    layers = pretrain(arrays, specs, VARIANTS[0]())
+    tuned = stages.finetune(tuning(specs), stages.Run(), data=arrays, layers=layers)
+    for number, layer in enumerate(layers):
+        moved = tuned.weights[f"encoders.{number}.affine.weight"] - layer.weights["encoder.affine.weight"]
+        assert np.abs(moved).max() > 0
+
+
+def test_upper_layers_are_fed_clean_codes_of_frozen_lower_ones(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    specs = layer_specs(Dense(widths=(24, 12), dropout=0.5), Data(), facts)
+    lower = pretrain(arrays, specs[:1], VARIANTS[0]())
+    seen: list[torch.Tensor] = []
+
+    class Spy(VARIANTS[0]):  # type: ignore[misc,valid-type]
+        def loss(self, model: Any, x: torch.Tensor) -> Any:
+            seen.append(x.detach())
+            return super().loss(model, x)
+
+    spec = PretrainSpec.model_construct(
+        number=2, layer=specs[1], variant=Spy(), fit=Fit(epochs=1, batch_size=2000), seed=0, numerics=Numerics()
+    )
+    stages.pretrain_layer(spec, stages.Run(), data=arrays, below=lower)
+    layer = stages.build_layer(lower[0]).eval()
+    codes = layer.encode(torch.tensor(arrays.train.x).float() / 16).detach()
+    assert torch.allclose(seen[0].sum(), codes.sum(), rtol=1e-4) and seen[0].shape == codes.shape
+
+
+def test_evaluation_names_its_numbers(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
+    layers = pretrain(arrays, specs, VARIANTS[0](), epochs=10)
+    tuned = stages.finetune(tuning(specs, epochs=30), stages.Run(), data=arrays, layers=layers)
+    spec = EvaluateSpec(task="classify", classes=facts.classes, pictures=True)
+    result = stages.evaluate(spec, stages.Run(), data=arrays, layers=layers, finetuned=tuned)
+    found = result.metrics
+    assert found["test/accuracy"] == pytest.approx(1 - found["test/error"])
+    assert found["test/accuracy_low"] < found["test/accuracy"] < found["test/accuracy_high"]
+    assert found["test/accuracy"] > 0.8 and found["knn/accuracy"] > 0.5 and found["probe/accuracy"] > 0.5
+    assert set(result.figures) == {"confusion", "reconstructions", "units", "codes", "loss_curves"}
+    stack = stages.Stack([stages.build_layer(layer) for layer in layers]).eval()
+    x = torch.tensor(arrays.test.x).float() / 16
+    with torch.no_grad():
+        assert found["test/reconstruction_mse"] == pytest.approx(float((stack.reconstruct(x) - x).square().mean()))
+
+
+def test_reconstruction_without_labels(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = digits
+    bare = arrays._replace(**{
+        name: getattr(arrays, name)._replace(y=None) for name in ("train", "validation", "test")
+    })  # fmt: skip
+    specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
+    layers = pretrain(bare, specs, VARIANTS[0]())
+    tuned = stages.finetune(tuning(specs, "reconstruct", epochs=20), stages.Run(), data=bare, layers=layers)
+    spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True)
+    unrolled = stages.evaluate(spec, stages.Run(), data=bare, layers=layers, finetuned=tuned)
+    before = stages.evaluate(spec.model_copy(update={"task": None}), stages.Run(), data=bare, layers=layers)
+    assert unrolled.metrics["test/reconstruction_mse"] < before.metrics["test/reconstruction_mse"]
+    assert "probe/accuracy" not in unrolled.metrics and "confusion" not in unrolled.figures
+
+
+def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
+    digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, arrays = digits
+    specs = layer_specs(Dense(widths=(24,)), Data(), facts)
+    resident = pretrain(arrays, specs, VARIANTS[0]())[0]
+    monkeypatch.setattr(stages, "_PREPARED_BYTES", 0)
+    train, _, read = stages._resident(arrays, stages._prepare(arrays, torch.device("cpu")), torch.device("cpu"))
+    assert train.dtype == torch.uint8 and float(read(train).max()) == 1.0
+    streamed = pretrain(arrays, specs, VARIANTS[0]())[0]
+    assert all(np.array_equal(resident.weights[name], streamed.weights[name]) for name in resident.weights)

@@ -1,0 +1,205 @@
+"""MLflow as the store: one run a stage, the status as the commit, models that load anywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from mlflow.entities import Run
+
+from aecore.config import Experiment, Finetune, Fit
+from aecore.data import inspect
+from aecore.errors import InputError
+from aecore.specs import Facts, Numerics
+from aecore.storage import Result
+from pipelines.run import run_here
+from pipelines.stacked import Stacked, build
+from pipelines.stage import Stage
+from pipelines.tracking import Tracker, _redacted, connect
+
+ROOT = Path(__file__).parents[1]
+RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"val/loss": 0.5}, {"units": b"a png"})
+
+
+def stage(number: int) -> Stage:
+    return Stage(f"stage {number}", "pretrain_layer", Fit(epochs=number))
+
+
+def runs(tracker: Tracker, key: str) -> list[Run]:
+    return tracker._search(f"tags.`stage.key` = '{key}'", 10)
+
+
+def history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in tracker.client.get_metric_history(run_id, name)]
+
+
+def parent(tracker: Tracker, name: str) -> str:
+    with tracker.job_run("test", name, {}, {}) as run_id:
+        return run_id
+
+
+def test_a_finished_stage_is_found_and_restored_bit_for_bit(tracker: Tracker) -> None:
+    top = parent(tracker, "restore")
+    assert tracker.find(stage(1).key) is None
+    with tracker.stage_run(stage(1), top) as run:
+        run.report(1, {"train/loss": 2.0, "seconds": 0.1})
+        run.report(2, {"train/loss": 1.0, "seconds": 0.1})
+        run.commit(RESULT)
+    assert tracker.find(stage(1).key) == run.run_id
+    again = tracker.restore(run.run_id)
+    assert again.config == RESULT.config and np.array_equal(again.weights["w"], RESULT.weights["w"])
+    assert again.metrics["val/loss"] == 0.5
+    assert history(tracker, run.run_id, "train/loss") == [(1, 2.0), (2, 1.0)]
+    found = tracker.client.get_run(run.run_id)
+    assert found.data.tags["mlflow.parentRunId"] == top and found.data.tags["attempts"] == "1"
+    assert found.data.params["epochs"] == "1"
+    assert tracker.client.list_artifacts(run.run_id, "figures")[0].path == "figures/units.png"
+
+
+def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -> None:
+    top = parent(tracker, "attempts")
+    with pytest.raises(RuntimeError, match="lost"), tracker.stage_run(stage(2), top) as run:
+        for epoch in (1, 2):
+            run.report(epoch, {"train/loss": float(epoch), "seconds": 0.1})
+        run.flush()
+        raise RuntimeError("lost")
+    assert runs(tracker, stage(2).key)[0].info.status == "FAILED"
+    assert tracker.find(stage(2).key) is None
+    with tracker.stage_run(stage(2), top) as run:
+        for epoch in (1, 2, 3):
+            run.report(epoch, {"train/loss": float(epoch), "seconds": 0.1})
+        run.commit(RESULT)
+    (only,) = runs(tracker, stage(2).key)
+    assert only.info.status == "FINISHED" and only.data.tags["attempts"] == "2"
+    assert history(tracker, run.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(1), "KILLED")]
+)
+def test_a_job_that_ends_badly_leaves_nothing_running(tracker: Tracker, error: BaseException, status: str) -> None:
+    name = f"bad end {type(error).__name__}"
+    with pytest.raises(type(error)), tracker.job_run("test", name, {}, {}) as top:
+        child = tracker.client.create_run(tracker.experiment_id, tags={"mlflow.parentRunId": top}).info.run_id
+        raise error
+    assert [tracker.client.get_run(run).info.status for run in (top, child)] == [status, status]
+    with tracker.job_run("test", name, {}, {}) as again:
+        assert again == top and tracker.client.get_run(top).info.status == "RUNNING"
+    assert tracker.client.get_run(top).info.status == "FINISHED"
+
+
+def test_runs_of_a_driver_that_died_without_a_word_are_closed(tracker: Tracker) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        created = psutil.Process(process.pid).create_time()
+    import socket
+
+    tags = {"job": "test", "stage.key": "dead", "driver": f"{socket.gethostname()} {process.pid} {created}"}
+    dead = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
+    child = tracker.client.create_run(tracker.experiment_id, tags={"mlflow.parentRunId": dead}).info.run_id
+    elsewhere = tracker.client.create_run(
+        tracker.experiment_id, tags={**tags, "driver": f"another-machine {process.pid} {created}"}
+    ).info.run_id
+    with tracker.job_run("test", "next", {}, {}):
+        statuses = [tracker.client.get_run(run).info.status for run in (dead, child, elsewhere)]
+    assert statuses == ["KILLED", "KILLED", "RUNNING"]
+
+
+def test_job_tags_params_data_and_config(tracker: Tracker) -> None:
+    config = Experiment().model_dump(mode="json")
+    facts = Facts(digest="f" * 64, shape=(1, 8, 8), levels=17, classes=("a", "b"), rows=10)
+    for _ in range(2):
+        with tracker.job_run("train", "tags", {"data.digest": facts.digest}, config) as run_id:
+            tracker.log_data(run_id, "digits", facts)
+            tracker.log_summary(run_id, {"test/error": 0.25}, {"run.finetune": "x"})
+    run = tracker.client.get_run(run_id)
+    assert run.data.params["network.widths"] == "[48, 32, 16]" and run.data.params["finetune.lr"] == "0.001"
+    assert {"job", "git.commit", "data.digest", "run.finetune"} <= set(run.data.tags)
+    assert history(tracker, run_id, "test/error") == [(0, 0.25)]
+    assert run.inputs is not None
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "digits" and given.dataset.digest == "f" * 36
+    assert tracker.client.list_artifacts(run_id)[0].path == "experiment.json"
+
+
+def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.1)
+    with tracker.stage_run(stage(3), parent(tracker, "system")) as run:
+        time.sleep(1)
+        run.commit(RESULT)
+    logged = tracker.client.get_run(run.run_id).data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= set(logged)
+    assert not [name for name in tracker.metrics(run.run_id) if name.startswith("system/")]
+
+
+def small(**fields: Any) -> tuple[Stacked, Facts]:
+    experiment = Experiment(pretrain=Fit(epochs=2), finetune=Finetune(epochs=3, **fields))
+    facts = inspect(experiment.data)
+    return build(experiment, facts, Numerics()), facts
+
+
+def test_the_model_loads_anywhere_with_any_batch_size(tracker: Tracker, tmp_path: Path) -> None:
+    graph, _ = small()
+    assert graph.finetune is not None
+    run_here(graph.finetune, tracker, parent(tracker, "model"))
+    run_id = tracker.find(graph.finetune.key)
+    assert run_id is not None
+    version = tracker.register("digits-model", tracker.model_uri(run_id))
+    assert version == "1" and tracker.register("digits-model", tracker.model_uri(run_id)) == "1"
+    code = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path = [entry for entry in sys.path if entry not in ("", {str(ROOT)!r})]
+import mlflow, numpy as np
+mlflow.set_tracking_uri({tracker.uri!r})
+model = mlflow.pyfunc.load_model("models:/digits-model/1")
+x = np.random.default_rng(0).integers(0, 17, (7, 1, 8, 8), dtype=np.uint8)
+whole, single = model.predict(x), model.predict(x[:1])
+assert list(whole.columns) == ["prediction", "probability", "code"] and len(whole) == 7 and len(single) == 1
+assert abs(whole.probability[0] - single.probability[0]) < 1e-6 and len(whole.code[0]) == 16
+assert set(whole.prediction) <= set("0123456789")
+import aecore
+assert not aecore.__file__.startswith({str(ROOT)!r}), aecore.__file__
+print("loaded", model.metadata.signature is not None, model.input_example.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "loaded True (4, 1, 8, 8)", done.stderr
+    kept = {item.path for item in tracker.client.list_artifacts(run_id, "result")}
+    assert kept == {"result/config.json", "result/weights.safetensors"}
+
+
+def test_the_graph_folds_in_process_and_restores(tracker: Tracker) -> None:
+    graph, _ = small(task="reconstruct")
+    assert graph.finetune is not None
+    top = parent(tracker, "fold")
+    first = run_here(graph.finetune, tracker, top)
+    before = tracker.find(graph.finetune.key)
+    second = run_here(graph.finetune, tracker, top)
+    assert tracker.find(graph.finetune.key) == before
+    assert all(np.array_equal(first.weights[name], second.weights[name]) for name in first.weights)
+    assert second.config["task"] == "reconstruct"
+
+
+def test_an_unreachable_store_is_told_in_one_line_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        connect(f"sqlite:///{tmp_path}/no/such/folder/mlflow.db")
+    assert "MLFLOW_TRACKING_URI" in str(error.value) and "\n" not in str(error.value)
+    assert _redacted("postgresql://me:secret@host/db") == "postgresql://***@host/db"
+    assert _redacted("http://host:5000") == "http://host:5000"
+
+
+def test_no_store_is_made_where_none_is_wanted(tmp_path: Path) -> None:
+    assert connect(f"sqlite:///{tmp_path}/mlflow.db", create=False) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deleted_experiment_is_told(tmp_path: Path) -> None:
+    tracker = connect(f"sqlite:///{tmp_path}/mlflow.db", "gone")
+    assert tracker is not None
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(InputError, match="experiment gone is deleted"):
+        connect(tracker.uri, "gone")

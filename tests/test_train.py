@@ -1,0 +1,212 @@
+"""`python -m jobs.train` as a user starts it, on an embedded Ray and a SQLite store of its own."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.tracking import Tracker, connect
+
+QUICK = ("--pretrain.epochs", "5", "--finetune.epochs", "10")
+
+
+class Done(NamedTuple):
+    code: int
+    report: dict[str, Any]
+    out: str
+    err: str
+    seconds: float
+
+
+def train(folder: Path, *args: str, **env: str) -> Done:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", *args], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, **env},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    report = json.loads(lines[-1]) if lines else {}
+    return Done(done.returncode, report, done.stdout, done.stderr, time.monotonic() - began)
+
+
+def store(folder: Path) -> Tracker:
+    tracker = connect(f"sqlite:///{folder}/mlflow.db")
+    assert tracker is not None
+    return tracker
+
+
+def stage_runs(tracker: Tracker) -> dict[str, Any]:
+    return {run.data.tags["mlflow.runName"]: run for run in tracker._search("tags.`stage.fn` LIKE '%'", 100)}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    folder = tmp_path_factory.mktemp("first")
+    done = train(folder, *QUICK, "--figures", "pictures", "--register", "digits")
+    assert done.code == 0, done.err
+    return folder, done
+
+
+def test_the_job_ends_with_a_table_and_its_report(first: tuple[Path, Done]) -> None:
+    _, done = first
+    assert set(done.report) == {"job", "status", "run_id", "experiment", "metrics", "stages", "seconds", "model"}
+    assert (done.report["job"], done.report["status"]) == ("train", "finished")
+    assert done.report["stages"] == {"computed": 7, "restored": 0}
+    wanted = {"test/accuracy", "test/error", "test/reconstruction_mse", "probe/accuracy", "knn/accuracy"}
+    assert wanted | {"control/accuracy", "val/error"} <= set(done.report["metrics"])
+    assert "test/accuracy" in done.out.splitlines()[-5:][0] or "test/accuracy" in done.out
+    assert "layer 1: epoch" in done.err and "finetune: done in" in done.err
+    assert "epoch" not in "".join(done.out.splitlines()[3:-1]).replace("epochs", "")
+
+
+def test_one_tree_of_runs(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    tracker = store(folder)
+    stages = stage_runs(tracker)
+    assert set(stages) == {
+        "layer 1", "layer 2", "layer 3", "finetune", "evaluate", "control", "evaluate control",
+    }  # fmt: skip
+    for run in stages.values():
+        assert run.info.status == "FINISHED" and run.data.tags["mlflow.parentRunId"] == done.report["run_id"]
+        assert run.data.tags["attempts"] == "1"
+    top = tracker.client.get_run(done.report["run_id"])
+    assert top.info.status == "FINISHED" and top.data.tags["job"] == "train"
+    assert {"git.commit", "data.digest", "ray.job_id"} <= set(top.data.tags)
+    points = tracker.client.get_metric_history(stages["layer 1"].info.run_id, "train/reconstruction")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5]
+    assert {"train/loss", "val/loss", "lr"} <= set(stages["finetune"].data.metrics)
+
+
+def test_pictures_are_written(first: tuple[Path, Done]) -> None:
+    folder, _ = first
+    names = {path.name for path in (folder / "pictures").iterdir()}
+    assert names == {"codes.png", "confusion.png", "loss_curves.png", "reconstructions.png", "units.png"}
+    for path in (folder / "pictures").iterdir():
+        assert min(Image.open(path).size) > 150
+
+
+def test_the_model_is_registered_once(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    assert done.report["model"] == {"name": "digits", "version": "1"}
+    assert len(store(folder).client.search_model_versions("name = 'digits'")) == 1
+
+
+def test_the_same_again_computes_nothing_and_starts_no_ray(first: tuple[Path, Done], tmp_path: Path) -> None:
+    folder, before = first
+    # a ray that cannot be imported shows that none is wanted
+    (tmp_path / "ray.py").write_text("raise RuntimeError('ray was imported')")
+    done = train(folder, *QUICK, "--register", "digits", PYTHONPATH=str(tmp_path))
+    assert done.code == 0, done.err
+    assert done.report["stages"] == {"computed": 0, "restored": 7}
+    for same in ("run_id", "experiment", "metrics", "model"):
+        assert done.report[same] == before.report[same]
+    assert done.seconds < 20  # 6 s on a quiet machine
+
+
+def test_a_changed_finetuning_runs_alone_on_restored_layers(first: tuple[Path, Done]) -> None:
+    folder, before = first
+    done = train(folder, *QUICK, "--finetune.lr", "5e-4", "--control", "false")
+    assert done.code == 0, done.err
+    assert done.report["stages"] == {"computed": 2, "restored": 3}
+    assert done.report["run_id"] != before.report["run_id"]
+    assert "layer 3: restored" in done.err and "data" not in done.report["metrics"]
+
+
+def test_two_empty_folders_give_the_same_bits(first: tuple[Path, Done], tmp_path: Path) -> None:
+    folder, _ = first
+    assert train(tmp_path, *QUICK, "--control", "false").code == 0
+    ours, theirs = store(folder), store(tmp_path)
+    for name, run in stage_runs(theirs).items():
+        one, two = ours.restore(stage_runs(ours)[name].info.run_id), theirs.restore(run.info.run_id)
+        assert set(one.weights) == set(two.weights)
+        assert all(np.array_equal(one.weights[w], two.weights[w]) for w in one.weights), name
+
+
+def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "jobs.train", "--pretrain.epochs", "40", "--finetune.epochs", "3000"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None and process.stdout is not None
+    for said in process.stderr:
+        if "finetune: epoch" in said:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stderr.read()
+    assert json.loads(process.stdout.read().splitlines()[-1])["status"] == "killed"
+    assert process.wait() == 130
+    tracker = store(tmp_path)
+    assert not tracker._search("attributes.status = 'RUNNING'", 10)
+    (top,) = tracker._search("tags.job = 'train'", 10)
+    assert top.info.status == "KILLED" and stage_runs(tracker)["finetune"].info.status == "KILLED"
+    again = train(tmp_path, "--pretrain.epochs", "40", "--finetune.epochs", "3", "--control", "false")
+    assert again.code == 0, again.err
+    assert again.report["stages"] == {"computed": 2, "restored": 3}
+
+
+def test_a_crash_ends_failed(first: tuple[Path, Done]) -> None:
+    folder, _ = first
+    done = train(folder, *QUICK, "--pretrain.lr", "1e30", "--control", "false")
+    assert done.code == 1 and done.report["status"] == "failed"
+    assert "DivergenceError" in done.err.splitlines()[-1]
+    tracker = store(folder)
+    assert not tracker._search("attributes.status = 'RUNNING'", 10)
+    failed = tracker._search("attributes.status = 'FAILED'", 10)
+    assert sorted(run.data.tags["mlflow.runName"] for run in failed) == ["layer 1", "train"]
+
+
+def test_asking_for_a_gpu_that_no_node_has(tmp_path: Path) -> None:
+    done = train(tmp_path, "--resources.gpus", "7")
+    assert done.code == 2
+    assert "resources.gpus: 7 asked for a stage, the largest node has" in done.err.splitlines()[-1]
+
+
+def test_hugging_face_images_train_and_evaluate(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    structs = []
+    for image in digits.images:
+        buffer = io.BytesIO()
+        Image.fromarray((image * 15).astype(np.uint8)).save(buffer, "PNG")
+        structs.append({"bytes": buffer.getvalue(), "path": None})
+    column = pa.array(structs, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": column, "label": digits.target}), tmp_path / "digits.parquet")
+    done = train(
+        tmp_path, "--data.name", "parquet", "--data.path", "digits.parquet", "--finetune.epochs", "20",
+        "--pretrain.epochs", "5", "--control", "false",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.report["metrics"]["test/accuracy"] > 0.8
+
+
+def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    features = np.eye(3)[labels] @ rng.normal(size=(3, 12)) * 3 + rng.normal(size=(600, 12))
+    table = pa.table({
+        "features": pa.array(features.astype(np.float32).tolist(), pa.list_(pa.float32(), 12)),
+        "label": [("ash", "birch", "oak")[n] for n in labels],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "trees.parquet")
+    args = ["--data.name", "parquet", "--data.path", str(tmp_path / "trees.parquet"), "--network.widths", "[8, 4]"]
+    done = train(tmp_path, *args, "--control", "false", "--pretrain.epochs", "10", "--finetune.epochs", "20")
+    assert done.code == 0, done.err
+    assert done.report["metrics"]["test/accuracy"] > 0.9
+
+
+def test_without_labels_it_reconstructs(first: tuple[Path, Done]) -> None:
+    folder, _ = first
+    done = train(folder, *QUICK, "--data.labels", "null", "--control", "true")
+    assert done.code == 0, done.err
+    assert {"test/reconstruction_mse", "control/reconstruction_mse"} <= set(done.report["metrics"])
+    assert "test/accuracy" not in done.report["metrics"]
