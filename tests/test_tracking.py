@@ -185,8 +185,9 @@ def test_the_graph_folds_in_process_and_restores(tracker: Tracker) -> None:
 
 
 def test_an_unreachable_store_is_told_in_one_line_without_its_password(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(InputError) as error:
-        connect(f"sqlite:///{tmp_path}/no/such/folder/mlflow.db")
+        connect(f"sqlite:///{tmp_path}/file/mlflow.db")
     assert "MLFLOW_TRACKING_URI" in str(error.value) and "\n" not in str(error.value)
     assert _redacted("postgresql://me:secret@host/db") == "postgresql://***@host/db"
     assert _redacted("http://host:5000") == "http://host:5000"
