@@ -109,7 +109,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
     }
     summary = _summary(fitted, began)
     if supervised:
-        summary["val/accuracy"] = 1 - summary["val/error"]
+        summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
     return Result(config, weights, summary, example=data.train.x[:4])
 
@@ -289,7 +289,8 @@ def _curves(fitted: Fitted) -> dict[str, Any]:
 
 def _summary(fitted: Fitted, began: float) -> dict[str, float]:
     best = fitted.history[fitted.best_epoch - 1]
-    kept = {name: value for name, value in best.items() if name.startswith("val/")}
+    # named apart from the curves, whose last point is the last epoch's
+    kept = {name.replace("val/", "best/"): value for name, value in best.items() if name.startswith("val/")}
     return {
         **kept,
         "best_epoch": fitted.best_epoch,

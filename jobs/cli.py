@@ -99,6 +99,7 @@ def say(line: str) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows closes the runs
     raise KeyboardInterrupt
 
 

@@ -76,7 +76,8 @@ def train(settings: Train) -> dict[str, Any] | None:
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
         metrics = dict(outcomes["evaluate"].metrics)
         if graph.finetune is not None:
-            metrics |= {k: v for k, v in outcomes["finetune"].metrics.items() if k.startswith("val/")}
+            best = {k: v for k, v in outcomes["finetune"].metrics.items() if k.startswith("best/")}
+            metrics |= {k.replace("best/", "val/"): v for k, v in best.items()}
         if graph.evaluate_control is not None:
             control = outcomes["evaluate control"].metrics
             metrics |= {k.replace("test/", "control/"): v for k, v in control.items()}
@@ -115,7 +116,7 @@ def _print_table(graph: Stacked, outcomes: dict[str, Any], metrics: dict[str, fl
     for name, (_, found, restored) in outcomes.items():
         if "epochs" not in found:
             continue
-        score = f"error {found['val/error']:.2%}" if "val/error" in found else f"loss {found['val/loss']:.4g}"
+        score = f"error {found['best/error']:.2%}" if "best/error" in found else f"loss {found['best/loss']:.4g}"
         state = "restored" if restored else "computed"
         table.add_row(
             name, f"{found['epochs']:.0f}", f"{found['best_epoch']:.0f}", score, f"{found['train_seconds']:.1f}", state

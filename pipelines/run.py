@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,7 @@ def compute(
         import ray
 
         with cluster(resources) as share:
+            tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
             submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
             waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage.name for stage in missing}
             while waiting:
@@ -126,7 +128,9 @@ def start_ray() -> None:
         options: dict[str, Any] = (
             {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
         )
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level=logging.WARNING, **options)
+        signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ def test_pictures_are_written(first: tuple[Path, Done]) -> None:
     names = {path.name for path in (folder / "pictures").iterdir()}
     assert names == {"codes.png", "confusion.png", "loss_curves.png", "reconstructions.png", "units.png"}
     for path in (folder / "pictures").iterdir():
-        assert min(Image.open(path).size) > 150
+        with Image.open(path) as image:
+            assert min(image.size) > 150
 
 
 def test_the_model_is_registered_once(first: tuple[Path, Done]) -> None:
@@ -135,15 +136,16 @@ def test_two_empty_folders_give_the_same_bits(first: tuple[Path, Done], tmp_path
 
 def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "jobs.train", "--pretrain.epochs", "40", "--finetune.epochs", "3000"]
-    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stderr is not None and process.stdout is not None
-    for said in process.stderr:
-        if "finetune: epoch" in said:
-            break
-    process.send_signal(signal.SIGTERM)
-    process.stderr.read()
-    assert json.loads(process.stdout.read().splitlines()[-1])["status"] == "killed"
-    assert process.wait() == 130
+    with (
+        (tmp_path / "out").open("w") as out,
+        subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=out, text=True) as process,
+    ):
+        assert process.stderr is not None
+        next(said for said in process.stderr if "finetune: epoch" in said)
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert json.loads((tmp_path / "out").read_text().splitlines()[-1])["status"] == "killed"
+    assert process.returncode == 130
     tracker = store(tmp_path)
     assert not tracker._search("attributes.status = 'RUNNING'", 10)
     (top,) = tracker._search("tags.job = 'train'", 10)
