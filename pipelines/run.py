@@ -24,8 +24,11 @@ from pipelines.stage import Stage
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import StageRun, Tracker
 
+LIVE_SECONDS = 30.0
+"""A stage that takes longer logs its epochs as they come."""
+_LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 _MOST_DEFAULT_CPUS = 8
 """Layers of usual size gain nothing from more threads."""
 
@@ -58,16 +61,12 @@ class Outcome(NamedTuple):
     restored: bool
 
 
-class _Restored(NamedTuple):
-    """Stands for the result of a finished stage until a task wants it."""
-
-    run_id: str
-
-
 def compute(
     stages: Sequence[Stage], tracker: "Tracker", parent: str, resources: Resources, say: Callable[[str], None]
 ) -> dict[str, Outcome]:
     """Finish every stage, restoring those that are finished already; Ray starts only if one is not.
+
+    The driver keeps each result as it comes, while the stages behind it are computed already.
 
     Args:
         stages: what is wanted; what these stand on is computed only where it is needed.
@@ -77,24 +76,30 @@ def compute(
     Returns:
         What became of each stage, by name.
     """
-    found = {stage.name: tracker.find(stage.key) for stage in stages}
-    outcomes = {name: Outcome(run_id, tracker.metrics(run_id), True) for name, run_id in found.items() if run_id}
-    for name in outcomes:
-        say(f"{name}: restored")
-    missing = [stage for stage in stages if stage.name not in outcomes]
+    found = {stage.key: tracker.find(stage.key) for stage in stages}
+    outcomes: dict[str, Outcome] = {}
+    for stage in stages:
+        if run_id := found[stage.key]:
+            outcomes[stage.key] = Outcome(run_id, tracker.metrics(run_id), True)
+            say(f"{stage.name}: restored")
+    missing = [stage for stage in stages if stage.key not in outcomes]
     if missing:
         import ray
 
         with cluster(resources) as share:
             tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
             submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
-            waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage.name for stage in missing}
+            waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
             while waiting:
-                ready, _ = ray.wait(list(waiting))
-                for ref in ready:
-                    run_id, metrics = ray.get(ref)
-                    outcomes[waiting.pop(ref)] = Outcome(run_id, metrics, False)
-    return {stage.name: outcomes[stage.name] for stage in stages}
+                (ref,), _ = ray.wait(list(waiting))
+                stage = waiting.pop(ref)
+                try:
+                    record = ray.get(ref)
+                except ray.exceptions.RayError:
+                    tracker.open_run(stage, parent).close("FAILED")
+                    raise
+                outcomes[stage.key] = _keep(stage, tracker, parent, record)
+    return {stage.name: outcomes[stage.key] for stage in stages}
 
 
 def run_here(stage: Stage, tracker: "Tracker", parent: str) -> Result:
@@ -102,7 +107,21 @@ def run_here(stage: Stage, tracker: "Tracker", parent: str) -> Result:
     if stage.kept and (run_id := tracker.find(stage.key)):
         return tracker.restore(run_id)
     inputs = [run_here(s, tracker, parent) for s in stage.parents()]
-    return _execute(stage, tracker, parent, _Share(0, 1, 0), *inputs)[0]
+    try:
+        result, record = _execute(stage, (tracker.uri, tracker.experiment_id), parent, _Share(0, 1, 0), *inputs)
+    except Exception:
+        tracker.open_run(stage, parent).close("FAILED")
+        raise
+    if stage.kept:
+        _keep(stage, tracker, parent, record)
+    return result
+
+
+def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
+    run = tracker.open_run(stage, parent, record.began, record.run_id)
+    run.log(record.points)
+    run.commit(record.result, record.served)
+    return Outcome(run.run_id, record.result.metrics, False)
 
 
 class _Share(NamedTuple):
@@ -131,6 +150,14 @@ def start_ray() -> None:
         handler = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
+        if embedded:
+            # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
+            ray.remote(num_cpus=os.cpu_count() or 1)(_warm).remote()
+
+
+def _warm() -> None:
+    """Import in a worker what every stage needs, while the driver does other things."""
+    import aecore.stages  # noqa: F401  # for its side effect
 
 
 @contextlib.contextmanager
@@ -162,14 +189,16 @@ def cluster(resources: Resources) -> Iterator["_Share"]:
 def _submit(
     stage: Stage, tracker: "Tracker", parent: str, share: _Share, submitted: "dict[str, tuple[ObjectRef, ObjectRef]]"
 ) -> "tuple[ObjectRef, ObjectRef]":
-    """Start a stage's task, and those it waits for; its result and (run id, metrics) as references."""
+    """Start a stage's task, and those it waits for; its result and its record as references."""
     import ray
 
     if stage.key not in submitted:
-        inputs: list[Any] = []
+        inputs: list[ObjectRef] = []
         for other in stage.parents():
-            run_id = tracker.find(other.key) if other.kept and other.key not in submitted else None
-            inputs.append(_Restored(run_id) if run_id else _submit(other, tracker, parent, share, submitted)[0])
+            if other.kept and other.key not in submitted and (run_id := tracker.find(other.key)):
+                restored = ray.put(tracker.restore(run_id))
+                submitted[other.key] = restored, restored
+            inputs.append(_submit(other, tracker, parent, share, submitted)[0])
         options: dict[str, Any] = {
             "name": stage.name,
             "num_returns": 2,
@@ -177,12 +206,13 @@ def _submit(
             "num_gpus": share.gpus if stage.kept else 0,
             "max_retries": share.retries,
         }
-        submitted[stage.key] = ray.remote(**options)(_execute).remote(stage, tracker, parent, share, *inputs)
+        store = tracker.uri, tracker.experiment_id
+        submitted[stage.key] = ray.remote(**options)(_execute).remote(stage, store, parent, share, *inputs)
     return submitted[stage.key]
 
 
-def _execute(stage: Stage, tracker: "Tracker", parent: str, share: _Share, *inputs: Any) -> tuple[Any, Any]:
-    """The body of a stage's task: compute, keep, return the result and (run id, metrics)."""
+def _execute(stage: Stage, store: tuple[str, str], parent: str, share: _Share, *inputs: Any) -> tuple[Any, Any]:
+    """The body of a stage's task: its result, for the stages behind it, and its record, for the driver to keep."""
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):
             return load(stage.spec.data, stage.spec.facts), None
@@ -191,24 +221,99 @@ def _execute(stage: Stage, tracker: "Tracker", parent: str, share: _Share, *inpu
         from aecore import stages
 
         torch.set_num_threads(share.cpus)
-        named = _by_parameter(stage, [tracker.restore(i.run_id) if isinstance(i, _Restored) else i for i in inputs])
-        fn: Any = getattr(stages, stage.fn)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
-        with tracker.stage_run(stage, parent) as run:
-            progress = _Progress(stage.name)
-
-            def report(epoch: int, metrics: dict[str, float]) -> None:
-                run.report(epoch, metrics)
-                progress(epoch, metrics)
-
+        fn: Any = partial(getattr(stages, stage.fn), stage.spec, **_by_parameter(stage, inputs))
+        with _Recorder(stage, store, parent) as recorder:
             if stage.fn == "finetune":
-                result = _in_ray_train(partial(fn, stage.spec, **named), device, report)
+                result = _in_ray_train(fn, device, recorder.report)
             else:
-                result = fn(stage.spec, stages.Run(device, report), **named)
-            run.commit(result)
-            progress.done()
-        # pictures and the example are kept by now; what goes on to other stages are the weights
-        return replace(result, figures={}, example=None), (run.run_id, result.metrics)
+                result = fn(stages.Run(device, recorder.report))
+        served = None
+        if result.example is not None:
+            from aecore.pyfunc import Model
+
+            served = Model(result).predict(result.example)
+        record = Record(result, served, recorder.points, recorder.began, recorder.run_id)
+        # what goes on to other stages are the weights
+        return replace(result, figures={}, example=None), record
+
+
+class Point(NamedTuple):
+    """The metrics of one epoch."""
+
+    epoch: int
+    milliseconds: int
+    """Unix time."""
+    metrics: dict[str, float]
+
+
+class Record(NamedTuple):
+    """What a finished stage hands to the driver to keep."""
+
+    result: Result
+    served: Any
+    """What the model makes of `result.example`."""
+    points: list[Point]
+    """Epochs that have not been logged yet."""
+    began: int
+    """Unix time, milliseconds."""
+    run_id: str | None
+    """The run that the stage has opened itself."""
+
+
+class _Recorder:
+    """Takes a stage's reports: tells them on stderr, and leaves them to the driver to log.
+
+    A stage that takes long logs them itself as they come; a short one is spared the import of MLflow, which takes
+    longer than it.
+    """
+
+    def __init__(self, stage: Stage, store: tuple[str, str], parent: str) -> None:
+        self.stage, self.store, self.parent = stage, store, parent
+        self.points: list[Point] = []
+        self.began = round(time.time() * 1000)
+        self.run: StageRun | None = None
+        self.open = contextlib.ExitStack()
+        self.said = self.logged = self.started = time.monotonic()
+        self.line = ""
+
+    @property
+    def run_id(self) -> str | None:
+        return self.run.run_id if self.run else None
+
+    def report(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.points.append(Point(epoch, round(time.time() * 1000), metrics))
+        shown = {name: value for name, value in metrics.items() if name in ("train/loss", "val/loss", "val/error")}
+        self.line = f"{self.stage.name}: epoch {epoch}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        now = time.monotonic()
+        if now - self.said > _SAY_SECONDS or epoch == 1:
+            _say(self.line)
+            self.said, self.line = now, ""
+        if now - self.started > LIVE_SECONDS and now - self.logged > _LOG_SECONDS:
+            self._log()
+            self.logged = now
+
+    def _log(self) -> None:
+        if self.run is None:
+            from pipelines.tracking import Tracker, system_metrics
+
+            self.run = Tracker(*self.store).open_run(self.stage, self.parent, self.began)
+            self.open.enter_context(system_metrics(self.store[0], self.run.run_id))
+        self.run.log(self.points)
+        self.points = []
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.close()
+        if self.line:
+            _say(self.line)
+        _say(f"{self.stage.name}: {'failed' if error[0] else 'done'} after {time.monotonic() - self.started:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int, dict[str, float]], None]) -> Result:
@@ -231,29 +336,10 @@ def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int,
     return trainer.fit().return_value  # its hints know of no loop that returns something
 
 
-def _by_parameter(stage: Stage, values: list[Any]) -> dict[str, Any]:
+def _by_parameter(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:
     """The values of `stage.parents()`, in the shape of `stage.inputs`."""
     rest = iter(values)
     return {
         name: [next(rest) for _ in given] if isinstance(given, tuple) else next(rest)
         for name, given in stage.inputs.items()
     }
-
-
-class _Progress:
-    """A line on stderr about once a second, and at the end."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.began, self.said, self.last = name, time.monotonic(), 0.0, ""
-
-    def __call__(self, epoch: int, metrics: dict[str, float]) -> None:
-        shown = {name: value for name, value in metrics.items() if name in ("train/loss", "val/loss", "val/error")}
-        self.last = f"{self.name}: epoch {epoch}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-        if time.monotonic() - self.said > 1:
-            print(self.last, file=sys.stderr, flush=True)
-            self.said, self.last = time.monotonic(), ""
-
-    def done(self) -> None:
-        if self.last:
-            print(self.last, file=sys.stderr, flush=True)
-        print(f"{self.name}: done in {time.monotonic() - self.began:.1f} s", file=sys.stderr, flush=True)

@@ -9,11 +9,12 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour s
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 _FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
-_FLUSH_SECONDS = 1.0
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
 
@@ -83,14 +83,16 @@ class Tracker(NamedTuple):
                 saved[-1].write_bytes(Path(path).read_bytes())
         return saved
 
-    @contextmanager
-    def stage_run(self, stage: Stage, parent: str) -> Iterator["StageRun"]:
-        """The run of a stage, nested under the job's; FINISHED on leaving, FAILED on an error.
+    def open_run(self, stage: Stage, parent: str, began: int | None = None, run_id: str | None = None) -> "StageRun":
+        """The run of a stage, nested under the job's: a new one, or that of an earlier attempt.
 
-        A run of the same key that did not finish is taken up again, and counts its attempts.
+        Args:
+            began: when the stage began, Unix time in milliseconds; now by default.
+            run_id: the run, if this attempt has opened it already.
         """
-        mlflow.set_tracking_uri(self.uri)
         client = self.client
+        if run_id is not None:
+            return StageRun(self, run_id, _last_epoch(client, run_id))
         earlier = self._search(f"tags.`stage.key` = '{stage.key}'", 1)
         tags = {
             "mlflow.runName": stage.name,
@@ -99,15 +101,14 @@ class Tracker(NamedTuple):
             "stage.fn": stage.fn,
             "attempts": str(int(earlier[0].data.tags["attempts"]) + 1 if earlier else 1),
         }
-        run_id = earlier[0].info.run_id if earlier else client.create_run(self.experiment_id, tags=tags).info.run_id
         if earlier:
+            run_id = earlier[0].info.run_id
+            client.update_run(run_id, status="RUNNING")
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        else:
+            run_id = client.create_run(self.experiment_id, began, tags).info.run_id
         _log_params(client, run_id, stage.spec.model_dump(mode="json"))
-        seen = max((point.step for point in client.get_metric_history(run_id, "seconds")), default=0) if earlier else 0
-        with mlflow.start_run(run_id=run_id, nested=True), _system_metrics(self.uri, run_id):
-            run = StageRun(client, run_id, seen)
-            yield run
-            run.flush()
+        return StageRun(self, run_id, _last_epoch(client, run_id) if earlier else 0)
 
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
@@ -137,7 +138,7 @@ class Tracker(NamedTuple):
         _log_params(client, run_id, config)
         client.log_dict(run_id, config, "experiment.json")
         try:
-            with _system_metrics(self.uri, run_id):
+            with system_metrics(self.uri, run_id):
                 yield run_id
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -198,29 +199,26 @@ class Tracker(NamedTuple):
 class StageRun:
     """The open run of a stage."""
 
-    def __init__(self, client: MlflowClient, run_id: str, seen: int) -> None:
-        self.client, self.run_id = client, run_id
-        self.seen = seen  # epochs that an earlier attempt has logged
-        self.points: list[Metric] = []
-        self.flushed = time.monotonic()
+    def __init__(self, tracker: Tracker, run_id: str, seen: int) -> None:
+        self.tracker, self.client, self.run_id = tracker, tracker.client, run_id
+        self.seen = seen  # epochs that this or an earlier attempt has logged
 
-    def report(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Log one epoch, once, whatever the number of attempts; sent together about once a second."""
-        if epoch > self.seen:
-            now = int(time.time() * 1000)
-            self.points += [Metric(name, value, now, epoch) for name, value in metrics.items()]
-        if time.monotonic() - self.flushed > _FLUSH_SECONDS:
-            self.flush()
+    def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
+        """Log epochs (number, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
+        fresh = [point for point in points if point[0] > self.seen]
+        metrics = [Metric(name, value, when, epoch) for epoch, when, found in fresh for name, value in found.items()]
+        for start in range(0, len(metrics), 1000):  # MLflow's limit
+            self.client.log_batch(self.run_id, metrics[start : start + 1000])
+        self.seen = max([self.seen, *(point[0] for point in points)])
 
-    def flush(self) -> None:
-        """Send what has been reported."""
-        for start in range(0, len(self.points), 1000):  # MLflow's limit
-            self.client.log_batch(self.run_id, self.points[start : start + 1000])
-        self.points, self.flushed = [], time.monotonic()
+    def commit(self, result: Result, served: Any = None) -> None:
+        """Upload everything that the stage returned, then set FINISHED, which makes it count.
 
-    def commit(self, result: Result) -> None:
-        """Upload everything that the stage returned; the run's status, set on leaving, makes it count."""
-        self.flush()
+        Args:
+            served: what the model makes of `result.example`, where there is one.
+        """
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, [Metric(name, value, now, 0) for name, value in result.metrics.items()])
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / _FOLDER
             save_weights(folder, result.config, result.weights)
@@ -228,10 +226,20 @@ class StageRun:
                 (Path(temporary) / _FIGURES).mkdir(exist_ok=True)
                 (Path(temporary) / _FIGURES / f"{name}.png").write_bytes(png)
             self.client.log_artifacts(self.run_id, temporary)
-            if result.example is not None:
-                _log_model(folder, result.example)
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, [Metric(name, value, now, 0) for name, value in result.metrics.items()])
+            if result.example is None:
+                return self.close("FINISHED")
+            mlflow.set_tracking_uri(self.tracker.uri)
+            # models are logged to an active run, which is FINISHED on leaving; MLflow prints its address
+            with redirect_stdout(sys.stderr), mlflow.start_run(run_id=self.run_id, nested=True):
+                _log_model(folder, result.example, served)
+
+    def close(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def _last_epoch(client: MlflowClient, run_id: str) -> int:
+    return max((point.step for point in client.get_metric_history(run_id, "seconds")), default=0)
 
 
 def connect(uri: str | None = None, experiment: str | None = None, create: bool = True) -> Tracker | None:
@@ -294,12 +302,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _log_model(folder: Path, example: Any) -> None:
+def _log_model(folder: Path, example: Any, output: Any) -> None:
     """Log the model in `folder` so that it loads anywhere: our own code travels with it, pickle does not."""
     import aecore
-    from aecore.pyfunc import _load_pyfunc
 
-    output = _load_pyfunc(str(folder)).predict(example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on type hints that a loader module cannot follow
         mlflow.pyfunc.log_model(
@@ -314,7 +320,7 @@ def _log_model(folder: Path, example: Any) -> None:
 
 
 @contextmanager
-def _system_metrics(uri: str, run_id: str) -> Iterator[None]:
+def system_metrics(uri: str, run_id: str) -> Iterator[None]:
     """CPU, memory, disk, network and GPU of this node, while the block runs."""
     monitor = SystemMetricsMonitor(run_id, sampling_interval=_SYSTEM_SECONDS, resume_logging=True, tracking_uri=uri)
     monitor.start()

@@ -45,7 +45,7 @@ def same_rows(one: np.ndarray, two: np.ndarray) -> bool:
 
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-WAYS = {
+WAYS: dict[str, tuple[pa.Array, np.ndarray]] = {
     "structs": (pa.array([{"bytes": png(i), "path": None} for i in IMAGES], STRUCT), IMAGES[:, None]),
     "png": (pa.array([png(i) for i in IMAGES]), IMAGES[:, None]),
     "colour": (pa.array([png(i) for i in COLOUR]), COLOUR.transpose(0, 3, 1, 2)),

@@ -17,7 +17,11 @@ RNG = np.random.default_rng(0)
 
 
 def test_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
-    weights = {"a": RNG.normal(size=(3, 4)).astype(np.float32), "b": np.arange(3), "c": np.zeros((), np.float32)}
+    weights: dict[str, np.ndarray] = {
+        "a": RNG.normal(size=(3, 4)).astype(np.float32),
+        "b": np.arange(3),
+        "c": np.zeros((), np.float32),
+    }
     save_weights(tmp_path, {"x": [1, None]}, weights)
     config, again = load_weights(tmp_path)
     assert config == {"x": [1, None]}
@@ -66,7 +70,7 @@ def test_probe_and_neighbours_on_known_clusters() -> None:
 def test_interval_is_wilsons(right: int, rows: int) -> None:
     reference = binomtest(right, rows).proportion_ci(method="wilson")
     low, high = metrics.accuracy_interval(right / rows, rows)
-    assert (low, high) == (pytest.approx(reference.low, abs=1e-6), pytest.approx(reference.high, abs=1e-6))
+    assert low == pytest.approx(reference.low, abs=1e-6) and high == pytest.approx(reference.high, abs=1e-6)
 
 
 def test_confusion_counts_pairs() -> None:

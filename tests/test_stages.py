@@ -9,6 +9,7 @@ import torch
 from aecore import stages
 from aecore.config import Conv, Data, Dense, Fit
 from aecore.data import Arrays
+from aecore.networks import Stack
 from aecore.specs import EvaluateSpec, Facts, FinetuneSpec, LayerSpec, Numerics, PretrainSpec, layer_specs
 from aecore.storage import Result
 from aecore.variants import PAPERS, Variant
@@ -69,7 +70,7 @@ def test_finetuning_starts_from_exactly_the_pretrained_weights(digits: tuple[Fac
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0]())
-    still = {"lr": 1e-30, "epochs": 1}
+    still: dict[str, Any] = {"lr": 1e-30, "epochs": 1}
     tuned = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays, layers=layers)
     control = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays)
     for number, layer in enumerate(layers):
@@ -126,7 +127,7 @@ def test_evaluation_names_its_numbers(digits: tuple[Facts, Arrays]) -> None:
     assert found["test/accuracy_low"] < found["test/accuracy"] < found["test/accuracy_high"]
     assert found["test/accuracy"] > 0.8 and found["knn/accuracy"] > 0.5 and found["probe/accuracy"] > 0.5
     assert set(result.figures) == {"confusion", "reconstructions", "units", "codes", "loss_curves"}
-    stack = stages.Stack([stages.build_layer(layer) for layer in layers]).eval()
+    stack = Stack([stages.build_layer(layer) for layer in layers]).eval()
     x = torch.tensor(arrays.test.x).float() / 16
     with torch.no_grad():
         assert found["test/reconstruction_mse"] == pytest.approx(float((stack.reconstruct(x) - x).square().mean()))

@@ -1,7 +1,9 @@
 """MLflow as the store: one run a stage, the status as the commit, models that load anywhere."""
 
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipelines.stage import Stage
 from pipelines.tracking import Tracker, _redacted, connect
 
 ROOT = Path(__file__).parents[1]
-RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"val/loss": 0.5}, {"units": b"a png"})
+RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"best/loss": 0.5}, {"units": b"a png"})
 
 
 def stage(number: int) -> Stage:
@@ -41,40 +43,43 @@ def parent(tracker: Tracker, name: str) -> str:
         return run_id
 
 
+def points(*epochs: int) -> list[tuple[int, int, dict[str, float]]]:
+    return [(epoch, 1000 * epoch, {"train/loss": float(epoch), "seconds": 0.1}) for epoch in epochs]
+
+
 def test_a_finished_stage_is_found_and_restored_bit_for_bit(tracker: Tracker) -> None:
     top = parent(tracker, "restore")
+    run = tracker.open_run(stage(1), top, began=123_000)
+    run.log(points(1, 2))
     assert tracker.find(stage(1).key) is None
-    with tracker.stage_run(stage(1), top) as run:
-        run.report(1, {"train/loss": 2.0, "seconds": 0.1})
-        run.report(2, {"train/loss": 1.0, "seconds": 0.1})
-        run.commit(RESULT)
+    run.commit(RESULT)
     assert tracker.find(stage(1).key) == run.run_id
     again = tracker.restore(run.run_id)
     assert again.config == RESULT.config and np.array_equal(again.weights["w"], RESULT.weights["w"])
-    assert again.metrics["val/loss"] == 0.5
-    assert history(tracker, run.run_id, "train/loss") == [(1, 2.0), (2, 1.0)]
+    assert again.metrics["best/loss"] == 0.5
+    assert history(tracker, run.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
     found = tracker.client.get_run(run.run_id)
     assert found.data.tags["mlflow.parentRunId"] == top and found.data.tags["attempts"] == "1"
-    assert found.data.params["epochs"] == "1"
+    assert found.data.params["epochs"] == "1" and found.info.start_time == 123_000
     assert tracker.client.list_artifacts(run.run_id, "figures")[0].path == "figures/units.png"
 
 
 def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -> None:
     top = parent(tracker, "attempts")
-    with pytest.raises(RuntimeError, match="lost"), tracker.stage_run(stage(2), top) as run:
-        for epoch in (1, 2):
-            run.report(epoch, {"train/loss": float(epoch), "seconds": 0.1})
-        run.flush()
-        raise RuntimeError("lost")
-    assert runs(tracker, stage(2).key)[0].info.status == "FAILED"
+    run = tracker.open_run(stage(2), top)
+    run.log(points(1))
+    run.log(points(1, 2))
+    run.close("FAILED")
     assert tracker.find(stage(2).key) is None
-    with tracker.stage_run(stage(2), top) as run:
-        for epoch in (1, 2, 3):
-            run.report(epoch, {"train/loss": float(epoch), "seconds": 0.1})
-        run.commit(RESULT)
+    again = tracker.open_run(stage(2), top)
+    again.log(points(1, 2, 3))
+    # a stage that logs for itself leaves its run to the driver
+    driver = tracker.open_run(stage(2), top, run_id=again.run_id)
+    driver.log(points(3, 4))
+    driver.commit(RESULT)
     (only,) = runs(tracker, stage(2).key)
     assert only.info.status == "FINISHED" and only.data.tags["attempts"] == "2"
-    assert history(tracker, run.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert history(tracker, run.run_id, "train/loss") == [(n, float(n)) for n in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +99,6 @@ def test_a_job_that_ends_badly_leaves_nothing_running(tracker: Tracker, error: B
 def test_runs_of_a_driver_that_died_without_a_word_are_closed(tracker: Tracker) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         created = psutil.Process(process.pid).create_time()
-    import socket
-
     tags = {"job": "test", "stage.key": "dead", "driver": f"{socket.gethostname()} {process.pid} {created}"}
     dead = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
     child = tracker.client.create_run(tracker.experiment_id, tags={"mlflow.parentRunId": dead}).info.run_id
@@ -125,19 +128,39 @@ def test_job_tags_params_data_and_config(tracker: Tracker) -> None:
 
 
 def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
     monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.1)
-    with tracker.stage_run(stage(3), parent(tracker, "system")) as run:
+    with tracker.job_run("test", "system", {}, {}) as run_id:
         time.sleep(1)
-        run.commit(RESULT)
-    logged = tracker.client.get_run(run.run_id).data.metrics
+    logged = tracker.client.get_run(run_id).data.metrics
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= set(logged)
-    assert not [name for name in tracker.metrics(run.run_id) if name.startswith("system/")]
+    assert not [name for name in tracker.metrics(run_id) if name.startswith("system/")]
+
+
+def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.run.LIVE_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.run._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.02)
+    graph, _ = small(epochs=40)
+    assert graph.finetune is not None
+    opened: list[str] = []
+    original = Tracker.open_run
+
+    def spy(self: Tracker, *args: Any) -> Any:
+        opened.append(args[0].name if len(args) < 4 or args[3] is None else "again")
+        return original(self, *args)
+
+    monkeypatch.setattr(Tracker, "open_run", spy)
+    run_here(graph.finetune, tracker, parent(tracker, "live"))
+    assert opened == ["layer 1", "again", "layer 2", "again", "layer 3", "again", "finetune", "again"]
+    run_id = tracker.find(graph.finetune.key)
+    assert run_id is not None
+    assert [step for step, _ in history(tracker, run_id, "train/loss")] == list(range(1, 41))
+    logged = tracker.client.get_run(run_id).data
+    assert logged.tags["attempts"] == "1" and "system/cpu_utilization_percentage" in logged.metrics
 
 
 def small(**fields: Any) -> tuple[Stacked, Facts]:
-    experiment = Experiment(pretrain=Fit(epochs=2), finetune=Finetune(epochs=3, **fields))
+    experiment = Experiment(pretrain=Fit(epochs=2), finetune=Finetune.model_validate({"epochs": 3, **fields}))
     facts = inspect(experiment.data)
     return build(experiment, facts, Numerics()), facts
 
