@@ -121,8 +121,10 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
     for number, (row, images) in enumerate(zip(grid, layers, strict=True), 1):
         for axes in row:
             _bare(axes)
+        largest = float(np.abs(images).max()) or 1.0
         for axes, image in zip(row, images, strict=False):
-            _show(axes, image, limit=float(np.abs(image).max()) or 1.0)
+            # each unit on its own scale, but a dead one is grey, not a blown-up rounding error
+            _show(axes, image, limit=max(float(np.abs(image).max()), 0.01 * largest))
         row[0].set_ylabel(f"layer {number}", fontsize=8)
     return _png(figure)
 

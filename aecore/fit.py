@@ -8,6 +8,7 @@ from functools import reduce
 from operator import add
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,8 @@ def fit(
         for epoch in range(1, spec.epochs + 1):
             began = time.perf_counter()
             model.train()
-            sums: Terms = {}
+            seen: dict[str, list[Tensor]] = {}
+            rows: list[int] = []
             order = torch.randperm(n, generator=shuffle)[: n - dropped]
             for step, batch in enumerate(_batches(train, order, spec.batch_size, device)):
                 rate = spec.lr * _schedule(spec, epoch - 1 + step / steps) * plateau.scale
@@ -88,8 +90,10 @@ def fit(
                 if spec.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
                 optimizer.step(rate)
-                _add(sums, losses, len(batch[0]))
-            metrics = {f"train/{name}": value.item() / len(order) for name, value in sums.items()}
+                rows.append(len(batch[0]))
+                for name, term in losses.items():
+                    seen.setdefault(name, []).append(term.detach())
+            metrics = {f"train/{name}": _mean(values, rows) for name, values in seen.items()}
             metrics["train/loss"] = sum(metrics.values())
             for name, value in metrics.items():
                 if not math.isfinite(value):
@@ -129,7 +133,7 @@ class _AdamW:
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.means = [torch.zeros_like(p) for p in self.params]
         self.squares = [torch.zeros_like(p) for p in self.params]
-        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        self.steps = torch.zeros((), device=self.params[0].device)
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -138,9 +142,9 @@ class _AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
-        torch._foreach_add_(self.steps, 1)
+        self.steps += 1
         torch._fused_adamw_(
-            self.params, grads, self.means, self.squares, [], self.steps,
+            self.params, grads, self.means, self.squares, [], [self.steps] * len(grads),
             lr=lr, beta1=0.9, beta2=0.999, weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
@@ -161,20 +165,23 @@ def evaluate(
     Args:
         sums: `terms` returns sums over a batch instead of means.
     """
-    totals: Terms = {}
+    found: dict[str, list[Tensor]] = {}
+    rows_seen: list[int] = []
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
         for batch in _batches(rows, torch.arange(len(rows[0])), batch_size, device):
             with autocast():
-                _add(totals, terms(*batch), 1 if sums else len(batch[0]))
-    return {name: value.item() / len(rows[0]) for name, value in totals.items()}
+                scores = terms(*batch)
+            rows_seen.append(len(batch[0]))
+            for name, value in scores.items():
+                found.setdefault(name, []).append(value / len(batch[0]) if sums else value)
+        return {name: _mean(values, rows_seen) for name, values in found.items()}
 
 
-def _add(sums: Terms, terms: Terms, rows: int) -> None:
-    for name, value in terms.items():
-        weighted = value.detach() * rows
-        sums[name] = sums[name] + weighted if name in sums else weighted
+def _mean(values: list[Tensor], rows: list[int]) -> float:
+    """Mean over rows of means over batches, summed in double precision; the one place that waits for the device."""
+    return float(np.average(torch.stack(values).double().cpu().numpy(), weights=rows))
 
 
 def _batches(

@@ -5,7 +5,7 @@ Nothing here imports torch, so that a driver which only builds the graph stays s
 
 from typing import Literal
 
-from aecore.config import Activation, Conv, Data, Dense, Fit, LikelihoodKind, Precision, Task
+from aecore.config import Activation, Conv, Data, Dense, Experiment, Fit, LikelihoodKind, Precision, Task
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen
 from aecore.variants import Variant
@@ -124,6 +124,26 @@ def resolve_standardize(data: Data, facts: Facts) -> bool:
             "set --data.likelihood gaussian or --data.standardize false"
         )
     return data.standardize
+
+
+def resolve(experiment: Experiment, facts: Facts) -> Experiment:
+    """The experiment with every `auto` replaced by what it stands for with these data.
+
+    Raises:
+        InputError: a choice that the data do not allow.
+    """
+    data = experiment.data.model_copy(
+        update={
+            "likelihood": resolve_likelihood(experiment.data, facts),
+            "standardize": resolve_standardize(experiment.data, facts),
+        }
+    )
+    finetune = experiment.finetune
+    if finetune is not None and finetune.task == "auto":
+        finetune = finetune.model_copy(update={"task": "classify" if facts.classes else "reconstruct"})
+    if finetune is not None and finetune.task == "classify" and not facts.classes:
+        raise InputError("finetune.task: classify needs labels, the data have none; use reconstruct")
+    return experiment.model_copy(update={"data": data, "finetune": finetune})
 
 
 def layer_specs(network: Dense | Conv, data: Data, facts: Facts) -> list[LayerSpec]:

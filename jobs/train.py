@@ -70,7 +70,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     assert tracker is not None
 
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
-    config = {**experiment.model_dump(mode="json"), "resources": settings.resources.model_dump(mode="json")}
+    config = {**graph.experiment.model_dump(mode="json"), "resources": settings.resources.model_dump(mode="json")}
     with tracker.job_run("train", key, tags, config) as run_id:
         tracker.log_data(run_id, experiment.data.name, facts)
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)

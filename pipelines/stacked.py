@@ -4,15 +4,26 @@ import warnings
 from math import prod
 from typing import NamedTuple
 
-from aecore.config import Experiment, Fit
-from aecore.errors import InputError
-from aecore.specs import EvaluateSpec, Facts, FinetuneSpec, LayerSpec, LoadSpec, Numerics, PretrainSpec, layer_specs
+from aecore.config import Experiment, Fit, Task
+from aecore.specs import (
+    EvaluateSpec,
+    Facts,
+    FinetuneSpec,
+    LayerSpec,
+    LoadSpec,
+    Numerics,
+    PretrainSpec,
+    layer_specs,
+    resolve,
+)
 from pipelines.stage import Stage
 
 
 class Stacked(NamedTuple):
     """The stages of one stacked-autoencoder experiment."""
 
+    experiment: Experiment
+    """With every `auto` resolved."""
     data: Stage
     layers: tuple[Stage, ...]
     finetune: Stage | None
@@ -32,6 +43,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
     Raises:
         InputError: the experiment does not fit its data.
     """
+    experiment = resolve(experiment, facts)
     specs = tuple(layer_specs(experiment.network, experiment.data, facts))
     _warn_of_identity(experiment, specs)
     data = Stage("data", "load", LoadSpec(data=experiment.data, facts=facts), kept=False)
@@ -44,14 +56,11 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
         )  # fmt: skip
         layers.append(Stage(f"layer {number}", "pretrain_layer", pretrain, {"data": data, "below": tuple(layers)}))
 
-    task = None
+    task: Task | None = None
     finetune = control = evaluate_control = None
     if experiment.finetune is not None:
+        assert experiment.finetune.task != "auto"
         task = experiment.finetune.task
-        if task == "auto":
-            task = "classify" if facts.classes else "reconstruct"
-        if task == "classify" and not facts.classes:
-            raise InputError("finetune.task: classify needs labels, the data have none; use reconstruct")
         tuning = FinetuneSpec(
             layers=_with_dropout(specs, experiment.finetune), task=task,
             classes=facts.classes if task == "classify" else (),
@@ -71,7 +80,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
     evaluate = evaluation("evaluate", layers, finetune, pictures=True)
     if control is not None:
         evaluate_control = evaluation("evaluate control", [], control, pictures=False)
-    return Stacked(data, tuple(layers), finetune, evaluate, control, evaluate_control)
+    return Stacked(experiment, data, tuple(layers), finetune, evaluate, control, evaluate_control)
 
 
 def _inputs(data: Stage, layers: list[Stage]) -> dict[str, Stage | tuple[Stage, ...]]:

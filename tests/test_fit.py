@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -190,3 +191,15 @@ def test_validation_noise_is_the_same_at_every_epoch(vectors: Arrays) -> None:
         for seed in (1, 1, 2)
     ]
     assert noisy[0] == noisy[1] != noisy[2]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, there is no g++")
+def test_a_compiled_step_trains_the_same(vectors: Arrays) -> None:
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Affine(8, 2)
+        fitted = fit(model, model.terms, *rows, Fit(epochs=3), seed=0, device=CPU, compile=compiled)
+        losses.append([epoch["val/loss"] for epoch in fitted.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -69,6 +69,9 @@ def test_tasks_follow_the_data() -> None:
     unlabelled = graph(FACTS.model_copy(update={"classes": ()}))
     assert unlabelled.finetune is not None
     assert unlabelled.finetune.spec.model_dump()["task"] == "reconstruct"
+    assert unlabelled.experiment.finetune is not None and unlabelled.experiment.finetune.task == "reconstruct"
+    assert graph().experiment.data.likelihood == "bernoulli" and graph().experiment.data.standardize is False
+    assert keys(graph(data={"likelihood": "bernoulli"})) == keys(graph())
     with pytest.raises(InputError, match="classify needs labels"):
         graph(FACTS.model_copy(update={"classes": ()}), finetune={"task": "classify"})
 
