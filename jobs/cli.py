@@ -78,18 +78,21 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         report, code = {"status": "killed"}, 130
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
+        text = " ".join(str(cause).split())
         if isinstance(cause, InputError):
-            say(f"error: {' '.join(str(cause).split())}")
-            sys.exit(2)
-        traceback.print_exception(error)
-        say(f"error: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
-        report, code = {"status": "failed"}, 1
-    if report is not None:
-        print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+            say(f"error: {text}")
+            report, code = None, 2
+        else:
+            traceback.print_exception(error)
+            say(f"error: {type(cause).__name__}: {text[:300]}")
+            report, code = {"status": "failed"}, 1
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-    # not sys.exit: waiting for idle threads of Ray and MLflow to unwind takes longer than some jobs
+        sys.modules["ray"].shutdown()  # before the report: what workers still print comes before it
+    if report is not None:
+        print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}))
+    sys.stdout.flush()
     sys.stderr.flush()
+    # not sys.exit: idle threads of Ray and MLflow take longer to unwind than some jobs do
     os._exit(code)
 
 

@@ -3,9 +3,8 @@
 Stacked pretraining, layer by layer, then finetuning, then evaluation; whatever is finished already is restored.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
@@ -15,12 +14,9 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Resources, compute, start_ray
-from pipelines.stacked import Stacked, build
+from pipelines.run import Outcome, Resources, compute, start_ray
+from pipelines.stacked import build
 from pipelines.stage import store_is_empty
-
-if TYPE_CHECKING:
-    from pipelines.tracking import Tracker
 
 
 class Train(Experiment):
@@ -56,12 +52,10 @@ def train(settings: Train) -> dict[str, Any] | None:
     key = fingerprint("train", [stage.key for stage in stages])
 
     if not settings.plan and store_is_empty():
-        with ThreadPoolExecutor(1) as aside:  # both take seconds, most of them waiting
-            connecting = aside.submit(_connect)
-            start_ray()
-            tracker = connecting.result()
-    else:
-        tracker = _connect(create=not settings.plan)
+        start_ray()  # nothing can be restored: workers get ready while MLflow is imported and makes its tables
+    from pipelines.tracking import connect
+
+    tracker = connect(create=not settings.plan)
     if settings.plan:
         for stage in stages:
             found = tracker.find(stage.key) if tracker else None
@@ -89,7 +83,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     if settings.figures:
         for path in tracker.save_figures(outcomes["evaluate"].run_id, settings.figures):
             cli.say(f"wrote {path}")
-    _print_table(graph, outcomes, metrics)
+    _print_table(outcomes, metrics)
     restored = sum(outcome.restored for outcome in outcomes.values())
     return {
         "status": "finished",
@@ -101,13 +95,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     }
 
 
-def _connect(create: bool = True) -> "Tracker | None":
-    from pipelines.tracking import connect  # imports MLflow, after bad input has been told
-
-    return connect(create=create)
-
-
-def _print_table(graph: Stacked, outcomes: dict[str, Any], metrics: dict[str, float]) -> None:
+def _print_table(outcomes: dict[str, Outcome], metrics: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 

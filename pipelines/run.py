@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 def compute(
     stages: Sequence[Stage], tracker: "Tracker", parent: str, resources: Resources, say: Callable[[str], None]
 ) -> dict[str, Outcome]:
-    """Finish every stage, restoring those that are finished already; Ray starts only if one is not.
+    """Finish every stage, restoring those that are finished already; Ray starts only if one is not, and stays up.
 
     The driver keeps each result as it comes, while the stages behind it are computed already.
 
@@ -86,19 +86,20 @@ def compute(
     if missing:
         import ray
 
-        with cluster(resources) as share:
-            tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
-            submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
-            waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
-            while waiting:
-                (ref,), _ = ray.wait(list(waiting))
-                stage = waiting.pop(ref)
-                try:
-                    record = ray.get(ref)
-                except ray.exceptions.RayError:
-                    tracker.open_run(stage, parent).close("FAILED")
-                    raise
-                outcomes[stage.key] = _keep(stage, tracker, parent, record)
+        start_ray()
+        share = _share(resources)
+        tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
+        submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
+        waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
+        while waiting:
+            (ref,), _ = ray.wait(list(waiting))
+            stage = waiting.pop(ref)
+            try:
+                record = ray.get(ref)
+            except ray.exceptions.RayError:
+                tracker.open_run(stage, parent).close("FAILED")
+                raise
+            outcomes[stage.key] = _keep(stage, tracker, parent, record)
     return {stage.name: outcomes[stage.key] for stage in stages}
 
 
@@ -160,30 +161,25 @@ def _warm() -> None:
     import aecore.stages  # noqa: F401  # for its side effect
 
 
-@contextlib.contextmanager
-def cluster(resources: Resources) -> Iterator["_Share"]:
-    """A cluster for the block; yields the share of each stage.
+def _share(resources: Resources) -> _Share:
+    """What each stage gets of the cluster that Ray is connected to.
 
     Raises:
         InputError: no node has what was asked for.
     """
-    start_ray()
     import ray
 
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")}
-        gpus = resources.gpus if resources.gpus is not None else min(1.0, most["GPU"])
-        workers = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
-        cpus = resources.cpus or int(min([_MOST_DEFAULT_CPUS, *workers]))
-        for field, asked, kind in (("gpus", gpus, "GPU"), ("cpus", cpus, "CPU")):
-            if asked > most[kind]:
-                raise InputError(
-                    f"resources.{field}: {asked:g} asked for a stage, the largest node has {most[kind]:g}; ask for less"
-                )
-        yield _Share(gpus, cpus, resources.retries)
-    finally:
-        ray.shutdown()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")}
+    gpus = resources.gpus if resources.gpus is not None else min(1.0, most["GPU"])
+    workers = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+    cpus = resources.cpus or int(min([_MOST_DEFAULT_CPUS, *workers]))
+    for field, asked, kind in (("gpus", gpus, "GPU"), ("cpus", cpus, "CPU")):
+        if asked > most[kind]:
+            raise InputError(
+                f"resources.{field}: {asked:g} asked for a stage, the largest node has {most[kind]:g}; ask for less"
+            )
+    return _Share(gpus, cpus, resources.retries)
 
 
 def _submit(
