@@ -45,6 +45,7 @@ def fit(
     precision: Precision = "fp32",
     compile: bool = False,
     report: Report = lambda epoch, metrics: None,
+    scoring_rows: int = 2048,
 ) -> Fitted:
     """Train `model` in place and leave it with the weights of its best epoch on validation, in eval mode.
 
@@ -59,6 +60,7 @@ def fit(
         measure: (*batch) -> further sums over the rows of a batch (counts of errors, say), for validation only.
         monitor: the validation metric, a term's or measure's name or `loss`, to choose the best epoch by; the loss
             breaks ties. Smaller is better.
+        scoring_rows: rows of a batch of validation.
 
     Raises:
         DivergenceError: a term was not finite in some epoch.
@@ -95,15 +97,16 @@ def fit(
                     seen.setdefault(name, []).append(term.detach())
             metrics = {f"train/{name}": _mean(values, rows) for name, values in seen.items()}
             metrics["train/loss"] = sum(metrics.values())
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise DivergenceError(f"{name} is {value} in epoch {epoch}: lower the learning rate or set clip")
-
-            scores = evaluate(model, terms, validation, device=device, seed=seed, autocast=autocast)
+            scores = evaluate(
+                model, terms, validation, device=device, seed=seed, autocast=autocast, batch_size=scoring_rows
+            )
             scores["loss"] = sum(scores.values())
             if measure is not None:
                 scores |= evaluate(model, measure, validation, device=device, seed=seed, autocast=autocast, sums=True)
             metrics |= {f"val/{name}": value for name, value in scores.items()}
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise DivergenceError(f"{name} is {value} in epoch {epoch}: lower the learning rate or set clip")
             metrics["lr"], metrics["seconds"] = rate, time.perf_counter() - began
             history.append(metrics)
             report(epoch, metrics)
@@ -142,6 +145,7 @@ class _AdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
+        assert len(grads) == len(self.params), "every trained parameter takes part in the loss"
         self.steps += 1
         torch._fused_adamw_(
             self.params, grads, self.means, self.squares, [], [self.steps] * len(grads),
@@ -175,7 +179,7 @@ def evaluate(
                 scores = terms(*batch)
             rows_seen.append(len(batch[0]))
             for name, value in scores.items():
-                found.setdefault(name, []).append(value / len(batch[0]) if sums else value)
+                found.setdefault(name, []).append(value.double() / len(batch[0]) if sums else value)
         return {name: _mean(values, rows_seen) for name, values in found.items()}
 
 
@@ -220,9 +224,11 @@ class _Plateau(NamedTuple):
 @contextmanager
 def _numerics(precision: Precision, device: torch.device) -> Iterator[Callable]:
     """Sets the float32 matrix precision for the block and yields the autocast to wrap forward passes in."""
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions

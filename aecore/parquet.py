@@ -20,6 +20,7 @@ from aecore.specs import Facts
 
 _LABELS = ("label", "labels", "target", "class", "y")
 _SPLIT = "split"
+_MODES = {1: "L", 3: "RGB"}
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
@@ -89,7 +90,7 @@ def load(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.nd
     for file in files:
         for batch in _open(data, filesystem, file).iter_batches(batch_size=4096, columns=wanted):
             table = pa.Table.from_batches([batch])
-            x = _features(data, table, columns, row)
+            x = _features(data, table, columns, row, _MODES.get(facts.shape[0]))
             if x.shape[1:] != facts.shape:
                 raise InputError(
                     f"{file} row {row}: shape {x.shape[1:]}, the first row has {facts.shape}; make them equal"
@@ -144,14 +145,17 @@ def _open(data: Data, filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
 
 def _columns(data: Data, schema: pa.Schema) -> Columns:
     split = _SPLIT if _SPLIT in schema.names else None
+    usual = next((name for name in _LABELS if name in schema.names), None)
     labels = data.labels
     if labels == "auto":
-        labels = next((name for name in _LABELS if name in schema.names), None)
+        labels = usual
     elif labels is not None and labels not in schema.names:
         raise InputError(f"data.labels: no column {labels}; there are {', '.join(schema.names)}")
     if labels is not None and not (pa.types.is_integer(kind := schema.field(labels).type) or _is_text(kind)):
         raise InputError(f"column {labels}: labels are {kind}; use integers or strings")
-    rest = [field for field in schema if field.name not in (labels, split)]
+    # labels that are not wanted are no features either, nor is the index that pandas writes
+    apart = {usual, labels, split}
+    rest = [field for field in schema if field.name not in apart and not field.name.startswith("__index_level_")]
     if data.column is not None:
         if data.column not in schema.names:
             raise InputError(f"data.column: no column {data.column}; there are {', '.join(schema.names)}")
@@ -181,26 +185,30 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _reader(kind: pa.DataType) -> Callable[[pa.ChunkedArray, int], np.ndarray] | None:
+def _reader(kind: pa.DataType) -> Callable[[pa.ChunkedArray, int, str | None], np.ndarray] | None:
     """How to turn a column of this type into (rows, *shape), or None where it is neither images nor vectors."""
     if pa.types.is_struct(kind):
         names = {kind.field(n).name for n in range(kind.num_fields)}
-        return (lambda column, row: _decode(_struct_bytes(column), row)) if "bytes" in names else None
+        return (lambda column, row, mode: _decode(_struct_bytes(column), row, mode)) if "bytes" in names else None
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return lambda column, row: _decode(column.to_pylist(), row)
+        return lambda column, row, mode: _decode(column.to_pylist(), row, mode)
     if isinstance(kind, pa.FixedShapeTensorType):
-        return lambda column, row: _channels_first(column.combine_chunks().to_numpy_ndarray())
+        return lambda column, row, mode: _channels_first(column.combine_chunks().to_numpy_ndarray())
     inner, sizes = kind, []
     while pa.types.is_fixed_size_list(inner) or pa.types.is_list(inner) or pa.types.is_large_list(inner):
         sizes.append(getattr(inner, "list_size", None))
         inner = inner.value_type
     if sizes and _is_number(inner):
-        return lambda column, row: _channels_first(_lists(column, sizes, row))
+        return lambda column, row, mode: _channels_first(_lists(column, sizes, row))
     return None
 
 
-def _features(data: Data, table: pa.Table, columns: Columns, row: int) -> np.ndarray:
-    """Features of a table whose first row is row number `row` of the data: (rows, *shape), uint8 or float32."""
+def _features(data: Data, table: pa.Table, columns: Columns, row: int, mode: str | None = None) -> np.ndarray:
+    """Features of a table whose first row is row number `row` of the data: (rows, *shape), uint8 or float32.
+
+    Args:
+        mode: of encoded images, grey (L) or colour (RGB); that of the first one by default.
+    """
     for name in columns.features:
         if table[name].null_count:
             missing = row + int(np.argmax(table[name].is_null().to_numpy()))
@@ -213,7 +221,7 @@ def _features(data: Data, table: pa.Table, columns: Columns, row: int) -> np.nda
     reader = _reader(table.schema.field(columns.features[0]).type)
     assert reader is not None
     try:
-        x = reader(table[columns.features[0]], row)
+        x = reader(table[columns.features[0]], row, mode)
     except InputError as error:
         raise InputError(f"column {columns.features[0]} {error}") from error
     return x if x.dtype == np.uint8 else x.astype(np.float32)
@@ -223,12 +231,11 @@ def _struct_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     return pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary()).to_pylist()
 
 
-def _decode(encoded: list[bytes | None], row: int) -> np.ndarray:
-    """Encoded images to (rows, channels, height, width) uint8; all take the first one's mode, grey or colour."""
+def _decode(encoded: list[bytes | None], row: int, mode: str | None) -> np.ndarray:
+    """Encoded images to (rows, channels, height, width) uint8, all of one mode: the given, else the first one's."""
     from PIL import Image
 
     images: list[np.ndarray] = []
-    mode = None
     for n, raw in enumerate(encoded):
         if raw is None:
             raise InputError(f"row {row + n}: no bytes; store the images in the file, not as paths")

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a driver which only builds the graph stays small.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from aecore.config import Activation, Conv, Data, Dense, Experiment, Fit, LikelihoodKind, Precision, Task
@@ -33,8 +34,7 @@ class LayerSpec(Frozen):
     likelihood: LikelihoodKind
     """Reconstruction term of what the layer reads."""
     out_activation: Activation
-    """The activation that made the layer's input, which the decoder's output passes on the way down the unrolled
-    stack. The layer's own training fits the affine output, which can reach whatever it must and leaves no unit dead."""
+    """The activation that made the layer's input, in which the decoder ends, so that it can emit what it must fit."""
     levels: int
     """Grey levels a channel (categorical only)."""
     dropout: float
@@ -126,6 +126,10 @@ def resolve_standardize(data: Data, facts: Facts) -> bool:
     return data.standardize
 
 
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or "://" in path else str(Path(path).absolute())
+
+
 def resolve(experiment: Experiment, facts: Facts) -> Experiment:
     """The experiment with every `auto` replaced by what it stands for with these data.
 
@@ -136,6 +140,9 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
         update={
             "likelihood": resolve_likelihood(experiment.data, facts),
             "standardize": resolve_standardize(experiment.data, facts),
+            # tasks run in other folders
+            "root": experiment.data.root.absolute(),
+            "path": _absolute(experiment.data.path),
         }
     )
     finetune = experiment.finetune

@@ -6,6 +6,7 @@ Each takes a hashed spec and the results of the stages it stands on, and returns
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,10 @@ from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
 from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, PretrainSpec
 from aecore.storage import Result, Weights
 
-_PREPARED_BYTES = 2**30
-"""Largest set kept on the device as float32."""
+_RESIDENT_BYTES = 2**30
+"""Largest set kept on the device as the floats that a layer reads."""
+_SCORED_VALUES = 2**25
+"""Most outputs of a batch that is scored at once."""
 
 
 class Run(NamedTuple):
@@ -40,15 +43,8 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
     began = time.perf_counter()
     prepare = _prepare(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
-    if layers:
-        lower = Stack(layers)
-        train, validation = (
-            metrics.over_batches(lambda x: lower.encode(prepare(x)), split.x, run.device)
-            for split in (data.train, data.validation)
-        )
-        read: nn.Module = nn.Identity()
-    else:
-        train, validation, read = _resident(data, prepare, run.device)
+    read: nn.Module = nn.Sequential(prepare, *(layer.encoder for layer in layers)).requires_grad_(False)
+    train, validation, read = _resident(data, read, run.device, prod(spec.layer.in_shape))
     seed = derive_seed(spec.seed, "pretrain", spec.number)
     with _seeded(seed):
         layer = Layer(spec.layer).to(run.device)
@@ -59,6 +55,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
         fitted = fit(
             layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
+            scoring_rows=_scoring_rows(spec.layer),
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
     return Result(config, _weights(layer), _summary(fitted, began))
@@ -72,7 +69,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
     """
     began = time.perf_counter()
     prepare = _prepare(data, run.device)
-    train, validation, read = _resident(data, prepare, run.device)
+    train, validation, read = _resident(data, prepare, run.device, data.train.x[0].size)
     seed = derive_seed(spec.seed, "finetune")
     with _seeded(seed):
         # drawn before any pretrained weights are read: the control's head is the same as the pretrained net's
@@ -100,6 +97,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
             spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
+            scoring_rows=_scoring_rows(spec.layers[0]),
         )  # fmt: skip
     config = {
         "task": spec.task,
@@ -149,7 +147,8 @@ def evaluate(
     if stack is not None:
         stack = stack.to(run.device).eval()
         x = metrics.over_batches(prepare, data.test.x, run.device).cpu()
-        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device).cpu()
+        rows = _scoring_rows(stack.first.spec)
+        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device, rows).cpu()
         scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
         if spec.pictures:
             scores |= _measure_codes(stack, prepare, data, run.device, pictures, spec.classes)
@@ -244,21 +243,28 @@ def _prepare(data: Arrays, device: torch.device) -> Prepare:
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
-def _resident(data: Arrays, prepare: Prepare, device: torch.device) -> tuple[Tensor, Tensor, nn.Module]:
-    """Training and validation rows to cut batches from, and what makes of a batch what the first layer reads.
+def _resident(data: Arrays, read: nn.Module, device: torch.device, features: int) -> tuple[Tensor, Tensor, nn.Module]:
+    """Training and validation rows to cut batches from, and what makes of a batch what the trained layer reads.
 
-    A small set lies on the device prepared, once for all epochs; a larger one lies there as it came (uint8 stays
-    uint8); one that takes more than half of the device's free memory stays in pinned host memory.
+    A small set lies on the device as `read` makes it, `features` floats a row, once for all epochs. A larger one lies
+    there as it came (uint8 stays uint8) and is read batch by batch; one that takes more than half of the device's free
+    memory stays in pinned host memory.
     """
-    rows = data.train.x.size + data.validation.x.size
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _PREPARED_BYTES
-    if 4 * rows <= min(room, _PREPARED_BYTES):
-        train, validation = (metrics.over_batches(prepare, split.x, device) for split in (data.train, data.validation))
+    read.eval()
+    needed = 4 * features * (len(data.train.x) + len(data.validation.x))
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _RESIDENT_BYTES
+    if needed <= min(room, _RESIDENT_BYTES):
+        train, validation = (metrics.over_batches(read, split.x, device) for split in (data.train, data.validation))
         return train, validation, nn.Identity()
     train, validation = torch.tensor(data.train.x), torch.tensor(data.validation.x)
     if device.type == "cuda" and train.nbytes + validation.nbytes > room:
-        return train.pin_memory(), validation.pin_memory(), prepare
-    return train.to(device), validation.to(device), prepare
+        return train.pin_memory(), validation.pin_memory(), read
+    return train.to(device), validation.to(device), read
+
+
+def _scoring_rows(spec: LayerSpec) -> int:
+    """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
+    return max(1, min(2048, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
 
 
 def _labels(split: Split, supervised: bool, beside: Tensor) -> tuple[Tensor, ...]:

@@ -52,8 +52,16 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         environment = EnvSettingsSource(both)()
     except SettingsError as error:
         raise InputError(_option_error(settings, str(error))) from None
+    for name in os.environ:
+        top = name.removeprefix(ENVIRONMENT).split("__")[0].lower()
+        if name.startswith(ENVIRONMENT) and top not in _keys([settings], []):
+            raise InputError(f"{name}: unknown environment variable; {_nearest(settings, top)}")
+    for alias in (field.alias for field in settings.model_fields.values() if field.alias):
+        environment.pop(alias, None)  # pydantic-settings reads an alias without our prefix
+        if value := os.environ.get(f"{ENVIRONMENT}{alias.upper()}"):
+            environment[alias] = value
     values = settings().model_dump(by_alias=True)
-    recipe = command_line.get("recipe")
+    recipe = command_line.get("recipe") or environment.get("recipe")
     for source in (_read_recipe(Path(recipe)) if recipe else {}, environment, command_line):
         values = _overlay(values, source)
     try:

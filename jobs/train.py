@@ -64,8 +64,11 @@ def train(settings: Train) -> dict[str, Any] | None:
     assert tracker is not None
 
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
-    config = {**graph.experiment.model_dump(mode="json"), "resources": settings.resources.model_dump(mode="json")}
+    config = graph.experiment.model_dump(mode="json")
+    where = {name: config["data"].pop(name) for name in ("root", "path")}
     with tracker.job_run("train", key, tags, config) as run_id:
+        resources = settings.resources.model_dump(mode="json")
+        tracker.client.log_dict(run_id, {**config, "where": where, "resources": resources}, "experiment.json")
         tracker.log_data(run_id, experiment.data.name, facts)
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
         metrics = dict(outcomes["evaluate"].metrics)

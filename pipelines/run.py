@@ -91,27 +91,34 @@ def compute(
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
         submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
         waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
-        while waiting:
-            (ref,), _ = ray.wait(list(waiting))
-            stage = waiting.pop(ref)
-            try:
-                record = ray.get(ref)
-            except ray.exceptions.RayError:
-                tracker.open_run(stage, parent).close("FAILED")
-                raise
-            outcomes[stage.key] = _keep(stage, tracker, parent, record)
+        try:
+            while waiting:
+                (ref,), _ = ray.wait(list(waiting))
+                stage = waiting.pop(ref)
+                try:
+                    record = ray.get(ref)
+                except ray.exceptions.RayError:
+                    _fail(stage, tracker, parent)
+                    raise
+                outcomes[stage.key] = _keep(stage, tracker, parent, record)
+        except BaseException:
+            for ref in waiting:  # nothing may open a run any more when the job's are closed
+                ray.cancel(ref, force=True)
+            raise
     return {stage.name: outcomes[stage.key] for stage in stages}
 
 
-def run_here(stage: Stage, tracker: "Tracker", parent: str) -> Result:
-    """The same graph folded in this process, for those who are inside a task already."""
-    if stage.kept and (run_id := tracker.find(stage.key)):
-        return tracker.restore(run_id)
-    inputs = [run_here(s, tracker, parent) for s in stage.parents()]
+def run_here(stage: Stage, tracker: "Tracker", parent: str, share: "Share | None" = None) -> Result:
+    """The same graph folded in this process, for those who are inside a task already, on their share."""
+    share = share or Share(gpus=0, cpus=1, retries=0)
+    if stage.kept and (run_id := tracker.find(stage.key)) and (result := _restore(run_id, tracker)):
+        return result
+    inputs = [run_here(s, tracker, parent, share) for s in stage.parents()]
     try:
-        result, record = _execute(stage, (tracker.uri, tracker.experiment_id), parent, _Share(0, 1, 0), *inputs)
+        result, record = _execute(stage, (tracker.uri, tracker.experiment_id), parent, share, *inputs)
     except Exception:
-        tracker.open_run(stage, parent).close("FAILED")
+        if stage.kept:
+            _fail(stage, tracker, parent)
         raise
     if stage.kept:
         _keep(stage, tracker, parent, record)
@@ -119,13 +126,31 @@ def run_here(stage: Stage, tracker: "Tracker", parent: str) -> Result:
 
 
 def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
+    if finished := tracker.find(stage.key):  # by another job meanwhile: what is finished stays as it is
+        return Outcome(finished, record.result.metrics, False)
     run = tracker.open_run(stage, parent, record.began, record.run_id)
     run.log(record.points)
     run.commit(record.result, record.served)
     return Outcome(run.run_id, record.result.metrics, False)
 
 
-class _Share(NamedTuple):
+def _fail(stage: Stage, tracker: "Tracker", parent: str) -> None:
+    if not tracker.find(stage.key):
+        tracker.open_run(stage, parent).close("FAILED")
+
+
+def _restore(run_id: str, tracker: "Tracker") -> Result | None:
+    """A finished stage's result, or None where its artifacts are lost, so that it is computed again."""
+    from pipelines.tracking import LostResultError
+
+    try:
+        return tracker.restore(run_id)
+    except LostResultError as error:
+        _say(f"warning: run {run_id} is finished, but its result is lost ({error}); computing it again")
+        return None
+
+
+class Share(NamedTuple):
     """What each stage gets of the cluster."""
 
     gpus: float
@@ -161,7 +186,7 @@ def _warm() -> None:
     import aecore.stages  # noqa: F401  # for its side effect
 
 
-def _share(resources: Resources) -> _Share:
+def _share(resources: Resources) -> Share:
     """What each stage gets of the cluster that Ray is connected to.
 
     Raises:
@@ -170,20 +195,23 @@ def _share(resources: Resources) -> _Share:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {kind: max(node.get(kind, 0) for node in nodes) for kind in ("GPU", "CPU")}
-    gpus = resources.gpus if resources.gpus is not None else min(1.0, most["GPU"])
-    workers = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
-    cpus = resources.cpus or int(min([_MOST_DEFAULT_CPUS, *workers]))
-    for field, asked, kind in (("gpus", gpus, "GPU"), ("cpus", cpus, "CPU")):
-        if asked > most[kind]:
-            raise InputError(
-                f"resources.{field}: {asked:g} asked for a stage, the largest node has {most[kind]:g}; ask for less"
-            )
-    return _Share(gpus, cpus, resources.retries)
+    gpus = resources.gpus if resources.gpus is not None else min(1.0, max(node.get("GPU", 0) for node in nodes))
+    fitting = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1]
+    if not fitting:
+        most = max(node.get("GPU", 0) for node in nodes)
+        raise InputError(f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most:g}; ask for less")
+    cpus = resources.cpus or int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] for node in fitting)))
+    most = max(node["CPU"] for node in fitting)
+    if cpus > most:
+        beside = f" beside {gpus:g} GPUs" if gpus else ""
+        raise InputError(
+            f"resources.cpus: {cpus} asked for a stage, the largest node has {most:g}{beside}; ask for less"
+        )
+    return Share(gpus, cpus, resources.retries)
 
 
 def _submit(
-    stage: Stage, tracker: "Tracker", parent: str, share: _Share, submitted: "dict[str, tuple[ObjectRef, ObjectRef]]"
+    stage: Stage, tracker: "Tracker", parent: str, share: Share, submitted: "dict[str, tuple[ObjectRef, ObjectRef]]"
 ) -> "tuple[ObjectRef, ObjectRef]":
     """Start a stage's task, and those it waits for; its result and its record as references."""
     import ray
@@ -191,8 +219,9 @@ def _submit(
     if stage.key not in submitted:
         inputs: list[ObjectRef] = []
         for other in stage.parents():
-            if other.kept and other.key not in submitted and (run_id := tracker.find(other.key)):
-                restored = ray.put(tracker.restore(run_id))
+            run_id = tracker.find(other.key) if other.kept and other.key not in submitted else None
+            if run_id and (result := _restore(run_id, tracker)):
+                restored = ray.put(result)
                 submitted[other.key] = restored, restored
             inputs.append(_submit(other, tracker, parent, share, submitted)[0])
         options: dict[str, Any] = {
@@ -207,7 +236,7 @@ def _submit(
     return submitted[stage.key]
 
 
-def _execute(stage: Stage, store: tuple[str, str], parent: str, share: _Share, *inputs: Any) -> tuple[Any, Any]:
+def _execute(stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any) -> tuple[Any, Any]:
     """The body of a stage's task: its result, for the stages behind it, and its record, for the driver to keep."""
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):

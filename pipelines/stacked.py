@@ -96,7 +96,8 @@ def _with_dropout(specs: tuple[LayerSpec, ...], fit: Fit) -> tuple[LayerSpec, ..
 def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> None:
     """An overcomplete layer under no constraint can copy its input and learn nothing (Vincent et al. 2010, 2.3)."""
     fit = experiment.pretrain or experiment.finetune
-    assert fit is not None
+    if fit is None or (experiment.pretrain is None and experiment.finetune and experiment.finetune.task == "classify"):
+        return  # nothing is trained to reconstruct
     constrained = experiment.variant.kind != "plain" or fit.weight_decay
     for number, spec in enumerate(_with_dropout(specs, fit), 1):
         if prod(spec.code_shape) >= prod(spec.in_shape) and not (constrained or spec.dropout):

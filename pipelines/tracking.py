@@ -40,6 +40,10 @@ _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
 
 
+class LostResultError(Exception):
+    """A finished stage's artifacts are gone or altered."""
+
+
 class Tracker(NamedTuple):
     """Where results are kept; small enough to travel to every task."""
 
@@ -61,12 +65,20 @@ class Tracker(NamedTuple):
         return {name: value for name, value in metrics.items() if not name.startswith("system/")}
 
     def restore(self, run_id: str) -> Result:
-        """The result of a finished stage."""
+        """The result of a finished stage.
+
+        Raises:
+            LostResultError: its artifacts are gone or altered; the run is FAILED then, and the stage is to be computed.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=_FOLDER, dst_path=folder, tracking_uri=self.uri
-            )
-            config, weights = load_weights(Path(path))
+            try:
+                path = mlflow.artifacts.download_artifacts(
+                    run_id=run_id, artifact_path=_FOLDER, dst_path=folder, tracking_uri=self.uri
+                )
+                config, weights = load_weights(Path(path))
+            except (MlflowException, OSError, ValueError) as error:
+                self.client.set_terminated(run_id, "FAILED")
+                raise LostResultError(" ".join(str(error).split())[:200]) from error
         return Result(config, weights, self.metrics(run_id))
 
     def save_figures(self, run_id: str, folder: Path) -> list[Path]:
@@ -99,8 +111,12 @@ class Tracker(NamedTuple):
             MLFLOW_PARENT_RUN_ID: parent,
             "stage.key": stage.key,
             "stage.fn": stage.fn,
-            "attempts": str(int(earlier[0].data.tags["attempts"]) + 1 if earlier else 1),
+            "attempts": "1",
         }
+        if earlier:
+            # a run that is open still is this attempt's own
+            ended = earlier[0].info.status != "RUNNING"
+            tags["attempts"] = str(int(earlier[0].data.tags["attempts"]) + ended)
         if earlier:
             run_id = earlier[0].info.run_id
             client.update_run(run_id, status="RUNNING")
@@ -115,6 +131,9 @@ class Tracker(NamedTuple):
         """The top-level run of a job: FINISHED, FAILED on an error, KILLED when interrupted.
 
         The job's earlier run is taken up again, so that a job is one run however often it was started.
+
+        Args:
+            config: logged as params of a new run; only what `key` covers, since params never change.
         """
         client = self.client
         self._close_abandoned(client)
@@ -129,15 +148,13 @@ class Tracker(NamedTuple):
             **tags,
         }
         earlier = self._search(f"tags.`stage.key` = '{key}'", 1)
-        if earlier:
-            run_id = earlier[0].info.run_id
-            client.update_run(run_id, status="RUNNING")
-            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        else:
-            run_id = client.create_run(self.experiment_id, tags=tags).info.run_id
-        _log_params(client, run_id, config)
-        client.log_dict(run_id, config, "experiment.json")
+        run_id = earlier[0].info.run_id if earlier else client.create_run(self.experiment_id, tags=tags).info.run_id
         try:
+            if earlier:
+                client.update_run(run_id, status="RUNNING")
+                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+            else:
+                _log_params(client, run_id, config)
             with system_metrics(self.uri, run_id):
                 yield run_id
         except BaseException as error:
@@ -189,11 +206,14 @@ class Tracker(NamedTuple):
         client.set_terminated(run_id, status)
 
     def _close_abandoned(self, client: MlflowClient) -> None:
-        """End the runs of drivers of this machine that died without a word."""
+        """End the runs of drivers of this machine that died without a word, and stages whose job has ended."""
         for run in self._search("tags.`job` LIKE '%' and attributes.status = 'RUNNING'", 1000):
             host, pid, created = (run.data.tags.get("driver", "") + "  ").split(" ")[:3]
             if host == socket.gethostname() and not _alive(int(pid), float(created)):
                 self._close(client, run.info.run_id, "KILLED")
+        for run in self._search("tags.`stage.fn` LIKE '%' and attributes.status = 'RUNNING'", 1000):
+            if client.get_run(run.data.tags[MLFLOW_PARENT_RUN_ID]).info.status != "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
 
 
 class StageRun:
@@ -332,7 +352,14 @@ def system_metrics(uri: str, run_id: str) -> Iterator[None]:
 
 def _git_commit() -> str:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()

@@ -152,10 +152,11 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts, arrays = digits
-    specs = layer_specs(Dense(widths=(24,)), Data(), facts)
-    resident = pretrain(arrays, specs, VARIANTS[0]())[0]
-    monkeypatch.setattr(stages, "_PREPARED_BYTES", 0)
-    train, _, read = stages._resident(arrays, stages._prepare(arrays, torch.device("cpu")), torch.device("cpu"))
+    specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
+    resident = pretrain(arrays, specs, VARIANTS[0]())
+    monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
+    train, _, read = stages._resident(arrays, stages._prepare(arrays, torch.device("cpu")), torch.device("cpu"), 64)
     assert train.dtype == torch.uint8 and float(read(train).max()) == 1.0
-    streamed = pretrain(arrays, specs, VARIANTS[0]())[0]
-    assert all(np.array_equal(resident.weights[name], streamed.weights[name]) for name in resident.weights)
+    for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):
+        # products of batches of another size may round otherwise
+        assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-5) for name in one.weights)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aecore.fingerprint import Frozen
 
@@ -25,6 +25,12 @@ class Denoising(Frozen):
     """Corruption of the input."""
     level: Annotated[float, Field(ge=0)] = 0.25
     """Standard deviation of gaussian noise, else the share of features corrupted."""
+
+    @model_validator(mode="after")
+    def _a_share_is_at_most_one(self) -> Self:
+        if self.noise != "gaussian" and self.level > 1:
+            raise ValueError(f"variant.level: {self.level:g} is no share of the features; use 0 to 1 with {self.noise}")
+        return self
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
         """Terms of the objective for x of shape (batch, *in_shape)."""
