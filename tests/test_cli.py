@@ -97,6 +97,7 @@ BAD: list[tuple[list[str], Any, str]] = [
     (["--data.name", "parquet"], None, "data.path is missing"),
     (["--data.path", "x.parquet"], None, "add --data.name parquet"),
     (["--pretrain", "null", "--finetune", "null"], None, "nothing to train"),
+    ([], {"variant": {"kind": "denoising", "level": 1.5}}, "variant.level: 1.5 is no share"),
     (["--control", "maybe"], None, "control: input should be a valid boolean"),
     (["--finetune.epochs"], None, "expected one argument"),
     (["no-such-recipe.yaml"], None, "recipe no-such-recipe.yaml: No such file"),
@@ -115,6 +116,17 @@ def test_bad_settings_are_told_in_one_line(args: list[str], content: Any, messag
 def test_an_unknown_environment_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIABOLO__FINETUNE__LRR", "3")
     with pytest.raises(InputError, match=r"finetune\.lrr: unknown key; the nearest is finetune\.lr"):
+        settings()
+
+
+def test_top_level_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTER", "not ours")
+    assert settings().register_as is None
+    monkeypatch.setenv("DIABOLO__REGISTER", "ours")
+    monkeypatch.setenv("DIABOLO__RECIPE", recipe(tmp_path, {"seed": 3}))
+    assert settings().register_as == "ours" and settings().seed == 3
+    monkeypatch.setenv("DIABOLO__SEEED", "1")
+    with pytest.raises(InputError, match="DIABOLO__SEEED: unknown environment variable; the nearest is seed"):
         settings()
 
 

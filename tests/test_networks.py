@@ -92,6 +92,24 @@ def test_the_decoder_of_an_upper_layer_reaches_what_the_lower_emits() -> None:
         assert (upper.decode(torch.zeros(1, 6)) == -1).all() and (upper.mean(torch.zeros(1, 6)) == 0).all()
 
 
+@pytest.mark.parametrize("activation", ["relu", "elu", "tanh", "sigmoid", "linear"])
+def test_layers_that_reconstruct_their_inputs_do_so_stacked(activation: Any) -> None:
+    torch.manual_seed(0)
+    network = Dense(widths=(12, 12), activation=activation)
+    specs = layer_specs(network, Data(likelihood="gaussian"), VECTOR)
+    lower, upper = (Layer(spec) for spec in specs)
+    codes = lower.encode(torch.randn(50, 20)).detach()
+    optimizer = torch.optim.Adam(upper.parameters(), lr=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss = upper.reconstruction_loss(codes, codes)
+        loss.backward()
+        optimizer.step()
+    # what the layer was trained to emit is what it emits within the stack
+    error = (upper.mean(upper.encode(codes)) - codes).square().sum(1).mean()
+    assert error <= (loss if activation != "sigmoid" else 0.2) + 1e-3
+
+
 def test_sigmoid_codes_are_fitted_by_cross_entropy_and_come_back_in_their_range() -> None:
     _, upper = (Layer(spec) for spec in layer_specs(Dense(widths=(12, 6), activation="sigmoid"), Data(), GREY))
     assert upper.spec.likelihood == "bernoulli" and upper.spec.out_activation == "linear"

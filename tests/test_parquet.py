@@ -89,6 +89,26 @@ def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
     assert (((arrays.train.x - arrays.shift) * arrays.scale)[:, 1] == 0).all()
 
 
+def test_labels_and_indices_are_never_features(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {
+        "a": VECTORS[:, 0],
+        "b": VECTORS[:, 1],
+        "label": LABELS,
+        "__index_level_0__": range(ROWS),
+    }
+    for labels in ("auto", None):
+        facts, arrays = read(tmp_path, columns, labels=labels)
+        assert facts.shape == (2,) and (arrays.train.y is None) == (labels is None)
+
+
+def test_all_images_take_the_mode_of_the_first(tmp_path: Path) -> None:
+    grey_later = [*map(png, COLOUR[:-1]), png(IMAGES[0])]
+    facts, arrays = read(tmp_path, {"image": grey_later, "label": LABELS})
+    assert facts.shape == (3, 6, 5)
+    grey = [x for x in everything(arrays) if (x[0] == x[1]).all() and (x[1] == x[2]).all()]
+    assert len(grey) == 1 and np.array_equal(grey[0][0], IMAGES[0])
+
+
 def test_the_split_column_decides(tmp_path: Path) -> None:
     marks = ["train"] * 20 + ["validation"] * 12 + ["test"] * 8
     _, arrays = read(tmp_path, {"image": WAYS["png"][0], "label": LABELS, "split": marks})

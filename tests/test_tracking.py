@@ -17,10 +17,10 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.specs import Facts, Numerics
 from aecore.storage import Result
-from pipelines.run import run_here
+from pipelines.run import Record, _fail, _keep, run_here
 from pipelines.stacked import Stacked, build
 from pipelines.stage import Stage
-from pipelines.tracking import Tracker, _redacted, connect
+from pipelines.tracking import LostResultError, Tracker, _redacted, connect
 
 ROOT = Path(__file__).parents[1]
 RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"best/loss": 0.5}, {"units": b"a png"})
@@ -80,6 +80,35 @@ def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -
     (only,) = runs(tracker, stage(2).key)
     assert only.info.status == "FINISHED" and only.data.tags["attempts"] == "2"
     assert history(tracker, run.run_id, "train/loss") == [(n, float(n)) for n in (1, 2, 3, 4)]
+
+
+def test_a_lost_result_is_computed_again(tracker: Tracker) -> None:
+    graph, _ = small(lr=3e-4)
+    top = parent(tracker, "lost")
+    before = run_here(graph.layers[0], tracker, top)
+    run_id = tracker.find(graph.layers[0].key)
+    assert run_id is not None
+    uri = tracker.client.get_run(run_id).info.artifact_uri
+    assert uri is not None
+    weights = Path(uri.removeprefix("file://")) / "result" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(LostResultError, match="checksum"):
+        tracker.restore(run_id)
+    assert tracker.find(graph.layers[0].key) is None
+    again = run_here(graph.layers[0], tracker, top)
+    assert all(np.array_equal(before.weights[name], again.weights[name]) for name in before.weights)
+    assert tracker.find(graph.layers[0].key) == run_id
+
+
+def test_what_another_job_has_finished_stays_as_it_is(tracker: Tracker) -> None:
+    run = tracker.open_run(stage(7), parent(tracker, "one"))
+    run.commit(RESULT)
+    top = parent(tracker, "another")
+    record = Record(RESULT, None, [], 0, None)
+    assert _keep(stage(7), tracker, top, record).run_id == run.run_id
+    _fail(stage(7), tracker, top)
+    (only,) = runs(tracker, stage(7).key)
+    assert only.info.status == "FINISHED" and only.data.tags["mlflow.parentRunId"] != top
 
 
 @pytest.mark.parametrize(
