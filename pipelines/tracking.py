@@ -351,6 +351,9 @@ def system_metrics(uri: str, run_id: str) -> Iterator[None]:
 
 
 def _git_commit() -> str:
+    """The commit that runs; GIT_COMMIT names it where the folder is shipped without its history (`ray job submit`)."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"],
