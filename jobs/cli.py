@@ -79,23 +79,23 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
     report: dict[str, Any] | None
+    last = ""
     try:
         report, code = run(), 0
     except KeyboardInterrupt:
-        say("interrupted")
-        report, code = {"status": "killed"}, 130
+        last, report, code = "interrupted", {"status": "killed"}, 130
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
         text = " ".join(str(cause).split())
         if isinstance(cause, InputError):
-            say(f"error: {text}")
-            report, code = None, 2
+            last, report, code = f"error: {text}", None, 2
         else:
             traceback.print_exception(error)
-            say(f"error: {type(cause).__name__}: {text[:300]}")
-            report, code = {"status": "failed"}, 1
+            last, report, code = f"error: {type(cause).__name__}: {text[:300]}", {"status": "failed"}, 1
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()  # before the report: what workers still print comes before it
+        sys.modules["ray"].shutdown()  # what workers still print comes before the last words
+    if last:
+        say(last)
     if report is not None:
         print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}))
     sys.stdout.flush()

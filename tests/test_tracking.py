@@ -83,7 +83,7 @@ def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -
 
 
 def test_a_lost_result_is_computed_again(tracker: Tracker) -> None:
-    graph, _ = small(lr=3e-4)
+    graph, _ = small(seed=2)
     top = parent(tracker, "lost")
     before = run_here(graph.layers[0], tracker, top)
     run_id = tracker.find(graph.layers[0].key)
@@ -168,7 +168,7 @@ def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monk
     monkeypatch.setattr("pipelines.run.LIVE_SECONDS", 0.0)
     monkeypatch.setattr("pipelines.run._LOG_SECONDS", 0.0)
     monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.02)
-    graph, _ = small(epochs=40)
+    graph, _ = small(seed=1, epochs=40)
     assert graph.finetune is not None
     opened: list[str] = []
     original = Tracker.open_run
@@ -187,8 +187,10 @@ def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monk
     assert logged.tags["attempts"] == "1" and "system/cpu_utilization_percentage" in logged.metrics
 
 
-def small(**fields: Any) -> tuple[Stacked, Facts]:
-    experiment = Experiment(pretrain=Fit(epochs=2), finetune=Finetune.model_validate({"epochs": 3, **fields}))
+def small(seed: int = 0, **fields: Any) -> tuple[Stacked, Facts]:
+    experiment = Experiment(
+        seed=seed, pretrain=Fit(epochs=2), finetune=Finetune.model_validate({"epochs": 3, **fields})
+    )
     facts = inspect(experiment.data)
     return build(experiment, facts, Numerics()), facts
 
