@@ -250,8 +250,12 @@ class StageRun:
                 return self.close("FINISHED")
             mlflow.set_tracking_uri(self.tracker.uri)
             # models are logged to an active run, which is FINISHED on leaving; MLflow prints its address
-            with redirect_stdout(sys.stderr), mlflow.start_run(run_id=self.run_id, nested=True):
-                _log_model(folder, result.example, served)
+            try:
+                with redirect_stdout(sys.stderr), mlflow.start_run(run_id=self.run_id, nested=True):
+                    _log_model(folder, result.example, served)
+            except BaseException:
+                self.client.update_run(self.run_id, status="RUNNING")  # how the job ends, this run ends
+                raise
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
