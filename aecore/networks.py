@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,8 @@ class Encoder(nn.Module):
             nn.init.kaiming_uniform_(self.affine.weight, nonlinearity="relu")
         else:
             nn.init.xavier_uniform_(self.affine.weight)
-        nn.init.zeros_(self.affine.bias)  # type: ignore[arg-type]  # always built with a bias
+        assert self.affine.bias is not None
+        nn.init.zeros_(self.affine.bias)
         self.norm: nn.Module = nn.Identity()
         if spec.normalization == "batch":
             self.norm = nn.BatchNorm1d(channels) if spec.kind == "dense" else nn.BatchNorm2d(channels)
@@ -91,15 +92,15 @@ class Decoder(nn.Module):
     def forward(self, code: Float[Tensor, "batch ..."], tied: Tensor | None) -> Float[Tensor, "batch ..."]:
         """`tied` is the encoder's weight, used where this decoder has none of its own."""
         spec = self.spec
+        weight = tied if self.weight is None else self.weight
+        assert weight is not None, "a tied decoder is given its encoder's weight"
         if spec.kind == "dense":
-            weight = self.weight if self.weight is not None else tied.T  # type: ignore[union-attr]  # tied is given then
+            weight = weight.T if self.weight is None else weight
             out = linear(code.flatten(1), weight, self.bias)
         else:
             # what the stride rounded off on the way in is padded back on the way out
             side = [(n - 1) * spec.stride - 2 * spec.padding + spec.kernel for n in spec.code_shape[1:]]
             extra = [full - got for full, got in zip(spec.in_shape[1:], side, strict=True)]
-            weight = self.weight if self.weight is not None else tied
-            assert weight is not None
             out = F.conv_transpose2d(code, weight, self.bias, spec.stride, spec.padding, extra)
         shape = (spec.levels, *spec.in_shape) if spec.levels else spec.in_shape
         return out.reshape(len(code), *shape)
@@ -145,7 +146,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)  # type: ignore[arg-type]  # ModuleList does not say what it holds
+        return iter(cast(Sequence[Layer], self.layers))  # ModuleList does not say what it holds
 
     @property
     def first(self) -> Layer:

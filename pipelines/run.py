@@ -1,6 +1,7 @@
 """Computing a graph of stages: as chained Ray tasks, or here in this process. Both keep and restore alike."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -183,7 +184,7 @@ def start_ray() -> None:
 
 def _warm() -> None:
     """Import in a worker what every stage needs, while the driver does other things."""
-    import aecore.stages  # noqa: F401  # for its side effect
+    importlib.import_module("aecore.stages")
 
 
 def _share(resources: Resources) -> Share:
@@ -354,11 +355,10 @@ def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int,
         report(epoch, metrics)
         ray.train.report({"epoch": epoch, **metrics})
 
-    def loop() -> Result:
-        return fn(stages.Run(device, tell))
-
-    trainer: Any = TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=0))  # type: ignore[arg-type]
-    return trainer.fit().return_value  # its hints know of no loop that returns something
+    # Any: the trainer's hints know of no loop that returns something
+    loop: Any = partial(fn, stages.Run(device, tell))
+    trainer: Any = TorchTrainer(lambda: loop(), scaling_config=ray.train.ScalingConfig(num_workers=0))
+    return trainer.fit().return_value
 
 
 def _by_parameter(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from aecore.config import Fit
+from aecore.config import Fit, Precision
 from aecore.data import Arrays
 from aecore.errors import DivergenceError
 from aecore.fit import Fitted, _AdamW, _schedule, evaluate, fit
@@ -173,12 +173,12 @@ def test_a_term_that_is_not_finite_stops_with_its_name(vectors: Arrays) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_lower_precision_trains_and_leaves_no_trace(vectors: Arrays, precision: str) -> None:
+def test_lower_precision_trains_and_leaves_no_trace(vectors: Arrays, precision: Precision) -> None:
     torch.manual_seed(0)
     model = Affine(8, 2)
     rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     before = torch.get_float32_matmul_precision()
-    fitted = fit(model, model.terms, *rows, Fit(epochs=5), seed=0, device=CPU, precision=precision)  # type: ignore[arg-type]
+    fitted = fit(model, model.terms, *rows, Fit(epochs=5), seed=0, device=CPU, precision=precision)
     assert fitted.history[-1]["val/loss"] < fitted.history[0]["val/loss"]
     assert model.encoder.weight.dtype == torch.float32 and torch.get_float32_matmul_precision() == before
 

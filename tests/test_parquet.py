@@ -40,8 +40,9 @@ def everything(arrays: Arrays) -> np.ndarray:
 
 
 def same_rows(one: np.ndarray, two: np.ndarray) -> bool:
-    key = lambda rows: sorted(row.tobytes() for row in rows)  # noqa: E731  # the order is the split's business
-    return key(np.ascontiguousarray(one)) == key(np.ascontiguousarray(two))
+    """Whether two arrays hold the same rows; their order is the split's business."""
+    rows = [sorted(row.tobytes() for row in np.ascontiguousarray(array)) for array in (one, two)]
+    return rows[0] == rows[1]
 
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
