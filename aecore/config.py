@@ -10,7 +10,7 @@ from aecore.fingerprint import Frozen, Unhashed
 from aecore.variants import Plain, Variant
 
 Activation = Literal["relu", "sigmoid", "tanh", "gelu", "elu", "linear"]
-LikelihoodKind = Literal["gaussian", "bernoulli", "categorical"]
+LikelihoodKind = Literal["gaussian", "bernoulli", "continuous_bernoulli", "categorical"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Task = Literal["classify", "reconstruct"]
 
@@ -35,8 +35,9 @@ class Data(Frozen):
     limit: PositiveInt | None = None
     """Use only this many training rows, drawn at random, stratified by label; null uses all."""
     likelihood: Literal["auto", LikelihoodKind] = "auto"
-    """Reconstruction term: gaussian is squared error, bernoulli is cross-entropy on [0, 1], categorical is 256-way
-    cross-entropy a channel; auto follows the data (grey images bernoulli, colour categorical, others gaussian)."""
+    """Reconstruction term: gaussian is squared error, bernoulli is cross-entropy on [0, 1], continuous_bernoulli makes
+    that a likelihood of grey values, categorical is 256-way cross-entropy a channel; auto follows the data (grey images
+    bernoulli, colour categorical, others gaussian)."""
     standardize: Literal["auto"] | bool = "auto"
     """Zero mean and unit variance a feature, fitted on the training rows; auto does so for feature vectors."""
 
@@ -53,7 +54,8 @@ class _Network(Frozen):
     activation: Activation = "elu"
     """Activation of every encoder layer; elu, unlike relu, leaves no unit dead."""
     code_activation: Activation | None = None
-    """Activation of the last, the bottleneck; null takes `activation`."""
+    """Activation of the last, the bottleneck; null takes the variant's (variational linear, sparse kl sigmoid), else
+    `activation`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each layer's outputs dropped while training."""
     normalization: Literal["none", "batch", "layer"] = "none"

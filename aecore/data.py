@@ -152,28 +152,42 @@ def _split(
     """
     everything = np.arange(rows)
     if marks is None:
-        train, test = _cut(everything, y, data.test, "data.test")
+        train, test = cut(everything, y, data.test, "data.test")
     else:
         train, test = everything[marks == "train"], everything[marks == "test"]
         if not len(train):
             raise InputError("split: no row is marked train; mark some, or drop the column and let data.test cut them")
         if not len(test):
-            train, test = _cut(train, y, data.test, "data.test")
+            train, test = cut(train, y, data.test, "data.test")
     if marks is not None and (marks == "validation").any():
         validation = everything[marks == "validation"]
     else:
-        train, validation = _cut(train, y, data.validation, "data.validation")
+        train, validation = cut(train, y, data.validation, "data.validation")
     if data.limit is not None and data.limit < len(train):
-        _, train = _cut(train, y, data.limit, "data.limit")
+        _, train = cut(train, y, data.limit, "data.limit")
     return train, validation, test
 
 
-def _cut(rows: np.ndarray, y: np.ndarray | None, size: float, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `size` (a share below 1, else a number) off `rows`, stratified by label where each class has enough."""
+def cut(
+    rows: np.ndarray, y: np.ndarray | None, size: float, field: str, seed: int = _SPLIT_SEED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut `size` (a share below 1, else a number) off `rows`, stratified by label where each class has enough.
+
+    Args:
+        rows: row numbers, (rows,).
+        y: the labels of all rows that the numbers may name, or None.
+        field: the config field that asks, for the message.
+
+    Returns:
+        The rest and what was cut off, each in order.
+
+    Raises:
+        InputError: one of them would be empty.
+    """
     count = int(size if size >= 1 else round(size * len(rows)))
     if not 0 < count < len(rows):
         raise InputError(f"{field}: {size:g} of {len(rows)} rows leaves a split empty; choose another size")
-    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(rows)
+    shuffled = np.random.default_rng(seed).permutation(rows)
     if y is None:
         return np.sort(shuffled[count:]), np.sort(shuffled[:count])
     # spread each class evenly over the order, so that any prefix holds it in proportion

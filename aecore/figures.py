@@ -16,7 +16,6 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
 )  # fmt: skip
 CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, "#B8A900", "#8C8C8C", "#6A3D9A")
 """Okabe & Ito's, its yellow darkened to be seen on white, with a grey and a violet to make ten."""
-_MAP_POINTS = 1000
 
 
 def _png(figure: Figure) -> bytes:
@@ -129,38 +128,88 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str]) -> bytes:
-    """Codes (rows, features) in a plane, coloured by label: the codes themselves where they have two features, else
-    t-SNE of them (van der Maaten & Hinton 2008)."""
-    codes = codes[:_MAP_POINTS]
-    if codes.shape[1] == 2:
-        plane, how, axis = codes, "The code itself", "code {}"
-    elif codes.shape[1] == 1:
-        plane, how, axis = np.column_stack([codes[:, 0], np.zeros(len(codes))]), "The code itself", "code {}"
-    else:
-        from sklearn.manifold import TSNE
+def plane(codes: np.ndarray) -> np.ndarray:
+    """Codes (rows, features) in a plane, (rows, 2): as they are where they have two features, else by t-SNE (van der
+    Maaten & Hinton 2008)."""
+    if codes.shape[1] <= 2:
+        return np.column_stack([codes, np.zeros((len(codes), 2 - codes.shape[1]), codes.dtype)])
+    if not codes.std(0).any():
+        return np.zeros((len(codes), 2), np.float32)
+    from sklearn.manifold import TSNE
 
-        perplexity = min(30.0, (len(codes) - 1) / 3)
-        plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(codes)
-        how, axis = f"t-SNE of {codes.shape[1]}-dimensional codes", "t-SNE {}"
-    figure = _figure(5.2, 5.2, f"{how}, {len(codes)} test rows" + (", by class" if labels is not None else ""))
+    perplexity = min(30.0, (len(codes) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(codes)
+
+
+def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str], rows: str) -> bytes:
+    """Codes (rows, features) in a plane, coloured by label.
+
+    Args:
+        rows: which rows these are, for the title.
+    """
+    points, size = plane(codes), 8 if len(codes) <= 2000 else 2
+    how, axis = ("The code itself", "code {}") if codes.shape[1] <= 2 else (
+        f"t-SNE of {codes.shape[1]}-dimensional codes", "t-SNE {}"
+    )  # fmt: skip
+    figure = _figure(5.2, 5.2, f"{how}, {len(codes)} {rows} rows" + (", by class" if labels is not None else ""))
     axes = figure.subplots()
     if labels is None:
-        axes.scatter(plane[:, 0], plane[:, 1], s=8, color=BLUE, linewidths=0)
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, linewidths=0)
     else:
         labels = labels[: len(codes)]
         for number, name in enumerate(classes):
-            points = plane[labels == number]
-            if not len(points):
+            own = points[labels == number]
+            if not len(own):
                 continue
             colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            axes.scatter(points[:, 0], points[:, 1], s=8, color=colour, linewidths=0)
-            x, y = np.median(points, 0)
+            axes.scatter(own[:, 0], own[:, 1], s=size, color=colour, linewidths=0)
+            x, y = np.median(own, 0)
             box = {"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0}
             axes.text(x, y, name, color=colour, fontsize=13, fontweight="bold", ha="center", va="center", bbox=box)
     axes.set_xlabel(axis.format(1))
     axes.set_ylabel(axis.format(2))
     axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def image_grid(images: np.ndarray, columns: int, title: str) -> bytes:
+    """Images (count, channels, height, width) in rows of `columns`, without gaps."""
+    count, channels, height, width = images.shape
+    lines = -(-count // columns)
+    sheet = np.zeros((channels, lines * height, columns * width), images.dtype)
+    for n, image in enumerate(images):
+        top, left = n // columns * height, n % columns * width
+        sheet[:, top : top + height, left : left + width] = image
+    figure = _figure(5.2, 5.2 * lines * height / (columns * width) + 0.5, title)
+    axes = figure.subplots()
+    _show(axes, sheet)
+    _bare(axes)
+    return _png(figure)
+
+
+def triptych(clean: np.ndarray, corrupted: np.ndarray, restored: np.ndarray, noise: str) -> bytes:
+    """The same images clean, corrupted and restored, each (count, channels, height, width)."""
+    before, after = (float(np.square(images - clean).mean()) for images in (corrupted, restored))
+    figure = _figure(8, 2.7, f"Restored from {noise}: squared error a feature {before:.3f} before, {after:.3f} after")
+    axes = figure.subplots(3, len(clean), squeeze=False)
+    for row, (name, images) in enumerate({"clean": clean, "corrupted": corrupted, "restored": restored}.items()):
+        for column, image in enumerate(images):
+            _show(axes[row, column], image)
+            _bare(axes[row, column])
+        axes[row, 0].set_ylabel(name)
+    return _png(figure)
+
+
+def activations(codes: np.ndarray) -> bytes:
+    """Codes (rows, units) as a heat map."""
+    share = float((np.abs(codes) > 0.1 * (np.abs(codes).max() or 1)).mean())
+    figure = _figure(7, 3.6, f"{share:.0%} of activations exceed a tenth of the largest ({len(codes)} test rows)")
+    axes = figure.subplots()
+    limit = np.abs(codes).max() or 1.0
+    shown = axes.imshow(codes, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+    axes.set_xlabel("unit")
+    axes.set_ylabel("test row")
+    figure.colorbar(shown, ax=axes, label="activation")
     return _png(figure)
 
 

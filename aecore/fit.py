@@ -172,7 +172,7 @@ def evaluate(
     found: dict[str, list[Tensor]] = {}
     rows_seen: list[int] = []
     model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for batch in _batches(rows, torch.arange(len(rows[0])), batch_size, device):
             with autocast():

@@ -38,7 +38,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear(
     x: Float[Tensor, "batch inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"]
 ) -> Float[Tensor, "batch outputs"]:
-    """`torch.nn.functional.linear`, differentiable once."""
+    """`torch.nn.functional.linear`, differentiable once outside of `torch.func`."""
     fast = (
         _ONEDNN is not None
         and weight.numel() >= _SMALLEST
@@ -46,5 +46,6 @@ def linear(
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
     return _OneDnnLinear.apply(x, weight, bias) if fast else F.linear(x, weight, bias)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import ContinuousBernoulli
 
 from aecore.config import LikelihoodKind
 
@@ -14,8 +15,8 @@ def reconstruction_loss(
     """Sum over features, mean over the batch: squared error for gaussian, nats for the others.
 
     Args:
-        out: what the decoder emits: means (gaussian), logits of shape (batch, *shape) (bernoulli) or of shape
-            (batch, levels, *shape) (categorical).
+        out: what the decoder emits: means (gaussian), logits of shape (batch, *shape) (bernoulli and
+            continuous_bernoulli, Loaiza-Ganem & Cunningham 2019) or of shape (batch, levels, *shape) (categorical).
         target: (batch, *shape); in [0, 1] unless gaussian. Categorical reads it as levels / (levels - 1).
     """
     out = out.float()  # sums over features lose too much in bf16
@@ -24,6 +25,8 @@ def reconstruction_loss(
         total = difference.dot(difference)  # a tenth of mse_loss's time on CPU
     elif kind == "bernoulli":
         total = F.binary_cross_entropy_with_logits(out, target, reduction="sum")
+    elif kind == "continuous_bernoulli":
+        total = -ContinuousBernoulli(logits=out, validate_args=False).log_prob(target).sum()
     else:
         total = F.cross_entropy(out, (target * (out.shape[1] - 1)).round().long(), reduction="sum")
     return total / len(target)
@@ -35,5 +38,7 @@ def mean(kind: LikelihoodKind, out: Float[Tensor, "batch ..."]) -> Float[Tensor,
         return out
     if kind == "bernoulli":
         return out.sigmoid()
+    if kind == "continuous_bernoulli":
+        return ContinuousBernoulli(logits=out.float(), validate_args=False).mean
     levels = torch.linspace(0, 1, out.shape[1], device=out.device)
     return torch.einsum("bl...,l->b...", out.float().softmax(1), levels)

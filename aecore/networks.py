@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from aecore import likelihood
-from aecore.config import Activation
+from aecore.config import Activation, LikelihoodKind
 from aecore.kernels import linear
 from aecore.specs import LayerSpec
 
@@ -35,31 +35,51 @@ dead (784-256-128-64 on MNIST: 0.028 squared error a pixel behind relu, 0.017 be
 class Autoencoder(Protocol):
     """What a variant's loss may ask of a model: one layer or a whole stack."""
 
+    @property
+    def likelihood(self) -> LikelihoodKind: ...
     def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, code: Tensor) -> Tensor: ...
-    def reconstruct(self, x: Tensor) -> Tensor: ...
-    def reconstruction_loss(self, x: Tensor, target: Tensor) -> Tensor: ...
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def mean(self, code: Tensor) -> Tensor: ...
+    def reconstruction_loss(self, code: Tensor, target: Tensor) -> Tensor: ...
+
+
+def _affine(spec: LayerSpec) -> nn.Linear | nn.Conv2d:
+    affine: nn.Linear | nn.Conv2d
+    if spec.kind == "dense":
+        affine = nn.Linear(prod(spec.in_shape), spec.code_shape[0])
+    else:
+        affine = nn.Conv2d(spec.in_shape[0], spec.code_shape[0], spec.kernel, spec.stride, spec.padding)
+    # one default for all activations: He et al. 2015 for rectifiers, Glorot & Bengio 2010 for the others
+    if spec.activation in ("relu", "gelu", "elu"):
+        nn.init.kaiming_uniform_(affine.weight, nonlinearity="relu")
+    else:
+        nn.init.xavier_uniform_(affine.weight)
+    assert affine.bias is not None
+    nn.init.zeros_(affine.bias)
+    return affine
+
+
+def _apply(affine: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    return linear(x.flatten(1), affine.weight, affine.bias) if isinstance(affine, nn.Linear) else affine(x)
+
+
+def largest(code: Float[Tensor, "batch ..."], k: int) -> Float[Tensor, "batch ..."]:
+    """The `k` largest codes of each row, the others set to 0 (Makhzani & Frey 2014); all of them where k is 0."""
+    if not k:
+        return code
+    flat = code.flatten(1)
+    kept = flat.topk(min(k, flat.shape[1]), sorted=False).indices
+    return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(code)
 
 
 class Encoder(nn.Module):
-    """(batch, *in_shape) -> (batch, *code_shape): affine, normalisation, activation, dropout."""
+    """(batch, *in_shape) -> (batch, *code_shape): affine, normalisation, activation, top-k, dropout."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
         channels = spec.code_shape[0]
-        self.affine: nn.Linear | nn.Conv2d
-        if spec.kind == "dense":
-            self.affine = nn.Linear(prod(spec.in_shape), channels)
-        else:
-            self.affine = nn.Conv2d(spec.in_shape[0], channels, spec.kernel, spec.stride, spec.padding)
-        # one default for all activations: He et al. 2015 for rectifiers, Glorot & Bengio 2010 for the others
-        if spec.activation in ("relu", "gelu", "elu"):
-            nn.init.kaiming_uniform_(self.affine.weight, nonlinearity="relu")
-        else:
-            nn.init.xavier_uniform_(self.affine.weight)
-        assert self.affine.bias is not None
-        nn.init.zeros_(self.affine.bias)
+        self.affine = _affine(spec)
         self.norm: nn.Module = nn.Identity()
         if spec.normalization == "batch":
             self.norm = nn.BatchNorm1d(channels) if spec.kind == "dense" else nn.BatchNorm2d(channels)
@@ -67,11 +87,8 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(spec.code_shape)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        if isinstance(self.affine, nn.Linear):
-            z = linear(x.flatten(1), self.affine.weight, self.affine.bias)
-        else:
-            z = self.affine(x)
-        h = _ACTIVATIONS[self.spec.activation](self.norm(z))
+        h = _ACTIVATIONS[self.spec.activation](self.norm(_apply(self.affine, x)))
+        h = largest(h, self.spec.top_k if self.training else self.spec.top_k_encoding)
         return F.dropout(h, self.spec.dropout) if self.training and self.spec.dropout else h
 
 
@@ -114,13 +131,24 @@ class Layer(nn.Module):
         self.spec = spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
+        self.log_variance = _affine(spec) if spec.stochastic else None
+
+    @property
+    def likelihood(self) -> LikelihoodKind:
+        """Of what the layer reads."""
+        return self.spec.likelihood
 
     def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         return self.encoder(x)
 
+    def posterior(self, x: Float[Tensor, "batch ..."]) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+        """Mean and log-variance of q(code | x), each (batch, *code_shape); of a stochastic layer."""
+        assert self.log_variance is not None, "only a stochastic layer has a posterior"
+        return self.encode(x), _apply(self.log_variance, x)
+
     def decode(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Parameters of the likelihood: means for gaussian, logits for the others."""
-        out = self.decoder(code, self.encoder.affine.weight if self.spec.tied else None)
+        out = self.decoder(largest(code, self.spec.top_k), self.encoder.affine.weight if self.spec.tied else None)
         return out if self.spec.out_activation in _RECTIFIERS else _ACTIVATIONS[self.spec.out_activation](out)
 
     def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
@@ -132,10 +160,10 @@ class Layer(nn.Module):
         return self.mean(self.encode(x))
 
     def reconstruction_loss(
-        self, x: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
+        self, code: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
     ) -> Float[Tensor, ""]:
-        """The reconstruction term of `target` given `x` (the same unless `x` was corrupted)."""
-        return likelihood.reconstruction_loss(self.spec.likelihood, self.decode(self.encode(x)), target)
+        """The reconstruction term of `target` given its code."""
+        return likelihood.reconstruction_loss(self.likelihood, self.decode(code), target)
 
 
 class Stack(nn.Module):
@@ -153,10 +181,27 @@ class Stack(nn.Module):
         """The layer that reads the data."""
         return next(iter(self))
 
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the bottleneck."""
+        return list(self)[-1].spec.code_shape
+
+    @property
+    def likelihood(self) -> LikelihoodKind:
+        """Of the data."""
+        return self.first.spec.likelihood
+
     def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         for layer in self:
             x = layer.encode(x)
         return x
+
+    def posterior(self, x: Float[Tensor, "batch ..."]) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+        """Mean and log-variance of q(code | x), where the last layer is stochastic."""
+        *lower, last = self
+        for layer in lower:
+            x = layer.encode(x)
+        return last.posterior(x)
 
     def decode(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Parameters of the likelihood of the data."""
@@ -166,15 +211,16 @@ class Stack(nn.Module):
 
     def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """The reconstruction that `code` stands for, in the space of the data."""
-        return likelihood.mean(self.first.spec.likelihood, self.decode(code))
+        return likelihood.mean(self.likelihood, self.decode(code))
 
     def reconstruct(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         return self.mean(self.encode(x))
 
     def reconstruction_loss(
-        self, x: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
+        self, code: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
     ) -> Float[Tensor, ""]:
-        return likelihood.reconstruction_loss(self.first.spec.likelihood, self.decode(self.encode(x)), target)
+        """The reconstruction term of `target` given its code."""
+        return likelihood.reconstruction_loss(self.likelihood, self.decode(code), target)
 
 
 class Classifier(nn.Module):

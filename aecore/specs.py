@@ -43,6 +43,12 @@ class LayerSpec(Frozen):
     kernel: int = 0
     stride: int = 0
     padding: int = 0
+    top_k: int = 0
+    """Codes of a row that the decoder reads, the largest; 0 is all."""
+    top_k_encoding: int = 0
+    """Codes of a row that the encoder emits when it isn't training; 0 is all."""
+    stochastic: bool = False
+    """The code is the mean of a Gaussian, whose log-variance the layer learns too."""
 
 
 class PretrainSpec(Frozen):
@@ -57,7 +63,7 @@ class PretrainSpec(Frozen):
 
 
 class FinetuneSpec(Frozen):
-    """Identity of a finetuning; from pretrained layers or, where it stands on none, from random weights."""
+    """Identity of a finetuning; from a trained stack or, where it stands on none, from random weights."""
 
     layers: tuple[LayerSpec, ...]
     task: Task
@@ -67,6 +73,16 @@ class FinetuneSpec(Frozen):
     fit: Fit
     seed: int
     numerics: Numerics
+    labels: int | None = None
+    """Labelled training rows, stratified (classify only); None is all."""
+
+
+class ReferenceSpec(Frozen):
+    """Identity of a reference: PCA, as one linear layer, or a stack with random weights."""
+
+    kind: Literal["pca", "random"]
+    layers: tuple[LayerSpec, ...]
+    seed: int
 
 
 class EvaluateSpec(Frozen):
@@ -77,6 +93,22 @@ class EvaluateSpec(Frozen):
     classes: tuple[str, ...]
     pictures: bool
     """Draw figures and measure codes; a control needs neither."""
+    variant: Variant | None = None
+    """The variant that trained the autoencoder, where there is one: it decides on some of the figures."""
+
+
+class MeasureSpec(Frozen):
+    """Identity of the measures that a study compares."""
+
+    variant: Variant | None
+    """None for a reference."""
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    """Labelled rows of each point of the label-efficiency curve."""
+    seed: int
+    """Of the rows that are labelled; noise and samples have seeds of their own, the same for all."""
+    pictures: bool
+    """Also keep pictures, maps and codes for the report."""
 
 
 class Facts(Frozen):
@@ -153,8 +185,13 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
     return experiment.model_copy(update={"data": data, "finetune": finetune})
 
 
-def layer_specs(network: Dense | Conv, data: Data, facts: Facts) -> list[LayerSpec]:
+def layer_specs(
+    network: Dense | Conv, data: Data, facts: Facts, code_activation: Activation | None = None
+) -> list[LayerSpec]:
     """The stack's layers, outermost first, with every shape worked out.
+
+    Args:
+        code_activation: of the bottleneck, where the network names none.
 
     Raises:
         InputError: the network does not fit the data.
@@ -173,6 +210,7 @@ def layer_specs(network: Dense | Conv, data: Data, facts: Facts) -> list[LayerSp
     if isinstance(network, Conv):
         plan += [("dense", width) for width in network.dense]
 
+    bottleneck = network.code_activation or code_activation or network.activation
     specs: list[LayerSpec] = []
     shape = facts.shape
     for number, (kind, width) in enumerate(plan, 1):
@@ -196,7 +234,7 @@ def layer_specs(network: Dense | Conv, data: Data, facts: Facts) -> list[LayerSp
                 kind=kind,
                 in_shape=shape,
                 code_shape=code_shape,
-                activation=(network.code_activation or network.activation) if last else network.activation,
+                activation=bottleneck if last else network.activation,
                 # codes of a sigmoid layer lie in (0, 1) and are fitted by cross-entropy (Vincent et al. 2010, sec. 2)
                 likelihood=likelihood if not specs else "bernoulli" if below == "sigmoid" else "gaussian",
                 out_activation="linear" if below == "sigmoid" else below,

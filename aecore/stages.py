@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aecore import metrics
-from aecore.data import Arrays, Split
+from aecore.data import Arrays, Split, cut
 from aecore.fingerprint import derive_seed
 from aecore.fit import Fitted, Report, fit
 from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
-from aecore.specs import EvaluateSpec, FinetuneSpec, LayerSpec, PretrainSpec
+from aecore.specs import FinetuneSpec, LayerSpec, PretrainSpec, ReferenceSpec
 from aecore.storage import Result, Weights
 
 _RESIDENT_BYTES = 2**30
@@ -41,7 +41,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
     The codes are computed here, on this device, without noise or dropout; they never travel.
     """
     began = time.perf_counter()
-    prepare = _prepare(data, run.device)
+    prepare = prepared(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
     read: nn.Module = nn.Sequential(prepare, *(layer.encoder for layer in layers)).requires_grad_(False)
     train, validation, read = _resident(data, read, run.device, prod(spec.layer.in_shape))
@@ -55,29 +55,35 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
         fitted = fit(
             layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=_scoring_rows(spec.layer),
+            scoring_rows=scoring_rows(spec.layer),
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
     return Result(config, _weights(layer), _summary(fitted, began))
 
 
-def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = ()) -> Result:
-    """Train all weights together, starting from exactly those of `layers`, or from random ones where there are none.
+def finetune(
+    spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), stack: Result | None = None
+) -> Result:
+    """Train all weights together, starting from exactly those of the pretrained `layers`, or of a `stack` that was
+    trained as a whole, or from random ones where there are none.
 
     `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
     """
     began = time.perf_counter()
-    prepare = _prepare(data, run.device)
+    data = data if spec.labels is None else _labelled(data, spec.labels, spec.seed, spec.fit.batch_size)
+    prepare = prepared(data, run.device)
     train, validation, read = _resident(data, prepare, run.device, data.train.x[0].size)
     seed = derive_seed(spec.seed, "finetune")
     with _seeded(seed):
-        # drawn before any pretrained weights are read: the control's head is the same as the pretrained net's
-        stack = Stack([Layer(layer) for layer in spec.layers])
-        head = Classifier([layer.encoder for layer in stack], len(spec.classes)) if spec.task == "classify" else None
-        for layer, result in zip(stack, layers, strict=True) if layers else ():
+        # drawn before any trained weights are read: the control's head is the same as the pretrained net's
+        net = Stack([Layer(layer) for layer in spec.layers])
+        head = Classifier([layer.encoder for layer in net], len(spec.classes)) if spec.task == "classify" else None
+        for layer, result in zip(net, layers, strict=True) if layers else ():
             _load(layer, result.weights)
-        model = (head or stack).to(run.device)
+        if stack is not None:
+            _load(net, stack.weights)
+        model = (head or net).to(run.device)
 
         def classify(x: Tensor, labels: Tensor) -> Terms:
             return {"cross_entropy": F.cross_entropy(model(read(x)).float(), labels)}
@@ -87,7 +93,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
 
         def reconstruct(x: Tensor) -> Terms:
             assert spec.variant is not None
-            return spec.variant.loss(stack, read(x))
+            return spec.variant.loss(net, read(x))
 
         supervised = spec.task == "classify"
         fitted = fit(
@@ -97,7 +103,7 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
             spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=_scoring_rows(spec.layers[0]),
+            scoring_rows=scoring_rows(spec.layers[0]),
         )  # fmt: skip
     config = {
         "task": spec.task,
@@ -112,103 +118,25 @@ def finetune(spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Res
     return Result(config, weights, summary, example=data.train.x[:4])
 
 
-def evaluate(
-    spec: EvaluateSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), finetuned: Result | None = None
-) -> Result:
-    """Score the selected weights on the test split, once, and draw what they learned.
+def reference(spec: ReferenceSpec, run: Run, *, data: Arrays) -> Result:
+    """What a trained autoencoder must beat: PCA (as one linear layer), or the same stack with random weights."""
+    seed = derive_seed(spec.seed, "finetune")  # the weights that training from scratch starts from
+    with _seeded(seed):
+        stack = Stack([Layer(layer) for layer in spec.layers])
+    weights = _weights(stack)
+    if spec.kind == "pca":
+        from sklearn.decomposition import PCA
 
-    Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
-    finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder.
-    """
-    from aecore import figures  # matplotlib, which training does without
-
-    prepare = _prepare(data, run.device)
-    scores: dict[str, float] = {}
-    pictures: dict[str, bytes] = {}
-    if finetuned is not None and spec.task == "classify":
-        classifier = build_classifier(finetuned).to(run.device).eval()
-        assert data.test.y is not None
-        prediction = (
-            metrics.over_batches(lambda x: classifier(prepare(x)).argmax(1), data.test.x, run.device).cpu().numpy()
-        )
-        accuracy = float((prediction == data.test.y).mean())
-        low, high = metrics.accuracy_interval(accuracy, len(prediction))
-        scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
-        scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
-        if spec.pictures:
-            table = metrics.confusion(data.test.y, prediction, len(spec.classes))
-            pictures["confusion"] = figures.confusion(table, spec.classes)
-
-    stack = None
-    if finetuned is not None and spec.task == "reconstruct":
-        stack = build_stack(finetuned)
-    elif layers:
-        stack = Stack([build_layer(result) for result in layers])
-    if stack is not None:
-        stack = stack.to(run.device).eval()
-        x = metrics.over_batches(prepare, data.test.x, run.device).cpu()
-        rows = _scoring_rows(stack.first.spec)
-        reconstruction = metrics.over_batches(stack.reconstruct, x.numpy(), run.device, rows).cpu()
-        scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
-        if spec.pictures:
-            scores |= _measure_codes(stack, prepare, data, run.device, pictures, spec.classes)
-            pictures["reconstructions"] = figures.reconstructions(
-                x[:12].numpy(), reconstruction[:12].numpy(), scores["test/reconstruction_mse"]
-            )
-            pictures["units"] = figures.units(unit_images(stack, prepare, data.train.x[:2048], run.device))
-    if spec.pictures:
-        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
-        if finetuned is not None:
-            named["finetuning"] = finetuned.config
-        pictures["loss_curves"] = figures.loss_curves(named)
-    return Result({}, {}, scores, pictures)
-
-
-def _measure_codes(
-    stack: Stack, prepare: Prepare, data: Arrays, device: torch.device, pictures: dict[str, bytes],
-    classes: tuple[str, ...],
-) -> dict[str, float]:  # fmt: skip
-    from aecore import figures
-
-    train, validation, test = (
-        metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device).cpu().numpy()
-        for split in (data.train, data.validation, data.test)
-    )
-    pictures["codes"] = figures.codes_map(test, data.test.y, classes)
-    if data.train.y is None or data.validation.y is None or data.test.y is None:
-        return {}
-    labelled = (train, data.train.y), (validation, data.validation.y), (test, data.test.y)
-    return {
-        "probe/accuracy": metrics.linear_probe(*labelled),
-        "knn/accuracy": metrics.knn(labelled[0], labelled[2]),
-    }
-
-
-def unit_images(
-    stack: Stack, prepare: Prepare, raw: np.ndarray, device: torch.device, count: int = 16
-) -> list[np.ndarray]:
-    """What the first `count` units of each layer stand for: one array (units, *shape of the data) a layer.
-
-    A dense first layer shows its weights. Units further up are raised by two standard deviations above the mean code
-    and decoded; the image is the difference this makes. A convolutional unit is its channel's centre.
-    """
-    images = []
-    with torch.inference_mode():
-        h = prepare(torch.tensor(raw, device=device))
-        first = stack.first.spec
-        for depth, layer in enumerate(stack, 1):
-            h = layer.encode(h)
-            units = min(count, layer.spec.code_shape[0])
-            if depth == 1 and first.kind == "dense":
-                images.append(layer.encoder.affine.weight[:units].view(units, *first.in_shape).cpu().numpy())
-                continue
-            lower, mean, spread = Stack(list(stack)[:depth]), h.mean(0), h.std(0)
-            raised = mean.repeat(units, *[1] * mean.ndim)
-            for unit in range(units):
-                place = (unit, *(side // 2 for side in mean.shape[1:]))
-                raised[(unit, *place)] += 2 * spread[place]
-            images.append((lower.mean(raised) - lower.mean(mean[None])).cpu().numpy())
-    return images
+        prepare = prepared(data, run.device)
+        x = metrics.over_batches(prepare, data.train.x, run.device).flatten(1).cpu().numpy()
+        pca = PCA(prod(spec.layers[0].code_shape), svd_solver="covariance_eigh").fit(x)
+        axes, centre = pca.components_, pca.mean_
+        weights = {
+            "layers.0.encoder.affine.weight": axes, "layers.0.encoder.affine.bias": -axes @ centre,
+            "layers.0.decoder.weight": axes.T, "layers.0.decoder.bias": centre,
+        }  # fmt: skip
+    config = {"layers": [layer.model_dump(mode="json") for layer in spec.layers], "history": []}
+    return Result(config, weights, {})
 
 
 def build_layer(result: Result) -> Layer:
@@ -219,7 +147,7 @@ def build_layer(result: Result) -> Layer:
 
 
 def build_stack(result: Result) -> Stack:
-    """The unrolled autoencoder that `finetune` returned."""
+    """The unrolled autoencoder that `finetune` or `reference` returned."""
     stack = Stack([Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]])
     _load(stack, result.weights)
     return stack
@@ -239,7 +167,8 @@ def build_prepare(result: Result) -> Prepare:
     return Prepare(shift, scale)
 
 
-def _prepare(data: Arrays, device: torch.device) -> Prepare:
+def prepared(data: Arrays, device: torch.device) -> Prepare:
+    """The preprocessing of a data set, on `device`."""
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
@@ -262,7 +191,16 @@ def _resident(data: Arrays, read: nn.Module, device: torch.device, features: int
     return train.to(device), validation.to(device), read
 
 
-def _scoring_rows(spec: LayerSpec) -> int:
+def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
+    """`count` training rows, stratified by label, repeated until an epoch has some 20 batches: a few labels get as many
+    steps and as few looks at validation as many do."""
+    x, y = data.train
+    _, rows = cut(np.arange(len(x)), y, count, "labels", seed)
+    rows = np.tile(rows, max(1, 20 * batch_size // count))
+    return data._replace(train=Split(x[rows], None if y is None else y[rows]))
+
+
+def scoring_rows(spec: LayerSpec) -> int:
     """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
     return max(1, min(2048, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
 
@@ -277,8 +215,9 @@ def _weights(module: nn.Module) -> Weights:
 
 
 def _load(module: nn.Module, weights: Weights) -> None:
-    own = {name: torch.tensor(value) for name, value in weights.items() if not name.startswith("prepare.")}
-    module.load_state_dict(own)
+    # a classifier's weights lie beside its preprocessing; a layer that is a code no more needs no log-variance
+    needed = module.state_dict().keys()
+    module.load_state_dict({name: torch.tensor(value) for name, value in weights.items() if name in needed})
 
 
 @contextmanager

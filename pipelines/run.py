@@ -248,9 +248,9 @@ def _execute(stage: Stage, store: tuple[str, str], parent: str, share: Share, *i
 
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
-        fn: Any = partial(getattr(stages, stage.fn), stage.spec, **_by_parameter(stage, inputs))
+        fn: Any = partial(stage.function(), stage.spec, **_by_parameter(stage, inputs))
         with _Recorder(stage, store, parent) as recorder:
-            if stage.fn == "finetune":
+            if stage.fn == "stages.finetune":
                 result = _in_ray_train(fn, device, recorder.report)
             else:
                 result = fn(stages.Run(device, recorder.report))

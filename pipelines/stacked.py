@@ -4,7 +4,7 @@ import warnings
 from math import prod
 from typing import NamedTuple
 
-from aecore.config import Experiment, Fit, Task
+from aecore.config import Experiment, Fit
 from aecore.specs import (
     EvaluateSpec,
     Facts,
@@ -44,38 +44,47 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
         InputError: the experiment does not fit its data.
     """
     experiment = resolve(experiment, facts)
-    specs = tuple(layer_specs(experiment.network, experiment.data, facts))
+    variant, task = experiment.variant, experiment.finetune.task if experiment.finetune else None
+    assert task != "auto"
+    unsupervised = experiment.pretrain is not None or task == "reconstruct"
+    code_activation = variant.code_activation if unsupervised else None
+    specs = tuple(layer_specs(experiment.network, experiment.data, facts, code_activation))
     _warn_of_identity(experiment, specs)
-    data = Stage("data", "load", LoadSpec(data=experiment.data, facts=facts), kept=False)
+    data = Stage("data", "stages.load", LoadSpec(data=experiment.data, facts=facts), kept=False)
 
     layers: list[Stage] = []
-    for number, spec in enumerate(_with_dropout(specs, experiment.pretrain), 1) if experiment.pretrain else ():
-        pretrain = PretrainSpec(
-            number=number, layer=spec, variant=experiment.variant, fit=experiment.pretrain,
-            seed=experiment.seed, numerics=numerics,
-        )  # fmt: skip
-        layers.append(Stage(f"layer {number}", "pretrain_layer", pretrain, {"data": data, "below": tuple(layers)}))
+    if experiment.pretrain is not None:
+        built = _with_dropout(specs, experiment.pretrain, experiment.network.dropout)
+        built = tuple(variant.build(spec, number) for number, spec in enumerate(built, 1))
+        for number, spec in enumerate(built, 1):
+            pretrain = PretrainSpec(
+                number=number, layer=spec, variant=variant, fit=experiment.pretrain, seed=experiment.seed,
+                numerics=numerics,
+            )  # fmt: skip
+            inputs = {"data": data, "below": tuple(layers)}
+            layers.append(Stage(f"layer {number}", "stages.pretrain_layer", pretrain, inputs))
+        specs = tuple(spec.model_copy(update={"stochastic": False}) for spec in built)
 
-    task: Task | None = None
     finetune = control = evaluate_control = None
-    if experiment.finetune is not None:
-        assert experiment.finetune.task != "auto"
-        task = experiment.finetune.task
+    if experiment.finetune is not None and task is not None:
+        tuned = _with_dropout(specs, experiment.finetune, experiment.network.dropout)
+        if task == "reconstruct":  # of a stack as a whole only the bottleneck is the variant's
+            tuned = (*tuned[:-1], variant.build(tuned[-1], len(tuned)))
         tuning = FinetuneSpec(
-            layers=_with_dropout(specs, experiment.finetune), task=task,
-            classes=facts.classes if task == "classify" else (),
-            variant=experiment.variant if task == "reconstruct" else None,
+            layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
+            variant=variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
             seed=experiment.seed, numerics=numerics,
         )  # fmt: skip
-        finetune = Stage("finetune", "finetune", tuning, _inputs(data, layers))
+        finetune = Stage("finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
-            control = Stage("control", "finetune", tuning, _inputs(data, []))
+            control = Stage("control", "stages.finetune", tuning, _inputs(data, []))
 
     def evaluation(name: str, pretrained: list[Stage], finetuned: Stage | None, pictures: bool) -> Stage:
-        spec = EvaluateSpec(task=task, classes=facts.classes, pictures=pictures)
+        drawn = variant if unsupervised and pictures else None
+        spec = EvaluateSpec(task=task, classes=facts.classes, pictures=pictures, variant=drawn)
         inputs = _inputs(data, pretrained) | ({"finetuned": finetuned} if finetuned else {})
-        return Stage(name, "evaluate", spec, inputs)
+        return Stage(name, "evaluation.evaluate", spec, inputs)
 
     evaluate = evaluation("evaluate", layers, finetune, pictures=True)
     if control is not None:
@@ -87,10 +96,9 @@ def _inputs(data: Stage, layers: list[Stage]) -> dict[str, Stage | tuple[Stage, 
     return {"data": data, "layers": tuple(layers)} if layers else {"data": data}
 
 
-def _with_dropout(specs: tuple[LayerSpec, ...], fit: Fit) -> tuple[LayerSpec, ...]:
-    if fit.dropout is None:
-        return specs
-    return tuple(spec.model_copy(update={"dropout": fit.dropout}) for spec in specs)
+def _with_dropout(specs: tuple[LayerSpec, ...], fit: Fit, network: float) -> tuple[LayerSpec, ...]:
+    dropout = network if fit.dropout is None else fit.dropout
+    return tuple(spec.model_copy(update={"dropout": dropout}) for spec in specs)
 
 
 def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> None:
@@ -99,7 +107,7 @@ def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> N
     if fit is None or (experiment.pretrain is None and experiment.finetune and experiment.finetune.task == "classify"):
         return  # nothing is trained to reconstruct
     constrained = experiment.variant.kind != "plain" or fit.weight_decay
-    for number, spec in enumerate(_with_dropout(specs, fit), 1):
+    for number, spec in enumerate(_with_dropout(specs, fit, experiment.network.dropout), 1):
         if prod(spec.code_shape) >= prod(spec.in_shape) and not (constrained or spec.dropout):
             warnings.warn(
                 f"layer {number} is overcomplete ({prod(spec.in_shape)} -> {prod(spec.code_shape)}) and nothing "

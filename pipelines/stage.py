@@ -1,7 +1,8 @@
 """A stage: a function, its spec, and the stages it stands on, and where results are kept. Building one runs nothing."""
 
+import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 
 from aecore.fingerprint import fingerprint
 from aecore.specs import REVISION
+from aecore.storage import Result
 
 Inputs = Mapping[str, "Stage | tuple[Stage, ...]"]
 
@@ -21,7 +23,7 @@ class Stage:
     name: str
     """For people; not part of the key."""
     fn: str
-    """Name of a function in `aecore.stages`: named, not imported, so that the driver needs no torch."""
+    """Module of `aecore` and function in it: named, not imported, so that the driver needs no torch."""
     spec: BaseModel
     inputs: Inputs = field(default_factory=dict)
     """By parameter of the function."""
@@ -34,6 +36,11 @@ class Stage:
         """The identity of the result: the hash of what computes it, from what."""
         keys = {name: [s.key for s in i] if isinstance(i, tuple) else i.key for name, i in self.inputs.items()}
         return fingerprint(self.fn, self.revision, self.spec, keys)
+
+    def function(self) -> Callable[..., Result]:
+        """What `fn` names; imports torch."""
+        module, _, name = self.fn.partition(".")
+        return getattr(importlib.import_module(f"aecore.{module}"), name)
 
     def parents(self) -> tuple["Stage", ...]:
         """The stages this one stands on, in order."""

@@ -47,11 +47,11 @@ def test_shapes_and_gradients(name: str) -> None:
         code = layer.encode(h)
         assert code.shape == (5, *layer.spec.code_shape)
         assert layer.reconstruct(h).shape == h.shape
-        assert layer.reconstruction_loss(h, h.detach()).isfinite()
+        assert layer.reconstruction_loss(layer.encode(h), h.detach()).isfinite()
         h = code
     assert torch.equal(stack.train(False).encode(x), _chain(stack, x))
     assert stack.reconstruct(x).shape == x.shape
-    stack.train().reconstruction_loss(x, x).backward()
+    stack.train().reconstruction_loss(stack.encode(x), x).backward()
     for parameter_name, parameter in stack.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
 
@@ -102,7 +102,7 @@ def test_layers_that_reconstruct_their_inputs_do_so_stacked(activation: Any) -> 
     optimizer = torch.optim.Adam(upper.parameters(), lr=0.02)
     for _ in range(400):
         optimizer.zero_grad()
-        loss = upper.reconstruction_loss(codes, codes)
+        loss = upper.reconstruction_loss(upper.encode(codes), codes)
         loss.backward()
         optimizer.step()
     # what the layer was trained to emit is what it emits within the stack

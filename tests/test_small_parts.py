@@ -60,10 +60,27 @@ def separable(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_probe_and_neighbours_on_known_clusters() -> None:
     train, validation, test = separable(600, 0), separable(200, 1), separable(500, 2)
     # three unit normals 4 sqrt 2 apart: the best any classifier can do is about 99.5 %
-    assert metrics.linear_probe(train, validation, test) > 0.98
-    assert metrics.knn((train[0] / [1, 100, 0.01], train[1]), (test[0] / [1, 100, 0.01], test[1])) > 0.98
+    probe = metrics.linear_probe(train, validation)
+    assert (probe.predict(test[0]) == test[1]).mean() > 0.98
+    scaled = (train[0] / [1, 100, 0.01], train[1])
+    assert (metrics.nearest(scaled, test[0] / [1, 100, 0.01]) == test[1]).mean() > 0.98
     noise = RNG.permutation(test[1])
-    assert metrics.linear_probe(train, validation, (test[0], noise)) == pytest.approx(1 / 3, abs=0.08)
+    assert (probe.predict(test[0]) == noise).mean() == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_clusters_are_scored_up_to_their_names() -> None:
+    train, _, test = separable(600, 0), separable(200, 1), separable(500, 2)
+    found = metrics.clusters(train[0] / [1, 100, 0.01], (test[0] / [1, 100, 0.01], test[1]), 3)
+    assert found["accuracy"] > 0.98 and found["nmi"] > 0.9 and found["ari"] > 0.9
+    chance = metrics.clusters(train[0], (test[0], RNG.permutation(test[1])), 3)
+    assert chance["nmi"] < 0.05 and abs(chance["ari"]) < 0.05 and chance["accuracy"] < 0.5
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    a, b = RNG.normal(size=(200_000, 2)), RNG.normal(size=(200_000, 2)) * [2, 3] + [1, 0]
+    # means 1 apart, standard deviations 1 against 2 and 1 against 3
+    assert metrics.frechet(a, b) == pytest.approx(1 + 1 + 4, rel=0.02)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("right", "rows"), [(979, 1000), (5, 10), (10, 10), (0, 7)])
@@ -103,7 +120,7 @@ def test_reconstructions_and_units(shape: tuple[int, ...]) -> None:
 def test_codes_map(features: int, labelled: bool) -> None:
     codes = RNG.normal(size=(60, features)).astype(np.float32)
     labels = RNG.integers(0, 3, 60) if labelled else None
-    assert min(size(figures.codes_map(codes, labels, ("a", "b", "c")))) > 500
+    assert min(size(figures.codes_map(codes, labels, ("a", "b", "c"), "test"))) > 500
 
 
 def test_loss_curves_of_layers_and_finetuning() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from aecore import stages
 from aecore.config import Experiment
 from aecore.errors import InputError
 from aecore.specs import Facts, Numerics
@@ -62,7 +61,7 @@ def test_other_bytes_or_other_precision_recompute_everything() -> None:
 
 
 def test_every_stage_is_a_function_of_aecore() -> None:
-    assert all(callable(getattr(stages, stage.fn)) for stage in graph().kept())
+    assert all(callable(stage.function()) for stage in graph().kept())
 
 
 def test_tasks_follow_the_data() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aecore.fingerprint import Frozen
+from aecore.variants.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aecore.networks import Autoencoder, Terms
 
 
-class Denoising(Frozen):
+class Denoising(Objective):
     """Reconstructs the clean input from a corrupted one (Vincent et al. 2010, eq. 8).
 
     The noise is there only while the layer itself is trained; the layer above is fed clean codes.
@@ -33,7 +33,6 @@ class Denoising(Frozen):
         return self
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        """Terms of the objective for x of shape (batch, *in_shape)."""
         from aecore.corruption import corrupt
 
-        return {"reconstruction": model.reconstruction_loss(corrupt(x, self.noise, self.level), x)}
+        return {"reconstruction": model.reconstruction_loss(model.encode(corrupt(x, self.noise, self.level)), x)}

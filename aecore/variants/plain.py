@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from aecore.fingerprint import Frozen
+from aecore.variants.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from aecore.networks import Autoencoder, Terms
 
 
-class Plain(Frozen):
+class Plain(Objective):
     """Reconstruction alone; what keeps it from the identity map is the bottleneck (or dropout, or weight decay)."""
 
     kind: Literal["plain"] = "plain"
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        """Terms of the objective for x of shape (batch, *in_shape)."""
-        return {"reconstruction": model.reconstruction_loss(x, x)}
+        return {"reconstruction": model.reconstruction_loss(model.encode(x), x)}

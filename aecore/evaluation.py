@@ -1,0 +1,378 @@
+"""What a trained model is worth: `evaluate` for the report of one job, `measure` for the comparison of a study.
+
+Both score the selected weights on the test split; nothing is chosen by what they find there.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore import figures, generation, metrics
+from aecore.corruption import Noise, corrupt
+from aecore.data import Arrays, Split, cut
+from aecore.jacobian import squared_norm
+from aecore.networks import Prepare, Stack
+from aecore.specs import EvaluateSpec, MeasureSpec
+from aecore.stages import Run, build_classifier, build_layer, build_stack, prepared, scoring_rows
+from aecore.storage import Result
+from aecore.variants import Denoising, Sparse, Variational
+
+NOISES: dict[Noise, tuple[float, ...]] = {
+    "gaussian": (0.1, 0.2, 0.3, 0.5),
+    "masking": (0.1, 0.25, 0.5, 0.75),
+    "salt_and_pepper": (0.1, 0.2, 0.3, 0.5),
+}
+"""Levels of the robustness curves, beside 0."""
+RADII = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""Lengths of the steps of the contraction curve (Rifai et al. 2011, sec. 5.3), in units of the input."""
+RESTORED: tuple[Noise, float] = ("gaussian", 0.3)
+"""The corruption of the pictures that set all variants side by side."""
+_ROWS = 256  # of the exact Jacobians
+_SAMPLES = 2000  # of the Frechet distance
+_SHOWN, _MAPPED = 12, 1000
+
+
+def evaluate(
+    spec: EvaluateSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), finetuned: Result | None = None
+) -> Result:
+    """Score the selected weights on the test split, once, and draw what they learned.
+
+    Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
+    finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder.
+    """
+    prepare = prepared(data, run.device)
+    scores: dict[str, float] = {}
+    pictures: dict[str, bytes] = {}
+    if finetuned is not None and spec.task == "classify":
+        assert data.test.y is not None
+        prediction = _classify(finetuned, prepare, data.test.x, run.device)
+        accuracy = float((prediction == data.test.y).mean())
+        low, high = metrics.accuracy_interval(accuracy, len(prediction))
+        scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
+        scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
+        if spec.pictures:
+            table = metrics.confusion(data.test.y, prediction, len(spec.classes))
+            pictures["confusion"] = figures.confusion(table, spec.classes)
+
+    stack = None
+    if finetuned is not None and spec.task == "reconstruct":
+        stack = build_stack(finetuned)
+    elif layers:
+        stack = Stack([build_layer(result) for result in layers])
+    if stack is not None:
+        stack = stack.to(run.device).eval()
+        x = metrics.over_batches(prepare, data.test.x, run.device)
+        reconstruction = _over(stack.reconstruct, x, stack)
+        scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
+        if spec.pictures:
+            train, validation, test = (_codes(stack, prepare, split, run.device) for split in _splits(data))
+            if data.train.y is not None and data.validation.y is not None and data.test.y is not None:
+                probe = metrics.linear_probe((train, data.train.y), (validation, data.validation.y))
+                scores["probe/accuracy"] = float((probe.predict(test) == data.test.y).mean())
+                scores["knn/accuracy"] = float((metrics.nearest((train, data.train.y), test) == data.test.y).mean())
+            plane = train.shape[1] == 2  # small enough to show every training row
+            pictures["codes"] = figures.codes_map(
+                *((train, data.train.y) if plane else (test[:_MAPPED], data.test.y)), spec.classes,
+                "training" if plane else "test",
+            )  # fmt: skip
+            pictures["reconstructions"] = figures.reconstructions(
+                x[:_SHOWN].cpu().numpy(), reconstruction[:_SHOWN].cpu().numpy(), scores["test/reconstruction_mse"]
+            )
+            pictures["units"] = figures.units(unit_images(stack, prepare, data.train.x[:2048], run.device))
+            pictures |= _variant_pictures(spec, stack, x, test)
+    if spec.pictures:
+        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
+        if finetuned is not None:
+            named["finetuning"] = finetuned.config
+        pictures["loss_curves"] = figures.loss_curves(named)
+    return Result({}, {}, scores, pictures)
+
+
+def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> dict[str, bytes]:
+    """What there is to see of this variant alone; x and its codes are the test rows."""
+    images = x.ndim == 4
+    with torch.no_grad():
+        if isinstance(spec.variant, Denoising) and images:
+            # a third to a half more noise than it was trained with: what it does where it has not been
+            level = 1.5 * spec.variant.level
+            noisy = _seeded_noise(x[:_SHOWN], spec.variant.noise, level)
+            shown = [part.cpu().numpy() for part in (x[:_SHOWN], noisy, stack.reconstruct(noisy))]
+            return {"restored": figures.triptych(*shown, f"{spec.variant.noise.replace('_', ' ')}, {level:g}")}
+        if isinstance(spec.variant, Sparse):
+            return {"activations": figures.activations(codes[:64])}
+        if isinstance(spec.variant, Variational) and images:
+            walks = generation.traversals(stack, x), generation.interpolation(stack, x)
+            titles = "One code at a time from -3 to 3, the most active first", "From one test row's code to another's"
+            drawn = {
+                "samples": figures.image_grid(_numpy(generation.samples(stack, 100)), 10, "Drawn from the prior"),
+                "traversals": figures.image_grid(_numpy(walks[0]), generation.STEPS, titles[0]),
+                "interpolation": figures.image_grid(_numpy(walks[1]), generation.STEPS, titles[1]),
+            }
+            if prod(stack.code_shape) == 2:
+                drawn["manifold"] = figures.image_grid(
+                    _numpy(generation.manifold(stack)), 10, "The plane of codes, at quantiles of the prior"
+                )
+            return drawn
+    return {}
+
+
+def measure(
+    spec: MeasureSpec, run: Run, *, data: Arrays, stack: Result | None = None, layers: Sequence[Result] = (),
+    classifiers: Sequence[Result] = (), judge: Result | None = None,
+) -> Result:  # fmt: skip
+    """All that a study compares, the same for every variant and for the references.
+
+    Args:
+        stack: the autoencoder, where it was trained as a whole.
+        layers: its layers, where they were only pretrained.
+        classifiers: finetuned from it with `spec.labels` labelled rows each.
+        judge: a classifier of the data, in whose code samples are compared with real rows.
+
+    Returns:
+        A result with `metrics`; curves in `config`: `labels` (counts, probe, finetuned), `robustness` by noise (levels,
+        mse, accuracy), `contraction` (radius, ratio); and arrays in `weights`: `sse` (rows,) and `correct/...` (rows,)
+        of the test rows; with `spec.pictures` also `inputs`, `reconstructed`, `corrupted`, `restored`, `map`,
+        `map_labels`, `codes`, `filters`, and of a variational one `samples` and `manifold`.
+    """
+    prepare = prepared(data, run.device)
+    net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
+    net = net.to(run.device).eval()
+    x = metrics.over_batches(prepare, data.test.x, run.device)
+    scores, arrays = _reconstruction(net, prepare, data, x)
+    curves: dict[str, Any] = {}
+    codes = [_codes(net, prepare, split, run.device) for split in _splits(data)]
+    probe = None
+    if data.train.y is not None and data.validation.y is not None and data.test.y is not None:
+        probe = metrics.linear_probe((codes[0], data.train.y), (codes[1], data.validation.y))
+        arrays["correct/probe"] = probe.predict(codes[2]) == data.test.y
+        arrays["correct/knn"] = metrics.nearest((codes[0], data.train.y), codes[2]) == data.test.y
+        scores["val/probe_accuracy"] = float((probe.predict(codes[1]) == data.validation.y).mean())
+        found = metrics.clusters(codes[0], (codes[2], data.test.y), len(spec.classes))
+        scores |= {f"cluster/{name}": value for name, value in found.items()}
+        right = [_classify(c, prepare, data.test.x, run.device) == data.test.y for c in classifiers]
+        curves["labels"] = {
+            "counts": list(spec.labels),
+            "probe": [_probe_with(count, spec.seed, codes, data) for count in spec.labels],
+            "finetuned": [float(r.mean()) for r in right],
+        }
+        if right:
+            arrays["correct/finetuned"] = right[-1]
+        for name in ("probe", "knn", "finetuned"):
+            if f"correct/{name}" in arrays:
+                scores[f"{name}/accuracy"] = float(arrays[f"correct/{name}"].mean())
+    curves["robustness"] = _robustness(net, x, probe, data.test.y)
+    for name in ("accuracy", "mse"):
+        values = [v for curve in curves["robustness"].values() for v in curve.get(name, ())[1:]]
+        if values:
+            scores[f"robust/{name}"] = float(np.mean(values))
+    scores |= _units(net, codes[2])
+    found, curves["contraction"] = _contraction(net, x, codes[2])
+    scores |= found
+    if isinstance(spec.variant, Variational):
+        scores |= _bound(net, spec.variant, x)
+        if judge is not None:
+            scores |= _frechet(net, judge, prepare, data, run.device)
+    if spec.pictures:
+        arrays |= _pictures(net, spec, x, codes[2], data.test.y)
+    return Result(curves, arrays, scores)
+
+
+def _reconstruction(
+    net: Stack, prepare: Prepare, data: Arrays, x: Tensor
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Errors of the test rows x, and of the validation rows, by which settings are chosen."""
+    squares = (x - _over(net.reconstruct, x, net)).square().flatten(1)
+    centre = metrics.over_batches(prepare, data.train.x, x.device).mean(0)
+    spread = (x - centre).square().flatten(1).sum(1)
+    held_out = metrics.over_batches(prepare, data.validation.x, x.device)
+    scores = {
+        "test/reconstruction_mse": float(squares.mean(dtype=torch.float64)),
+        "test/reconstruction_sse": float(squares.sum(1).mean(dtype=torch.float64)),
+        # of the squared error that the training rows' mean makes
+        "test/unexplained": float(squares.sum(dtype=torch.float64) / spread.sum(dtype=torch.float64)),
+        "val/reconstruction_mse": metrics.reconstruction_mse(held_out, _over(net.reconstruct, held_out, net)),
+    }
+    return scores, {"sse": _numpy(squares.sum(1))}
+
+
+def _probe_with(count: int, seed: int, codes: list[np.ndarray], data: Arrays) -> float:
+    """Test accuracy of the probe with `count` labelled rows, the same that the finetuned classifier had."""
+    (x, y), rows = data.train, np.arange(len(data.train.x))
+    assert y is not None and data.validation.y is not None and data.test.y is not None
+    if count < len(x):
+        rows = cut(rows, y, count, "labels", seed)[1]
+    probe = metrics.linear_probe((codes[0][rows], y[rows]), (codes[1], data.validation.y))
+    return float((probe.predict(codes[2]) == data.test.y).mean())
+
+
+def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarray | None) -> dict[str, Any]:
+    """Error of the clean test rows' restoration, and accuracy of the probe, by level of each noise."""
+    curves: dict[str, Any] = {}
+    for noise, levels in NOISES.items():
+        curve: dict[str, list[float]] = {"levels": [0.0, *levels], "mse": []}
+        if probe is not None:
+            curve["accuracy"] = []
+        for level in curve["levels"]:
+            noisy = _seeded_noise(x, noise, level)
+            code = _over(net.encode, noisy, net)
+            curve["mse"].append(metrics.reconstruction_mse(x, _over(net.mean, code, net)))
+            if probe is not None:
+                curve["accuracy"].append(float((probe.predict(_numpy(code.flatten(1))) == y).mean()))
+        curves[noise] = curve
+    return curves
+
+
+def _seeded_noise(x: Tensor, noise: Noise, level: float) -> Tensor:
+    """The same noise for every model."""
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return corrupt(x, noise, level)
+
+
+def _units(net: Stack, codes: np.ndarray) -> dict[str, float]:
+    """Activity of the codes (rows, units): mean; share of units that never move; share of activations within 5 % of
+    their bound, where they have one (Rifai et al. 2011, sec. 5.2)."""
+    spread = codes.std(0)
+    found = {
+        "units/mean_activation": float(np.abs(codes).mean()),
+        "units/dead": float((spread <= 0.01 * spread.max()).mean()),
+    }
+    activation = list(net)[-1].spec.activation
+    if activation == "sigmoid":
+        found["units/saturated"] = float(((codes < 0.05) | (codes > 0.95)).mean())
+    elif activation == "tanh":
+        found["units/saturated"] = float((np.abs(codes) > 0.9).mean())
+    return found
+
+
+def _contraction(net: Stack, x: Tensor, codes: np.ndarray) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The encoder's mean Jacobian norm, also in units of the codes' own spread, and how far codes move in random
+    directions, by length of the step."""
+    with torch.no_grad():
+        norm = float(squared_norm(net, x[:_ROWS], None).sqrt().mean())
+        rows = x[:_MAPPED]
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(rows.shape, generator=generator).to(x.device).flatten(1)
+        direction = (direction / direction.norm(dim=1, keepdim=True)).view_as(rows)
+        code = net.encode(rows).flatten(1)
+        ratio = [float(((net.encode(rows + r * direction).flatten(1) - code).norm(dim=1) / r).mean()) for r in RADII]
+    spread = float(np.sqrt(codes.var(0).sum()))
+    found = {"contraction/norm": norm}
+    if spread > 0:
+        found["contraction/relative"] = norm / spread
+    return found, {"radius": list(RADII), "ratio": ratio}
+
+
+def _bound(net: Stack, variant: Variational, x: Tensor) -> dict[str, float]:
+    """The evidence lower bound of the test rows, its parts, and, of binarised rows, the likelihood estimate; nats."""
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        binary = torch.bernoulli(x) if net.likelihood == "bernoulli" else x
+        bound = generation.bound(net, binary if variant.binarize else x)
+        found = {
+            "vae/bound": -sum(bound.values()),
+            "vae/reconstruction": bound["reconstruction"],
+            "vae/kl": bound["kl"],
+            "vae/active_units": generation.active_units(net, x),
+        }
+        if net.likelihood == "bernoulli":
+            found["vae/iw_bound"] = generation.importance_weighted(net, binary)
+    return found
+
+
+def _frechet(net: Stack, judge: Result, prepare: Prepare, data: Arrays, device: torch.device) -> dict[str, float]:
+    """Distance of samples from test rows in the code of the judge, beside that of training rows."""
+    classifier = build_classifier(judge).to(device).eval()
+
+    def features(rows: Tensor) -> np.ndarray:
+        return _numpy(_over(lambda r: classifier.encode(r).flatten(1), rows, net))
+
+    count = min(_SAMPLES, len(data.test.x), len(data.train.x))
+    real, other = (metrics.over_batches(prepare, s.x[:count], device) for s in (data.test, data.train))
+    drawn = generation.samples(net, count)
+    return {
+        "sample/frechet": metrics.frechet(features(drawn), features(real)),
+        "sample/frechet_floor": metrics.frechet(features(other), features(real)),
+    }
+
+
+def _pictures(
+    net: Stack, spec: MeasureSpec, x: Tensor, codes: np.ndarray, y: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    shown = x[:_SHOWN]
+    corrupted = _seeded_noise(shown[: _SHOWN // 2], *RESTORED)
+    with torch.no_grad():
+        found = {
+            "inputs": _numpy(shown),
+            "reconstructed": _numpy(net.reconstruct(shown)),
+            "corrupted": _numpy(corrupted),
+            "restored": _numpy(net.reconstruct(corrupted)),
+            "codes": codes[:64, :256],
+            "map": figures.plane(codes[:_MAPPED]),
+        }
+        if y is not None:
+            found["map_labels"] = y[:_MAPPED]
+        first = net.first
+        if first.spec.kind == "dense":
+            weight = first.encoder.affine.weight[:16]
+            found["filters"] = _numpy(weight.view(len(weight), *first.spec.in_shape))
+        if isinstance(spec.variant, Variational):
+            found["samples"] = _numpy(generation.samples(net, 100))
+            if prod(net.code_shape) == 2:
+                found["manifold"] = _numpy(generation.manifold(net))
+    return {name: np.ascontiguousarray(value) for name, value in found.items()}
+
+
+def unit_images(
+    stack: Stack, prepare: Prepare, raw: np.ndarray, device: torch.device, count: int = 16
+) -> list[np.ndarray]:
+    """What the first `count` units of each layer stand for: one array (units, *shape of the data) a layer.
+
+    A dense first layer shows its weights. Units further up are raised by two standard deviations above the mean code
+    and decoded; the image is the difference this makes. A convolutional unit is its channel's centre.
+    """
+    images = []
+    with torch.inference_mode():
+        h = prepare(torch.tensor(raw, device=device))
+        first = stack.first.spec
+        for depth, layer in enumerate(stack, 1):
+            h = layer.encode(h)
+            units = min(count, layer.spec.code_shape[0])
+            if depth == 1 and first.kind == "dense":
+                images.append(layer.encoder.affine.weight[:units].view(units, *first.in_shape).cpu().numpy())
+                continue
+            lower, mean, spread = Stack(list(stack)[:depth]), h.mean(0), h.std(0)
+            raised = mean.repeat(units, *[1] * mean.ndim)
+            for unit in range(units):
+                place = (unit, *(side // 2 for side in mean.shape[1:]))
+                raised[(unit, *place)] += 2 * spread[place]
+            images.append((lower.mean(raised) - lower.mean(mean[None])).cpu().numpy())
+    return images
+
+
+def _classify(result: Result, prepare: Prepare, x: np.ndarray, device: torch.device) -> np.ndarray:
+    """Class numbers (rows,) of raw rows."""
+    classifier = build_classifier(result).to(device).eval()
+    return _numpy(metrics.over_batches(lambda rows: classifier(prepare(rows)).argmax(1), x, device))
+
+
+def _codes(stack: Stack, prepare: Prepare, split: Split, device: torch.device) -> np.ndarray:
+    return _numpy(metrics.over_batches(lambda x: stack.encode(prepare(x)).flatten(1), split.x, device))
+
+
+def _over(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Tensor:
+    """`fn` of the rows of x, in batches that hold what the stack's outputs take."""
+    with torch.no_grad():
+        return torch.cat([fn(rows) for rows in x.split(scoring_rows(stack.first.spec))])
+
+
+def _splits(data: Arrays) -> tuple[Split, Split, Split]:
+    return data.train, data.validation, data.test
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()

@@ -1,0 +1,60 @@
+"""The Jacobian of an encoder: how far a code moves when its input does."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from aecore.config import Activation
+from aecore.kernels import linear
+from aecore.networks import Autoencoder, Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SLOPES: "dict[Activation, Callable[[Tensor], Tensor]]" = {
+    "relu": lambda a: (a > 0).to(a.dtype),
+    "sigmoid": lambda a: a.sigmoid() * (1 - a.sigmoid()),
+    "tanh": lambda a: 1 - a.tanh().square(),
+    "gelu": lambda a: 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi),
+    "elu": lambda a: a.clamp(max=0).exp(),
+    "linear": torch.ones_like,
+}
+"""Derivative of each activation by its argument."""
+
+
+def squared_norm(
+    model: Autoencoder, x: Float[Tensor, "batch ..."], probes: int | None = None
+) -> Float[Tensor, " batch"]:
+    """||d encode(x) / dx||_F^2 of each row, (batch,), differentiable.
+
+    One dense layer has a closed form: the sum over units of their squared slope times the squared norm of their weights
+    (Rifai et al. 2011, eq. 5, for any activation). Others are estimated without bias along random directions of +-1,
+    E||v^T J||^2 = ||J||_F^2 (Hutchinson 1990), or computed exactly.
+
+    Args:
+        probes: random directions a row; None is exact.
+    """
+    if isinstance(model, Layer) and model.spec.kind == "dense" and model.spec.normalization == "none":
+        affine = model.encoder.affine
+        assert affine.bias is not None
+        slope = _SLOPES[model.spec.activation](linear(x.flatten(1), affine.weight, affine.bias))
+        return slope.square() @ affine.weight.square().sum(1)
+    if probes is None:
+        return _exact(model, x)
+    code, pull = torch.func.vjp(model.encode, x)
+    norms = []
+    for _ in range(probes):
+        direction = torch.randint(0, 2, code.shape, device=x.device).to(code.dtype) * 2 - 1
+        norms.append(pull(direction)[0].flatten(1).square().sum(1))
+    return torch.stack(norms).mean(0)
+
+
+def _exact(model: Autoencoder, x: Tensor) -> Tensor:
+    def encode_one(row: Tensor) -> Tensor:
+        return model.encode(row[None])[0].flatten()
+
+    jacobian = torch.func.vmap(torch.func.jacrev(encode_one))(x)
+    return jacobian.flatten(1).square().sum(1)

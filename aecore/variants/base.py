@@ -1,0 +1,38 @@
+"""What all variants have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aecore.fingerprint import Frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aecore.config import Activation
+    from aecore.networks import Autoencoder, Terms
+    from aecore.specs import LayerSpec
+
+
+class Objective(Frozen):
+    """A way to train an autoencoder: what it asks of the layer, and what it minimises."""
+
+    @property
+    def code_activation(self) -> Activation | None:
+        """The bottleneck's activation where the network names none; None takes that of the other layers."""
+        return None
+
+    def build(self, layer: LayerSpec, number: int) -> LayerSpec:
+        """The layer that is trained by this objective, made of the one that the network describes.
+
+        Args:
+            number: the layer's place in the stack; layer 1 reads the data.
+
+        Raises:
+            InputError: the objective is not defined for such a layer.
+        """
+        return layer
+
+    def loss(self, model: Autoencoder, x: Tensor) -> Terms:
+        """Terms of the objective for x of shape (batch, *in_shape); each a mean over the batch."""
+        raise NotImplementedError

@@ -1,0 +1,68 @@
+"""The variational autoencoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeFloat
+
+from aecore.errors import InputError
+from aecore.variants.base import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aecore.config import Activation
+    from aecore.networks import Autoencoder, Terms
+    from aecore.specs import LayerSpec
+
+
+class Variational(Objective):
+    """Maximises the evidence lower bound: E_q[log p(x|z)] - beta * KL(q(z|x) || N(0, 1)) with a Gaussian posterior,
+    reparameterised (Kingma & Welling 2014, eq. 10; beta: Higgins et al. 2017). Sums over features and codes, mean over
+    the batch.
+
+    The code is the posterior's mean. p(x|z) is `data.likelihood`: squared error is a Gaussian of variance 1/2 without
+    its constant; on grey values cross-entropy is no likelihood, continuous_bernoulli is one (Loaiza-Ganem & Cunningham
+    2019).
+    """
+
+    kind: Literal["variational"] = "variational"
+    beta: NonNegativeFloat = 1.0
+    """Weight of the divergence from the prior; 1 is the bound itself."""
+    binarize: bool = False
+    """Draw each pixel as 0 or 1 with its grey value's probability, anew each time (bernoulli only)."""
+
+    @property
+    def code_activation(self) -> Activation | None:
+        return "linear"  # the prior knows no bounds
+
+    def build(self, layer: LayerSpec, number: int) -> LayerSpec:
+        if self.binarize and number == 1 and layer.likelihood != "bernoulli":
+            raise InputError(
+                f"variant.binarize: needs the bernoulli likelihood, the data have {layer.likelihood}; "
+                "set --data.likelihood bernoulli or --variant.binarize false"
+            )
+        return layer.model_copy(update={"stochastic": True})
+
+    def loss(self, model: Autoencoder, x: Tensor) -> Terms:
+        import torch
+
+        if self.binarize and model.likelihood == "bernoulli":
+            x = torch.bernoulli(x)
+        mean, log_variance = model.posterior(x)
+        code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        return {
+            "reconstruction": model.reconstruction_loss(code, x),
+            "kl": self.beta * kl_to_prior(mean, log_variance).mean(),
+        }
+
+
+def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) of each row, (batch,), nats (Kingma & Welling 2014, appendix B).
+
+    Args:
+        mean, log_variance: (batch, *code_shape).
+    """
+    mean, log_variance = mean.float().flatten(1), log_variance.float().flatten(1)
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)

@@ -1,0 +1,41 @@
+"""What a study knows of a trial once it has ended."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class Trial(NamedTuple):
+    """One variant with one choice of settings and one seed."""
+
+    row: str
+    """The study's name for the variant; `pca` and `random` are the references."""
+    settings: dict[str, Any]
+    """What was searched, by dotted name; empty without a search."""
+    seed: int
+    kind: str
+    """The variant's kind, or `pca` or `random`."""
+    status: Literal["finished", "stopped", "failed"]
+    """`stopped` by the scheduler (ASHA), or `failed` with `error`."""
+    error: str = ""
+    run_id: str = ""
+    """Its MLflow run."""
+    metrics: Mapping[str, float] = {}
+    """Final measures; see `aecore.evaluation` for their names."""
+    history: tuple[Mapping[str, float], ...] = ()
+    """Metrics of each epoch of unsupervised training; `val/reconstruction` is the curve to draw."""
+    curves: Mapping[str, Any] = {}
+    """JSON: see `aecore.evaluation`."""
+    arrays: Mapping[str, np.ndarray] = {}
+    """Values per test row, pictures and maps; see `aecore.evaluation`."""
+    epochs_planned: int = 0
+    epochs_used: int = 0
+    """Passes over the training rows, shared stages counted once for each trial that uses them."""
+    seconds: float = 0.0
+    """Device- or CPU-seconds that computing it took, retries included; 0 when restored."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return " ".join([self.row, *(f"{key}={value}" for key, value in self.settings.items()), f"seed={self.seed}"])

@@ -1,0 +1,151 @@
+"""Paired comparisons: known answers, and error rates on data made up with known truth."""
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from aecore.statistics import Pair, compare, holm, judge, resolution
+
+
+def made(
+    rng: np.random.Generator, shifts: tuple[float, ...], seeds: int, points: int, between: float
+) -> dict[str, np.ndarray]:
+    """Rows that share what is hard about a point, each with seeds that differ by `between`."""
+    shared = rng.normal(size=points)
+    return {
+        f"row{number}": shared
+        + shift
+        + between * rng.normal(size=(seeds, 1))
+        + 0.3 * rng.normal(size=points)
+        + 0.3 * rng.normal(size=(seeds, points))
+        for number, shift in enumerate(shifts)
+    }
+
+
+def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    return {row: float(np.nanmean(found)) for row, found in values.items()}
+
+
+def test_holm_by_hand() -> None:
+    # sorted .005 .01 .03 .04: times 4, 3, 2, 1 are .02 .03 .06 .04; no smaller than the one before: .02 .03 .06 .06
+    assert np.allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
+    assert np.allclose(holm(np.array([0.6, 0.9])), [1, 1])
+
+
+def test_a_clear_winner_is_found() -> None:
+    values = made(np.random.default_rng(0), (0, 0, 2, 0.5), 3, 500, 0.01)
+    verdict = judge(means(values), compare(values), True, ("row0", "row1"))
+    assert verdict.best == ("row2",)
+    assert verdict.above == ("row2", "row3")
+    assert verdict.words() == "row2 wins. Better than both row0 and row1: row2 and row3."
+    lower = judge(means(values), compare(values), False, ("row2", "absent"))
+    assert set(lower.best) == {"row0", "row1"} and set(lower.above) == {"row0", "row1", "row3"}
+    assert "tie (no difference that holds at 5 % with 3 seeds). Better than row2: " in lower.words()
+
+
+def test_a_reference_that_wins_is_called_one() -> None:
+    values = made(np.random.default_rng(0), (0, 2), 3, 500, 0.01)
+    words = judge(means(values), compare(values), True, ("row1",)).words()
+    assert words == "row1 wins, a reference. Better than row1: none."
+
+
+@pytest.mark.parametrize(("seeds", "between"), [(3, 0.0), (3, 0.3), (5, 0.3), (1, 0.0)])
+def test_noise_is_called_a_tie(seeds: int, between: float) -> None:
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(200):
+        values = made(rng, (0, 0, 0, 0), seeds, 80, between)
+        wrong += any(pair.holds for pair in compare(values, replicates=1200))
+    assert wrong / 200 <= 0.1
+
+
+@pytest.mark.parametrize(("seeds", "between"), [(3, 0.3), (3, 0.05), (8, 0.1)])
+def test_intervals_hold_the_truth(seeds: int, between: float) -> None:
+    rng = np.random.default_rng(2)
+    held = []
+    for _ in range(400):
+        (pair,) = compare(made(rng, (0.7, 0), seeds, 80, between), replicates=800)
+        held.append(pair.low <= 0.7 <= pair.high)
+    # three standard errors of a share of .95 in 400; wider than need be where points and seeds both matter
+    assert 0.917 <= np.mean(held) <= 0.995
+
+
+def test_seeds_widen_what_points_alone_would_say() -> None:
+    values = made(np.random.default_rng(3), (0, 0), 3, 400, 0.5)
+    (pair,) = compare(values)
+    (one,) = compare({row: found[:1] for row, found in values.items()})
+    assert pair.high - pair.low > 5 * (one.high - one.low)
+
+
+def test_without_spread_over_points_it_is_the_t_test() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 5))
+    expected = ttest_rel(a, b)
+    low, high = expected.confidence_interval()
+    (by_seed,) = compare({"a": a, "b": b})
+    assert by_seed[2:6] == pytest.approx((a.mean() - b.mean(), low, high, expected.pvalue))
+    (drawn,) = compare({"a": np.repeat(a[:, None], 50, 1), "b": np.repeat(b[:, None], 50, 1)})
+    assert drawn[2:6] == pytest.approx((a.mean() - b.mean(), low, high, expected.pvalue), rel=0.01)
+
+
+@pytest.mark.parametrize("points", [(), (50,)])
+def test_no_spread_at_all(points: tuple[int, ...]) -> None:
+    ones = np.ones((3, *points))
+    # a tenth three times over is not three tenths: rounding is no finding
+    same, apart, _ = compare({"a": 0.1 * 3 * ones, "b": 0.3 * ones, "c": 0 * ones})
+    assert (same.p, same.adjusted, same.holds) == (1, 1, False)
+    assert apart.holds and apart.low == apart.high == pytest.approx(0.3)
+    assert apart.p == (pytest.approx(2 / 4001) if points else 0)
+
+
+def test_a_row_without_spread_against_one_with() -> None:
+    (pair,) = compare({"pca": np.ones(4), "sparse": np.array([1.1, 1.3, 1.2, 1.25])})
+    assert pair.p == pytest.approx(ttest_rel(np.ones(4), [1.1, 1.3, 1.2, 1.25]).pvalue)
+
+
+def test_one_seed_allows_no_test_of_seeds() -> None:
+    (pair,) = compare({"a": np.array([0.0]), "b": np.array([9.0])})
+    assert pair.p == 1 and np.isnan(pair.low) and pair.difference == -9
+    words = judge({"a": 0, "b": 9}, [pair], True).words()
+    assert words == "b and a tie (no difference that holds at 5 % with 1 seed)."
+
+
+def test_pairs_use_the_seeds_that_both_have() -> None:
+    values = made(np.random.default_rng(5), (0, 0, 0), 4, 60, 0.1)
+    missing = {row: found.copy() for row, found in values.items()}
+    missing["row1"][1] = np.nan
+    missing["row2"][[0, 1, 2, 3]] = np.nan
+    pairs = compare(missing)
+    assert [pair.seeds for pair in pairs] == [3, 0, 0]
+    left = [0, 2, 3]
+    expected = compare({row: values[row][left] for row in ("row0", "row1")})
+    assert pairs[0][2:4] == pytest.approx(expected[0][2:4], abs=0.01)
+    assert np.isnan(pairs[1].difference) and pairs[1].p == 1
+
+
+def test_a_pair_better_on_the_common_seeds_is_never_left_out() -> None:
+    pair = Pair("a", "b", -1.0, -1.1, -0.9, 0.001, 0.001, 2)
+    assert judge({"a": 5.0, "b": 4.0}, [pair], True).best == ("a", "b")
+
+
+def test_the_same_again_bit_for_bit() -> None:
+    values = made(np.random.default_rng(6), (0, 0.1), 3, 100, 0.1)
+    assert compare(values) == compare(values)
+
+
+def test_many_rows_leave_p_room_to_be_small() -> None:
+    values = {f"row{number}": np.full((2, 20), float(number)) for number in range(16)}
+    assert all(pair.holds for pair in compare(values))
+
+
+def test_resolution_is_where_a_difference_starts_to_hold() -> None:
+    edge = resolution(4, 1)
+    spread = np.array([-1.0, 1.0, -1.0, 1.0])
+    spread /= spread.std(ddof=1)
+    held = [compare({"a": spread + size * edge, "b": np.zeros(4)})[0].holds for size in (0.99, 1.01)]
+    assert held == [False, True]
+
+
+def test_unpaired_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 5\), \(3, 5\)"):
+        compare({"a": np.zeros((3, 5)), "b": np.zeros((2, 5))})
