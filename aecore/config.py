@@ -1,7 +1,8 @@
 """The choices that change the numbers: the whole tree is hashed into the keys of the stages."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
@@ -13,6 +14,15 @@ Activation = Literal["relu", "sigmoid", "tanh", "gelu", "elu", "linear"]
 LikelihoodKind = Literal["gaussian", "bernoulli", "continuous_bernoulli", "categorical"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Task = Literal["classify", "reconstruct"]
+
+
+def overlay(lower: Any, upper: Any) -> Any:
+    """`upper` over `lower`, key by key; another `kind` takes nothing of what lies below it."""
+    if not (isinstance(lower, Mapping) and isinstance(upper, Mapping)):
+        return upper
+    if upper.get("kind", lower.get("kind")) != lower.get("kind"):
+        return dict(upper)
+    return {**lower, **{key: overlay(lower.get(key), value) for key, value in upper.items()}}
 
 
 class Data(Frozen):

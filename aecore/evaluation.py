@@ -97,11 +97,12 @@ def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.nda
     images = x.ndim == 4
     with torch.no_grad():
         if isinstance(spec.variant, Denoising) and images:
-            # a third to a half more noise than it was trained with: what it does where it has not been
+            # half more noise than it was trained with: what it does where it has not been
             level = 1.5 * spec.variant.level
             noisy = _seeded_noise(x[:_SHOWN], spec.variant.noise, level)
-            shown = [part.cpu().numpy() for part in (x[:_SHOWN], noisy, stack.reconstruct(noisy))]
-            return {"restored": figures.triptych(*shown, f"{spec.variant.noise.replace('_', ' ')}, {level:g}")}
+            name = f"{spec.variant.noise.replace('_', ' ')} noise, {level:g}"
+            restored = _numpy(stack.reconstruct(noisy))
+            return {"restored": figures.triptych(_numpy(x[:_SHOWN]), _numpy(noisy), restored, name)}
         if isinstance(spec.variant, Sparse):
             return {"activations": figures.activations(codes[:64])}
         if isinstance(spec.variant, Variational) and images:
@@ -133,17 +134,18 @@ def measure(
         judge: a classifier of the data, in whose code samples are compared with real rows.
 
     Returns:
-        A result with `metrics`; curves in `config`: `labels` (counts, probe, finetuned), `robustness` by noise (levels,
-        mse, accuracy), `contraction` (radius, ratio); and arrays in `weights`: `sse` (rows,) and `correct/...` (rows,)
-        of the test rows; with `spec.pictures` also `inputs`, `reconstructed`, `corrupted`, `restored`, `map`,
-        `map_labels`, `codes`, `filters`, and of a variational one `samples` and `manifold`.
+        A result with `metrics`; curves in `config`: `history` of training, `labels` (counts, probe, finetuned),
+        `robustness` by noise (levels, mse, accuracy), `contraction` (radius, ratio); and arrays in `weights`: `sse`
+        (rows,) and `correct/...` (rows,) of the test rows; with `spec.pictures` also `inputs`, `reconstructed`,
+        `corrupted`, `restored`, `map`, `map_labels`, `codes`, `filters`, and of a variational one `samples` and
+        `manifold`.
     """
     prepare = prepared(data, run.device)
     net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
     net = net.to(run.device).eval()
     x = metrics.over_batches(prepare, data.test.x, run.device)
     scores, arrays = _reconstruction(net, prepare, data, x)
-    curves: dict[str, Any] = {}
+    curves: dict[str, Any] = {"history": (stack or layers[-1]).config["history"]}
     codes = [_codes(net, prepare, split, run.device) for split in _splits(data)]
     probe = None
     if data.train.y is not None and data.validation.y is not None and data.test.y is not None:

@@ -18,19 +18,19 @@ CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, "#B8A900", "#8C8C8C
 """Okabe & Ito's, its yellow darkened to be seen on white, with a grey and a violet to make ten."""
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def titled(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
     return figure
 
 
-def _show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
+def show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
     """One image (channels, height, width); `limit` centres the grey scale on zero."""
     picture = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
     if limit is not None:
@@ -38,7 +38,7 @@ def _show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
     axes.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -49,7 +49,7 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
     """The same rows before and after, each (rows, *shape) as the network reads them."""
     title = f"Reconstructed with a squared error of {mse:.4f} a feature (test rows)"
     if x.ndim == 2:
-        figure = _figure(7, 4.2, title)
+        figure = titled(7, 4.2, title)
         axes = figure.subplots(3, 1, sharex=True)
         limit = np.abs(x).max() or 1.0
         for axis, values, name in zip(
@@ -60,21 +60,21 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
             axis.set_yticks([])
         axes[-1].set_xlabel("feature")
         figure.colorbar(shown, ax=axes, label="standardised value", shrink=0.8)
-        return _png(figure)
-    figure = _figure(8, 2.0, title)
+        return png(figure)
+    figure = titled(8, 2.0, title)
     axes = figure.subplots(2, len(x), squeeze=False)
     for column in range(len(x)):
         for row, images in enumerate((x, reconstruction)):
-            _show(axes[row, column], images[column])
-            _bare(axes[row, column])
+            show(axes[row, column], images[column])
+            bare(axes[row, column])
     axes[0, 0].set_ylabel("input")
     axes[1, 0].set_ylabel("output")
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curves(stages: dict[str, dict[str, Any]]) -> bytes:
     """Training and validation curves of each stage, from its `history` and `best_epoch`."""
-    figure = _figure(
+    figure = titled(
         max(7.0, 2.4 * len(stages)), 2.9, "Loss by epoch; the dot marks the weights kept, chosen on validation"
     )
     for axes, (name, stage) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
@@ -99,14 +99,14 @@ def loss_curves(stages: dict[str, dict[str, Any]]) -> bytes:
         if lines is axes:
             axes.spines[["right"]].set_visible(False)
     figure.axes[0].set_ylabel("loss a row")
-    return _png(figure)
+    return png(figure)
 
 
 def units(layers: Sequence[np.ndarray]) -> bytes:
     """What units stand for: one array (units, *shape of the data) a layer, drawn around zero."""
     columns = max(len(images) for images in layers)
     if layers[0].ndim == 2:
-        figure = _figure(7, 1.1 + 1.6 * len(layers), "What each unit stands for, by feature (purple up, orange down)")
+        figure = titled(7, 1.1 + 1.6 * len(layers), "What each unit stands for, by feature (purple up, orange down)")
         for number, (axes, images) in enumerate(
             zip(figure.subplots(len(layers), 1, squeeze=False)[:, 0], layers, strict=True), 1
         ):
@@ -114,18 +114,18 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
             axes.imshow(images, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set_ylabel(f"layer {number}\nunit")
         axes.set_xlabel("feature")
-        return _png(figure)
-    figure = _figure(0.5 * columns + 0.6, 0.56 * len(layers) + 0.6, "What each unit stands for (grey is zero)")
+        return png(figure)
+    figure = titled(0.5 * columns + 0.6, 0.56 * len(layers) + 0.6, "What each unit stands for (grey is zero)")
     grid = figure.subplots(len(layers), columns, squeeze=False)
     for number, (row, images) in enumerate(zip(grid, layers, strict=True), 1):
         for axes in row:
-            _bare(axes)
+            bare(axes)
         largest = float(np.abs(images).max()) or 1.0
         for axes, image in zip(row, images, strict=False):
             # each unit on its own scale, but a dead one is grey, not a blown-up rounding error
-            _show(axes, image, limit=max(float(np.abs(image).max()), 0.01 * largest))
+            show(axes, image, limit=max(float(np.abs(image).max()), 0.01 * largest))
         row[0].set_ylabel(f"layer {number}", fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def plane(codes: np.ndarray) -> np.ndarray:
@@ -151,7 +151,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     how, axis = ("The code itself", "code {}") if codes.shape[1] <= 2 else (
         f"t-SNE of {codes.shape[1]}-dimensional codes", "t-SNE {}"
     )  # fmt: skip
-    figure = _figure(5.2, 5.2, f"{how}, {len(codes)} {rows} rows" + (", by class" if labels is not None else ""))
+    figure = titled(5.2, 5.2, f"{how}, {len(codes)} {rows} rows" + (", by class" if labels is not None else ""))
     axes = figure.subplots()
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, linewidths=0)
@@ -169,7 +169,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     axes.set_xlabel(axis.format(1))
     axes.set_ylabel(axis.format(2))
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def image_grid(images: np.ndarray, columns: int, title: str) -> bytes:
@@ -180,37 +180,37 @@ def image_grid(images: np.ndarray, columns: int, title: str) -> bytes:
     for n, image in enumerate(images):
         top, left = n // columns * height, n % columns * width
         sheet[:, top : top + height, left : left + width] = image
-    figure = _figure(5.2, 5.2 * lines * height / (columns * width) + 0.5, title)
+    figure = titled(5.2, 5.2 * lines * height / (columns * width) + 0.5, title)
     axes = figure.subplots()
-    _show(axes, sheet)
-    _bare(axes)
-    return _png(figure)
+    show(axes, sheet)
+    bare(axes)
+    return png(figure)
 
 
 def triptych(clean: np.ndarray, corrupted: np.ndarray, restored: np.ndarray, noise: str) -> bytes:
     """The same images clean, corrupted and restored, each (count, channels, height, width)."""
     before, after = (float(np.square(images - clean).mean()) for images in (corrupted, restored))
-    figure = _figure(8, 2.7, f"Restored from {noise}: squared error a feature {before:.3f} before, {after:.3f} after")
+    figure = titled(8, 2.7, f"Restored from {noise}: squared error a feature {before:.3f} before, {after:.3f} after")
     axes = figure.subplots(3, len(clean), squeeze=False)
     for row, (name, images) in enumerate({"clean": clean, "corrupted": corrupted, "restored": restored}.items()):
         for column, image in enumerate(images):
-            _show(axes[row, column], image)
-            _bare(axes[row, column])
+            show(axes[row, column], image)
+            bare(axes[row, column])
         axes[row, 0].set_ylabel(name)
-    return _png(figure)
+    return png(figure)
 
 
 def activations(codes: np.ndarray) -> bytes:
     """Codes (rows, units) as a heat map."""
     share = float((np.abs(codes) > 0.1 * (np.abs(codes).max() or 1)).mean())
-    figure = _figure(7, 3.6, f"{share:.0%} of activations exceed a tenth of the largest ({len(codes)} test rows)")
+    figure = titled(7, 3.6, f"{share:.0%} of activations exceed a tenth of the largest ({len(codes)} test rows)")
     axes = figure.subplots()
     limit = np.abs(codes).max() or 1.0
     shown = axes.imshow(codes, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_xlabel("unit")
     axes.set_ylabel("test row")
     figure.colorbar(shown, ax=axes, label="activation")
-    return _png(figure)
+    return png(figure)
 
 
 def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
@@ -221,7 +221,7 @@ def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
         truth, guess = np.unravel_index(wrong.argmax(), wrong.shape)
         title += f"; {classes[truth]} most often taken for {classes[guess]} ({wrong.max()})"
     side = min(4.2 + 0.16 * max(len(classes) - 10, 0), 12)
-    figure = _figure(side + 0.6, side + 0.5, title)
+    figure = titled(side + 0.6, side + 0.5, title)
     axes = figure.subplots()
     # shares of the true class, on a root scale: the errors are what there is to see
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -235,4 +235,4 @@ def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
     axes.set_yticks(range(len(classes)), classes, fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    return _png(figure)
+    return png(figure)

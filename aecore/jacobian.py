@@ -44,7 +44,7 @@ def squared_norm(
         return slope.square() @ affine.weight.square().sum(1)
     if probes is None:
         return _exact(model, x)
-    code, pull = torch.func.vjp(model.encode, x)
+    code, pull, *_ = torch.func.vjp(model.encode, x)
     norms = []
     for _ in range(probes):
         direction = torch.randint(0, 2, code.shape, device=x.device).to(code.dtype) * 2 - 1

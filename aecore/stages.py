@@ -195,8 +195,8 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
     """`count` training rows, stratified by label, repeated until an epoch has some 20 batches: a few labels get as many
     steps and as few looks at validation as many do."""
     x, y = data.train
-    _, rows = cut(np.arange(len(x)), y, count, "labels", seed)
-    rows = np.tile(rows, max(1, 20 * batch_size // count))
+    rows = cut(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))
+    rows = np.tile(rows, max(1, 20 * batch_size // len(rows)))
     return data._replace(train=Split(x[rows], None if y is None else y[rows]))
 
 

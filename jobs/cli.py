@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, get_args
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from aecore.config import overlay
 from aecore.errors import InputError
 
 ENVIRONMENT = "DIABOLO__"
@@ -61,9 +62,9 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         if value := os.environ.get(f"{ENVIRONMENT}{alias.upper()}"):
             environment[alias] = value
     values = settings().model_dump(by_alias=True)
-    recipe = command_line.get("recipe") or environment.get("recipe")
+    recipe = command_line.get("recipe") or environment.get("recipe") or settings.model_fields["recipe"].default
     for source in (_read_recipe(Path(recipe)) if recipe else {}, environment, command_line):
-        values = _overlay(values, source)
+        values = overlay(values, source)
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -128,15 +129,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict | None):
         raise InputError(f"recipe {path}: holds a {type(recipe).__name__}; write `field: value` lines")
     return recipe or {}
-
-
-def _overlay(lower: Any, upper: Any) -> Any:
-    """`upper` over `lower`, key by key; another `kind` takes nothing of what lies below it."""
-    if not (isinstance(lower, Mapping) and isinstance(upper, Mapping)):
-        return upper
-    if upper.get("kind", lower.get("kind")) != lower.get("kind"):
-        return dict(upper)
-    return {**lower, **{key: _overlay(lower.get(key), value) for key, value in upper.items()}}
 
 
 def _models(field: FieldInfo) -> list[type[BaseModel]]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from pipelines.tracking import StageRun, Tracker
 
+Tell = Callable[[Stage, int, dict[str, float]], None]
+"""Called once an epoch of a stage's training with its number, from 1, and its metrics."""
 LIVE_SECONDS = 30.0
 """A stage that takes longer logs its epochs as they come."""
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
@@ -63,8 +65,9 @@ class Outcome(NamedTuple):
 
 
 def compute(
-    stages: Sequence[Stage], tracker: "Tracker", parent: str, resources: Resources, say: Callable[[str], None]
-) -> dict[str, Outcome]:
+    stages: Sequence[Stage], tracker: "Tracker", parent: str, resources: Resources, say: Callable[[str], None],
+    study: bool = False,
+) -> dict[str, Outcome]:  # fmt: skip
     """Finish every stage, restoring those that are finished already; Ray starts only if one is not, and stays up.
 
     The driver keeps each result as it comes, while the stages behind it are computed already.
@@ -73,6 +76,7 @@ def compute(
         stages: what is wanted; what these stand on is computed only where it is needed.
         parent: the MLflow run under which the stages' runs are nested.
         say: told once for each stage that is restored.
+        study: whether these are stages of a study.
 
     Returns:
         What became of each stage, by name.
@@ -88,7 +92,7 @@ def compute(
         import ray
 
         start_ray()
-        share = _share(resources)
+        share = share_of(resources)._replace(study=study)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
         submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
         waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
@@ -109,14 +113,30 @@ def compute(
     return {stage.name: outcomes[stage.key] for stage in stages}
 
 
-def run_here(stage: Stage, tracker: "Tracker", parent: str, share: "Share | None" = None) -> Result:
-    """The same graph folded in this process, for those who are inside a task already, on their share."""
-    share = share or Share(gpus=0, cpus=1, retries=0)
-    if stage.kept and (run_id := tracker.find(stage.key)) and (result := _restore(run_id, tracker)):
-        return result
-    inputs = [run_here(s, tracker, parent, share) for s in stage.parents()]
+def run_here(
+    stage: Stage, tracker: "Tracker", parent: str, share: "Share | None" = None, done: dict[str, Any] | None = None,
+    tell: Tell | None = None,
+) -> Any:  # fmt: skip
+    """The same graph folded in this process, for those who are inside a task already, on their share.
+
+    Args:
+        done: results by key; what is made here is added.
+        tell: given inside a trial.
+    """
+    done = {} if done is None else done
+    if stage.key not in done:
+        run_id = tracker.find(stage.key) if stage.kept else None
+        result = _restore(run_id, tracker) if run_id else None
+        done[stage.key] = result or _compute_here(stage, tracker, parent, share or Share(0, 1, 0), done, tell)
+    return done[stage.key]
+
+
+def _compute_here(
+    stage: Stage, tracker: "Tracker", parent: str, share: "Share", done: dict[str, Any], tell: Tell | None
+) -> Any:
+    inputs = [run_here(s, tracker, parent, share, done, tell) for s in stage.parents()]
     try:
-        result, record = _execute(stage, (tracker.uri, tracker.experiment_id), parent, share, *inputs)
+        result, record = _execute(stage, (tracker.uri, tracker.experiment_id), parent, share, *inputs, tell=tell)
     except Exception:
         if stage.kept:
             _fail(stage, tracker, parent)
@@ -124,6 +144,27 @@ def run_here(stage: Stage, tracker: "Tracker", parent: str, share: "Share | None
     if stage.kept:
         _keep(stage, tracker, parent, record)
     return result
+
+
+def run_trial(
+    stage: Stage,
+    tracker: "Tracker",
+    parent: str,
+    tags: dict[str, str],
+    share: "Share",
+    done: dict[str, Any],
+    tell: Tell,
+) -> Result:
+    """A study's trial, in this process: the stages that `stage` stands on get runs nested in its own."""
+    run = tracker.open_run(stage, parent, more=tags)
+    try:
+        inputs = [run_here(s, tracker, run.run_id, share, done, tell) for s in stage.parents()]
+        _, record = _execute(stage, (tracker.uri, tracker.experiment_id), run.run_id, share, *inputs)
+        run.commit(record.result)
+    except Exception as error:
+        run.fail(error)
+        raise
+    return record.result
 
 
 def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
@@ -157,6 +198,8 @@ class Share(NamedTuple):
     gpus: float
     cpus: int
     retries: int
+    study: bool = False
+    """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
 
 
 def start_ray() -> None:
@@ -187,7 +230,7 @@ def _warm() -> None:
     importlib.import_module("aecore.stages")
 
 
-def _share(resources: Resources) -> Share:
+def share_of(resources: Resources) -> Share:
     """What each stage gets of the cluster that Ray is connected to.
 
     Raises:
@@ -237,8 +280,14 @@ def _submit(
     return submitted[stage.key]
 
 
-def _execute(stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any) -> tuple[Any, Any]:
-    """The body of a stage's task: its result, for the stages behind it, and its record, for the driver to keep."""
+def _execute(
+    stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any, tell: Tell | None = None
+) -> tuple[Any, Any]:
+    """The body of a stage's task: its result, for the stages behind it, and its record, for the driver to keep.
+
+    Args:
+        tell: given inside a trial; what it raises ends the stage.
+    """
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):
             return load(stage.spec.data, stage.spec.facts), None
@@ -249,12 +298,14 @@ def _execute(stage: Stage, store: tuple[str, str], parent: str, share: Share, *i
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
         fn: Any = partial(stage.function(), stage.spec, **_by_parameter(stage, inputs))
-        with _Recorder(stage, store, parent) as recorder:
-            if stage.fn == "stages.finetune":
+        with _Recorder(stage, store, parent, tell) as recorder:
+            if stage.fn == "stages.finetune" and not share.study:
                 result = _in_ray_train(fn, device, recorder.report)
             else:
                 result = fn(stages.Run(device, recorder.report))
         served = None
+        if share.study:
+            result = replace(result, example=None)
         if result.example is not None:
             from aecore.pyfunc import Model
 
@@ -294,8 +345,8 @@ class _Recorder:
     longer than it.
     """
 
-    def __init__(self, stage: Stage, store: tuple[str, str], parent: str) -> None:
-        self.stage, self.store, self.parent = stage, store, parent
+    def __init__(self, stage: Stage, store: tuple[str, str], parent: str, tell: Tell | None) -> None:
+        self.stage, self.store, self.parent, self.tell = stage, store, parent, tell
         self.points: list[Point] = []
         self.began = round(time.time() * 1000)
         self.run: StageRun | None = None
@@ -318,6 +369,8 @@ class _Recorder:
         if now - self.started > LIVE_SECONDS and now - self.logged > _LOG_SECONDS:
             self._log()
             self.logged = now
+        if self.tell is not None:
+            self.tell(self.stage, epoch, metrics)
 
     def _log(self) -> None:
         if self.run is None:

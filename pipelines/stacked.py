@@ -16,7 +16,7 @@ from aecore.specs import (
     layer_specs,
     resolve,
 )
-from pipelines.stage import Stage
+from pipelines.stage import Inputs, Stage
 
 
 class Stacked(NamedTuple):
@@ -37,8 +37,11 @@ class Stacked(NamedTuple):
         return [*self.layers, *(stage for stage in rest if stage is not None)]
 
 
-def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
+def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str = "") -> Stacked:
     """The graph of an experiment; nothing runs.
+
+    Args:
+        label: what the names of the stages begin with.
 
     Raises:
         InputError: the experiment does not fit its data.
@@ -61,8 +64,8 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
                 number=number, layer=spec, variant=variant, fit=experiment.pretrain, seed=experiment.seed,
                 numerics=numerics,
             )  # fmt: skip
-            inputs = {"data": data, "below": tuple(layers)}
-            layers.append(Stage(f"layer {number}", "stages.pretrain_layer", pretrain, inputs))
+            inputs: Inputs = {"data": data, "below": tuple(layers)}
+            layers.append(Stage(f"{label}layer {number}", "stages.pretrain_layer", pretrain, inputs))
         specs = tuple(spec.model_copy(update={"stochastic": False}) for spec in built)
 
     finetune = control = evaluate_control = None
@@ -76,15 +79,15 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics) -> Stacked:
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
             seed=experiment.seed, numerics=numerics,
         )  # fmt: skip
-        finetune = Stage("finetune", "stages.finetune", tuning, _inputs(data, layers))
+        finetune = Stage(f"{label}finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
-            control = Stage("control", "stages.finetune", tuning, _inputs(data, []))
+            control = Stage(f"{label}control", "stages.finetune", tuning, _inputs(data, []))
 
     def evaluation(name: str, pretrained: list[Stage], finetuned: Stage | None, pictures: bool) -> Stage:
         drawn = variant if unsupervised and pictures else None
         spec = EvaluateSpec(task=task, classes=facts.classes, pictures=pictures, variant=drawn)
         inputs = _inputs(data, pretrained) | ({"finetuned": finetuned} if finetuned else {})
-        return Stage(name, "evaluation.evaluate", spec, inputs)
+        return Stage(label + name, "evaluation.evaluate", spec, inputs)
 
     evaluate = evaluation("evaluate", layers, finetune, pictures=True)
     if control is not None:

@@ -32,10 +32,12 @@ from aecore.specs import Facts
 from aecore.storage import Result, load_weights, save_weights
 from pipelines.stage import Stage, store_uri
 
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 _FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
+_STOPPED = "stopped.epoch"
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
 
@@ -95,12 +97,16 @@ class Tracker(NamedTuple):
                 saved[-1].write_bytes(Path(path).read_bytes())
         return saved
 
-    def open_run(self, stage: Stage, parent: str, began: int | None = None, run_id: str | None = None) -> "StageRun":
+    def open_run(
+        self, stage: Stage, parent: str, began: int | None = None, run_id: str | None = None,
+        more: Mapping[str, str] | None = None,
+    ) -> "StageRun":  # fmt: skip
         """The run of a stage, nested under the job's: a new one, or that of an earlier attempt.
 
         Args:
             began: when the stage began, Unix time in milliseconds; now by default.
             run_id: the run, if this attempt has opened it already.
+            more: further tags.
         """
         client = self.client
         if run_id is not None:
@@ -112,6 +118,7 @@ class Tracker(NamedTuple):
             "stage.key": stage.key,
             "stage.fn": stage.fn,
             "attempts": "1",
+            **(more or {}),
         }
         if earlier:
             # a run that is open still is this attempt's own
@@ -163,6 +170,29 @@ class Tracker(NamedTuple):
             raise
         client.set_terminated(run_id, "FINISHED")
 
+    def stop(self, key: str, epoch: int) -> None:
+        """End the run of a trial that a scheduler stopped after so many epochs."""
+        for run in self._search(f"tags.`stage.key` = '{key}'", 1):
+            self.client.set_tag(run.info.run_id, _STOPPED, str(epoch))
+            self._close(self.client, run.info.run_id, "KILLED")
+
+    def stopped(self, key: str) -> int | None:
+        """The epoch after which a scheduler stopped a trial, if one did."""
+        runs = self._search(f"tags.`stage.key` = '{key}' and tags.`{_STOPPED}` LIKE '%'", 1)
+        return int(runs[0].data.tags[_STOPPED]) if runs else None
+
+    def trials(self, study: str, row: str) -> list[tuple[dict[str, Any], str]]:
+        """Settings and run of each finished trial of a study's row."""
+        found = self._search(
+            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study}' and tags.`row` = '{row}' and attributes.status = 'FINISHED'",
+            1000,
+        )
+        return [(json.loads(run.data.tags["settings"]), run.info.run_id) for run in found]
+
+    def log_folder(self, run_id: str, folder: Path, place: str) -> None:
+        """Upload everything in `folder` to `place` among the run's artifacts."""
+        self.client.log_artifacts(run_id, str(folder), place)
+
     def log_data(self, run_id: str, name: str, facts: Facts, context: str = "training") -> None:
         """Record which data a run read."""
         inputs = self.client.get_run(run_id).inputs
@@ -200,9 +230,9 @@ class Tracker(NamedTuple):
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))
 
     def _close(self, client: MlflowClient, run_id: str, status: str) -> None:
-        """End a job's run and whichever of its stages still run."""
+        """End a run and whichever runs nested in it are open."""
         for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'RUNNING'", 1000):
-            client.set_terminated(run.info.run_id, status)
+            self._close(client, run.info.run_id, status)
         client.set_terminated(run_id, status)
 
     def _close_abandoned(self, client: MlflowClient) -> None:
@@ -256,6 +286,12 @@ class StageRun:
             except BaseException:
                 self.client.update_run(self.run_id, status="RUNNING")  # how the job ends, this run ends
                 raise
+
+    def fail(self, error: Exception) -> None:
+        """End the run as FAILED and say why."""
+        text = " ".join(str(error).split())[:500]
+        self.client.set_tag(self.run_id, "error", f"{type(error).__name__}: {text}")
+        self.close("FAILED")
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""

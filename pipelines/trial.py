@@ -5,6 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+REFERENCES: tuple[Literal["pca", "random"], ...] = ("pca", "random")
+"""What every study contains unasked."""
+
 
 class Trial(NamedTuple):
     """One variant with one choice of settings and one seed."""
@@ -38,4 +41,12 @@ class Trial(NamedTuple):
     @property
     def name(self) -> str:
         """For people."""
-        return " ".join([self.row, *(f"{key}={value}" for key, value in self.settings.items()), f"seed={self.seed}"])
+        return trial_name(self.row, self.settings, self.seed)
+
+
+def trial_name(row: str, settings: Mapping[str, Any], seed: int) -> str:
+    """A trial's name, for people."""
+    said = (
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
+    )
+    return " ".join([row, *said, f"seed={seed}"])

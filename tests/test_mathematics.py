@@ -1,6 +1,7 @@
 """Reference and limit tests of likelihoods, noise, penalties, bounds and kernels."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,13 +108,13 @@ def test_without_noise_denoising_is_plain(noise: Noise) -> None:
 )
 def test_at_weight_zero_every_variant_is_plain_bit_for_bit(without: Any, with_: Any) -> None:
     x = torch.rand(8, 6)
-    grads = []
+    grads: list[list[torch.Tensor]] = []
     for variant in (Plain(), without, with_):
         torch.manual_seed(0)
         layer = Layer(variant.build(dense("sigmoid"), 1))
-        loss = sum(variant.loss(layer, x).values())
+        loss = torch.stack([*variant.loss(layer, x).values()]).sum()
         loss.backward()
-        grads.append([loss.detach(), *(p.grad for p in layer.parameters())])
+        grads.append([loss.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[1], strict=True))
     assert not torch.equal(grads[0][1], grads[2][1])
 
@@ -122,9 +123,10 @@ def test_without_divergence_and_spread_the_variational_one_is_plain() -> None:
     variant, x = Variational(beta=0), torch.rand(8, 6)
     torch.manual_seed(0)
     layer = Layer(variant.build(dense("linear"), 1))
-    assert layer.log_variance is not None
+    assert layer.log_variance is not None and layer.log_variance.bias is not None
     torch.nn.init.zeros_(layer.log_variance.weight)
-    torch.nn.init.constant_(layer.log_variance.bias, -200)
+    with torch.no_grad():
+        layer.log_variance.bias.sub_(200)
     with torch.no_grad():
         terms = variant.loss(layer, x)
     assert torch.equal(terms["reconstruction"], Plain().loss(layer, x)["reconstruction"])
@@ -170,7 +172,7 @@ def test_topk_keeps_the_largest_and_more_of_them_when_encoding() -> None:
         Sparse(penalty="topk", k=11).build(dense("linear", 12, 10), 1)
 
 
-ENCODERS = {
+ENCODERS: dict[str, Callable[[], Layer | Stack]] = {
     "dense sigmoid": lambda: Layer(dense("sigmoid")),
     "dense relu": lambda: Layer(dense("relu")),
     "dense tanh": lambda: Layer(dense("tanh")),
@@ -187,7 +189,8 @@ ENCODERS = {
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_contraction_is_the_jacobians_squared_norm(encoder: str) -> None:
     torch.manual_seed(0)
-    model = ENCODERS[encoder]().double()
+    model = ENCODERS[encoder]()
+    model.double()
     x = torch.randn(4, *(model.first if isinstance(model, Stack) else model).spec.in_shape, dtype=torch.float64)
     reference = torch.stack(
         [torch.autograd.functional.jacobian(lambda r: model.encode(r[None])[0], row).square().sum() for row in x]

@@ -70,6 +70,40 @@ def test_intervals_hold_the_truth(seeds: int, between: float) -> None:
     assert 0.917 <= np.mean(held) <= 0.995
 
 
+@pytest.mark.parametrize(("seeds", "largest", "allowed"), [(3, 1, 0.05), (3, 5, 0.12), (5, 5, 0.06)])
+def test_pooling_finds_little_that_is_not_there(seeds: int, largest: float, allowed: float) -> None:
+    rng = np.random.default_rng(7)
+    spreads = np.array([1.0] * 9 + [largest])
+    wrong = 0
+    for _ in range(400):
+        rows = 0.5 * rng.normal(size=seeds) + rng.normal(size=(10, seeds)) * spreads[:, None]
+        wrong += any(pair.holds for pair in compare({str(n): row for n, row in enumerate(rows)}))
+    assert wrong / 400 <= allowed
+
+
+def test_pooling_finds_with_three_seeds_what_is_there() -> None:
+    rng = np.random.default_rng(8)
+    found = []
+    for _ in range(100):
+        rows = rng.normal(size=(10, 3))
+        rows[0] += 6
+        pairs = compare({str(n): row for n, row in enumerate(rows)})
+        found += [pair.holds for pair in pairs if pair.first == "0"]
+    # the pair's own three seeds would find one in twenty
+    assert np.mean(found) > 0.5
+
+
+@pytest.mark.parametrize("points", [(), (200,)])
+def test_ratios_do_not_depend_on_the_size_of_an_error(points: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(9)
+    errors = np.exp(0.02 * rng.normal(size=(3, 4, *points)))
+    rows = {"a": errors[0], "b": 1.2 * errors[1], "poor": 100 * errors[2]}
+    pairs = {(p.first, p.second): p for p in compare(rows, ratios=True)}
+    assert pairs["a", "b"].holds and np.exp(pairs["a", "b"].difference) == pytest.approx(1 / 1.2, rel=0.05)
+    scaled = compare({name: 7 * row for name, row in rows.items()}, ratios=True)
+    assert [p.adjusted for p in scaled] == pytest.approx([p.adjusted for p in pairs.values()])
+
+
 def test_seeds_widen_what_points_alone_would_say() -> None:
     values = made(np.random.default_rng(3), (0, 0), 3, 400, 0.5)
     (pair,) = compare(values)
@@ -94,7 +128,7 @@ def test_no_spread_at_all(points: tuple[int, ...]) -> None:
     # a tenth three times over is not three tenths: rounding is no finding
     same, apart, _ = compare({"a": 0.1 * 3 * ones, "b": 0.3 * ones, "c": 0 * ones})
     assert (same.p, same.adjusted, same.holds) == (1, 1, False)
-    assert apart.holds and apart.low == apart.high == pytest.approx(0.3)
+    assert apart.holds and (apart.low, apart.high) == pytest.approx((0.3, 0.3))
     assert apart.p == (pytest.approx(2 / 4001) if points else 0)
 
 
@@ -139,7 +173,7 @@ def test_many_rows_leave_p_room_to_be_small() -> None:
 
 
 def test_resolution_is_where_a_difference_starts_to_hold() -> None:
-    edge = resolution(4, 1)
+    edge = resolution(4, 2)
     spread = np.array([-1.0, 1.0, -1.0, 1.0])
     spread /= spread.std(ddof=1)
     held = [compare({"a": spread + size * edge, "b": np.zeros(4)})[0].holds for size in (0.99, 1.01)]

@@ -1,0 +1,578 @@
+"""A study: variants x settings x seeds as parallel Ray Tune trials, measured alike. Nothing else imports ray.tune."""
+
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
+
+from aecore.config import Dense, Experiment, Finetune, Fit, overlay
+from aecore.data import load
+from aecore.errors import InputError
+from aecore.fingerprint import Frozen, fingerprint
+from aecore.specs import Facts, FinetuneSpec, LayerSpec, LoadSpec, MeasureSpec, Numerics, ReferenceSpec, layer_specs
+from pipelines.run import Resources, Share, compute, run_trial, share_of, start_ray
+from pipelines.stacked import build
+from pipelines.stage import Stage
+from pipelines.trial import REFERENCES, Trial, trial_name
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from pipelines.tracking import Tracker
+
+_OVERRIDES = {"variant", "network", "pretrain", "finetune", "settings"}
+_JUDGE = Fit(epochs=10, batch_size=128)
+_JUDGE_WIDTHS = (128, 64)
+_TELL_SECONDS = 1.0
+
+
+class Range(Frozen):
+    """Numbers to draw a setting from."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw evenly on a logarithmic scale."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError(f"settings: a range from {self.low:g} to {self.high:g} is empty; set low below high")
+        return self
+
+
+Settings = dict[str, list[Any] | Range]
+_SETTINGS = TypeAdapter(Settings)
+
+
+class Budget(Frozen):
+    """What each trial may spend, the same for all."""
+
+    epochs: PositiveInt = 40
+    """Passes over the training rows of a trial's unsupervised training; a row with `pretrain` spends half of them layer
+    by layer, in equal parts, and the rest on the whole."""
+    settings: PositiveInt = 8
+    """Settings that random and optuna try of each variant."""
+    hours: PositiveFloat | None = None
+    """Wall time after which no trial goes on; null sets no limit."""
+
+
+class Labels(Frozen):
+    """The supervised side of the comparison."""
+
+    counts: tuple[PositiveInt, ...] = (100, 1000, 5000)
+    """Labelled training rows of the label-efficiency curve; those the data have not are left out, all of them added."""
+    fit: Fit = Fit(epochs=15)
+    """Finetuning of each trained encoder with a softmax head."""
+
+
+class Study(Frozen):
+    """Which autoencoder should I use on my data, and does the difference mean anything?"""
+
+    name: str = "study"
+    """Title of the report."""
+    base: Experiment = Experiment(pretrain=None, finetune=Finetune(task="reconstruct", batch_size=32), control=False)
+    """What all trials share."""
+    variants: dict[str, dict[str, Any]] = Field({"plain": {}}, min_length=1)
+    """Rows of the comparison, by name: what each overrides of the base in `variant`, `network`, `pretrain` or
+    `finetune`, and its own `settings`."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Seeds of weights, batches and noise; each row is trained with each."""
+    settings: Settings = Field({})
+    """Searched in every row, by dotted name: a list of values, or a range {low, high, log}."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """How settings are tried: all combinations, random ones, or by Optuna, which tries them with the first seed and
+    then takes the best to the others."""
+    scheduler: Literal["none", "asha"] = "none"
+    """asha stops trials whose reconstruction lags (Li et al. 2020)."""
+    choose: Literal["reconstruction", "probe"] = "reconstruction"
+    """Which validation measure chooses a row's settings: squared error, or the linear probe's accuracy."""
+    budget: Budget = Budget()
+    labels: Labels = Labels()
+    max_concurrent: PositiveInt | None = None
+    """Trials at once; null runs as many as the cluster holds."""
+
+    @model_validator(mode="after")
+    def _can_be_compared(self) -> Self:
+        if self.base.finetune is not None and self.base.finetune.task == "classify":
+            raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
+        for row, override in self.variants.items():
+            if row in REFERENCES:
+                raise ValueError(f"variants.{row}: a reference of this name is there unasked; choose another name")
+            if unknown := set(override) - _OVERRIDES:
+                raise ValueError(
+                    f"variants.{row}.{min(unknown)}: a row may differ in {', '.join(sorted(_OVERRIDES))}; "
+                    "the rest must be equal for all, in base"
+                )
+        if self.scheduler == "asha" and self.choose == "probe":
+            raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
+        spaces = [self.space(row) for row in self.variants]
+        if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):
+            raise ValueError("search: a grid needs lists of values, not ranges; list them or use random or optuna")
+        return self
+
+    def space(self, row: str) -> Settings:
+        """What is searched in a row."""
+        return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
+
+    @property
+    def choose_metric(self) -> str:
+        """The metric of a trial that chooses a row's settings."""
+        return "val/probe_accuracy" if self.choose == "probe" else "val/reconstruction_mse"
+
+
+class Member(NamedTuple):
+    """A trial before it has run."""
+
+    row: str
+    settings: dict[str, Any]
+    seed: int
+    kind: str
+    stage: Stage
+    """Its measures; it stands on all the rest."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return trial_name(self.row, self.settings, self.seed)
+
+    def tags(self) -> dict[str, str]:
+        """What marks the trial's MLflow run."""
+        return {"row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed)}
+
+    def stages(self) -> dict[str, Stage]:
+        """All stages that the trial stands on, by key, in order; its measures come last."""
+        return {stage.key: stage for stage in _below(self.stage)}
+
+
+class Ended(NamedTuple):
+    """A study that is over."""
+
+    trials: list[Trial]
+    """All of them, the stopped and the failed ones included."""
+    computed: int
+    """Stages computed."""
+    restored: int
+    """Stages that were finished before."""
+
+
+def expand(study: Study, facts: Facts, numerics: Numerics) -> list[Member]:
+    """All trials that are known before any has run, the references included; what Optuna will try is not.
+
+    Raises:
+        InputError: a row does not fit its data, or overrides what is not there.
+    """
+    rows = [
+        member(study, row, settings, seed, facts, numerics)
+        for row in study.variants
+        for settings in combinations(study, row)
+        for seed in study.seeds
+    ]
+    return rows + [reference(study, kind, seed, facts, numerics) for kind in REFERENCES for seed in study.seeds]
+
+
+def combinations(study: Study, row: str) -> list[dict[str, Any]]:
+    """The settings of a row: all combinations of a grid, random draws, or none yet where Optuna chooses."""
+    space = study.space(row)
+    if not space:
+        return [{}]
+    if study.search == "optuna":
+        return []
+    if study.search == "grid":
+        values = [v for v in space.values() if isinstance(v, list)]
+        return [dict(zip(space, choice, strict=True)) for choice in itertools.product(*values)]
+    draw = random.Random(fingerprint("settings", row, study.seeds[0]))
+    return [{name: _draw(values, draw) for name, values in space.items()} for _ in range(study.budget.settings)]
+
+
+def _draw(values: list[Any] | Range, draw: random.Random) -> Any:
+    if isinstance(values, list):
+        return draw.choice(values)
+    if values.log:
+        return math.exp(draw.uniform(math.log(values.low), math.log(values.high)))
+    return draw.uniform(values.low, values.high)
+
+
+def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int) -> Experiment:
+    """The experiment of a row: the base, overridden, with the budget's epochs."""
+    base = study.base.model_dump()
+    base["finetune"] = base["finetune"] or Finetune().model_dump()
+    values = overlay(base, {key: value for key, value in study.variants[row].items() if key != "settings"})
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        nested: dict[str, Any] = {last: value}
+        for part in reversed(path):
+            nested = {part: nested}
+        values = overlay(values, nested)
+    try:
+        layers = len(values["network"]["widths"]) + len(values["network"].get("dense", ()))
+        epochs = study.budget.epochs
+        if values["pretrain"] is not None:
+            each = max(1, epochs // (2 * layers))
+            if epochs <= each * layers:
+                raise InputError(
+                    f"budget.epochs: {epochs} leave row {row} with its {layers} layers no epoch for the whole; "
+                    f"allow at least {layers + 1}"
+                )
+            epochs -= each * layers
+            own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
+            fit = {k: v for k, v in values["finetune"].items() if k != "task"}
+            values["pretrain"] = {**fit, **own, "epochs": each}
+        values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
+        return Experiment.model_validate({**values, "control": False, "seed": seed})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(
+            f"variants.{row}.{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def member(
+    study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
+) -> Member:  # fmt: skip
+    """One trial of a row."""
+    experiment = experiment_of(study, row, settings, seed)
+    label = f"{trial_name(row, settings, seed)}: "
+    try:
+        graph = build(experiment, facts, numerics, label)
+    except InputError as error:
+        raise InputError(f"variants.{row}: {error}") from None
+    assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)
+    stage = _measured(study, graph.finetune, graph.finetune.spec.layers, graph.data, seed, facts, numerics, label)
+    return Member(row, settings, seed, experiment.variant.kind, stage)
+
+
+def reference(
+    study: Study, kind: Literal["pca", "random"], seed: int, facts: Facts, numerics: Numerics
+) -> Member:  # fmt: skip
+    """PCA of the base's width, or the base's network with random weights, measured like any other trial."""
+    graph = build(study.base.model_copy(update={"pretrain": None, "seed": seed}), facts, numerics)
+    layers = tuple(layer_specs(study.base.network, graph.experiment.data, facts))
+    if kind == "pca":
+        features = prod(facts.shape)
+        width = min(prod(layers[-1].code_shape), features)
+        layers = (
+            LayerSpec(
+                kind="dense", in_shape=facts.shape, code_shape=(width,), activation="linear", likelihood="gaussian",
+                out_activation="linear", levels=0, dropout=0, normalization="none", tied=False,
+            ),
+        )  # fmt: skip
+    spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)
+    label = f"{trial_name(kind, {}, seed)}: "
+    made = Stage(f"{label}stack", "stages.reference", spec, {"data": graph.data})
+    return Member(kind, {}, seed, kind, _measured(study, made, layers, graph.data, seed, facts, numerics, label))
+
+
+def _measured(
+    study: Study, stack: Stage, layers: tuple[LayerSpec, ...], data: Stage, seed: int, facts: Facts, numerics: Numerics,
+    label: str,
+) -> Stage:  # fmt: skip
+    """The measures of a trained stack, and the classifiers that they need."""
+    assert isinstance(data.spec, LoadSpec)
+    variant = stack.spec.variant if isinstance(stack.spec, FinetuneSpec) else None
+    # `limit` and the splits leave fewer rows than there are; a count that is too large is all of them
+    rows = min(facts.rows, data.spec.data.limit or facts.rows)
+    counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
+    classifiers = [
+        Stage(
+            f"{label}classify, {'all' if count is None else count} labels", "stages.finetune",
+            _classify(layers, facts, study.labels.fit, seed, numerics, count), {"data": data, "stack": stack},
+        )
+        for count in ([*counts, None] if facts.classes else [])
+    ]  # fmt: skip
+    inputs: dict[str, Stage | tuple[Stage, ...]] = {"data": data, "stack": stack, "classifiers": tuple(classifiers)}
+    if variant is not None and variant.kind == "variational" and facts.classes:
+        network = Dense(widths=_JUDGE_WIDTHS, activation="relu")
+        judge = _classify(tuple(layer_specs(network, data.spec.data, facts)), facts, _JUDGE, 0, numerics, None)
+        inputs["judge"] = Stage("judge of samples", "stages.finetune", judge, {"data": data})
+    spec = MeasureSpec(
+        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.classes else (), seed=seed,
+        pictures=seed == study.seeds[0],
+    )  # fmt: skip
+    return Stage(label.removesuffix(": "), "evaluation.measure", spec, inputs)
+
+
+def _classify(
+    layers: tuple[LayerSpec, ...], facts: Facts, fit: Fit, seed: int, numerics: Numerics, labels: int | None
+) -> FinetuneSpec:
+    return FinetuneSpec(
+        layers=tuple(layer.model_copy(update={"stochastic": False}) for layer in layers), task="classify",
+        classes=facts.classes, variant=None, fit=fit, seed=seed, numerics=numerics, labels=labels,
+    )  # fmt: skip
+
+
+def shared(members: Sequence[Member]) -> list[Stage]:
+    """The stages that several trials stand on, and all of the references', in an order in which they can run."""
+    uses = Counter(key for m in members for key in m.stages())
+    stages = {key: stage for m in members for key, stage in m.stages().items()}
+    ours = {key for m in members if m.kind in REFERENCES for key in m.stages()}
+    return [s for key, s in stages.items() if s.kept and (uses[key] > 1 or key in ours)]
+
+
+def run(
+    study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources, say: Callable[[str], None]
+) -> Ended:
+    """Finish every trial; those that are finished are restored, and Ray starts only if one is not.
+
+    Args:
+        parent: the study's MLflow run.
+    """
+    members = expand(study, facts, resources.numerics)
+    job = _Job(study, facts, tracker, parent, resources)
+    done: set[str] = set()
+    stopped: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    for m in members:
+        if tracker.find(m.stage.key):
+            done.add(m.stage.key)
+            say(f"{m.name}: restored")
+        elif study.scheduler == "asha" and (epoch := tracker.stopped(m.stage.key)) is not None:
+            stopped[m.stage.key] = epoch
+            say(f"{m.name}: stopped at epoch {epoch} before")
+    missing = [m for m in members if m.stage.key not in done and m.stage.key not in stopped]
+    before = _finished(members, tracker)
+    if missing:
+        job.prepare(missing, say)
+        failed, halted = job.trials([m for m in missing if m.kind not in REFERENCES])
+        errors |= failed
+        stopped |= halted
+    if study.search == "optuna":
+        for row in study.variants:
+            if study.space(row):
+                found, failed, halted = job.optimise(row, say)
+                members += found
+                errors |= failed
+                stopped |= halted
+    trials = [_ended(m, tracker, study.budget.epochs, errors, stopped) for m in members]
+    return Ended(trials, len(_finished(members, tracker) - before), len(before))
+
+
+def _finished(members: Sequence[Member], tracker: "Tracker") -> set[str]:
+    """Keys of the finished stages of some trials."""
+    stages = {key for m in members for key, stage in m.stages().items() if stage.kept}
+    return {key for key in stages if tracker.find(key)}
+
+
+class _Job:
+    """What the steps of a study share: where results go, and, once Ray is up, the data and each trial's share."""
+
+    def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
+        self.study, self.facts, self.tracker, self.parent = study, facts, tracker, parent
+        # trials side by side, each with one thread, outrun one trial with all threads
+        self.resources = resources if resources.cpus else resources.model_copy(update={"cpus": 1})
+        self.data: ObjectRef | None = None
+        self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
+
+    def prepare(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
+        """Compute what several trials stand on, each once, as chained tasks."""
+        common = shared(members)
+        if common:
+            say(f"{len(common)} stages that several trials share come first")
+            compute(common, self.tracker, self.parent, self.resources, say, study=True)
+
+    def trials(self, members: Sequence[Member]) -> tuple[dict[str, str], dict[str, int]]:
+        """Run trials on Ray Tune; errors by key, and epochs of those that were stopped by key."""
+        if not members:
+            return {}, {}
+        choices = [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in members]
+        from ray import tune
+
+        results = self._fit({"trial": tune.grid_search(choices)}, None, 1)
+        return self._outcome(results)
+
+    def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
+        """Let Optuna choose settings with the first seed, then run the best with the others."""
+        from ray import tune
+        from ray.tune.search.optuna import OptunaSearch
+
+        study, first = self.study, self.study.seeds[0]
+        before = [
+            (settings, self.tracker.metrics(run_id)[study.choose_metric])
+            for settings, run_id in self.tracker.trials(self.parent, row)
+        ]
+        tried = {json.dumps(settings, sort_keys=True): (settings, score) for settings, score in before}
+        errors: dict[str, str] = {}
+        stopped: dict[str, int] = {}
+        left = study.budget.settings - len(tried)
+        if left > 0:
+            space = {
+                f"settings/{name}": tune.choice(v) if isinstance(v, list)
+                else (tune.loguniform if v.log else tune.uniform)(v.low, v.high)
+                for name, v in study.space(row).items()
+            }  # fmt: skip
+            mode = "max" if study.choose == "probe" else "min"
+            search = OptunaSearch(
+                metric="chosen", mode=mode, seed=first,
+                points_to_evaluate=[_flat(s) for s, _ in tried.values()] or None,
+                evaluated_rewards=[score for _, score in tried.values()] or None,
+            )  # fmt: skip
+            results = self._fit({"row": row, "seed": first, **space}, search, left)
+            errors, stopped = self._outcome(results)
+            for result in results:
+                settings = _settings(result.config)
+                if result.metrics and "chosen" in result.metrics:
+                    tried[json.dumps(settings, sort_keys=True)] = settings, result.metrics["chosen"]
+                else:
+                    say(f"{trial_name(row, settings, first)}: did not finish")
+        members = [self._member(row, settings, first) for settings, _ in tried.values()]
+        if tried:
+            sign = -1 if study.choose == "probe" else 1
+            best = min(tried.values(), key=lambda one: sign * one[1])[0]
+            others = [self._member(row, best, seed) for seed in study.seeds[1:]]
+            failed, halted = self.trials([m for m in others if not self.tracker.find(m.stage.key)])
+            members += others
+            errors |= failed
+            stopped |= halted
+        return members, errors, stopped
+
+    def _member(self, row: str, settings: dict[str, Any], seed: int) -> Member:
+        return member(self.study, row, settings, seed, self.facts, self.resources.numerics)
+
+    def _fit(self, space: dict[str, Any], search: Any, count: int) -> Any:
+        # the progress table and its log files: the first goes to stderr, the others nobody reads
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupted job ends as KILLED, at once
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        import ray
+        from ray import tune
+        from ray.tune.schedulers import ASHAScheduler
+
+        start_ray()
+        share = share_of(self.resources)._replace(study=True)
+        if self.data is None:
+            some = expand(self.study, self.facts, self.resources.numerics)[0].stages()
+            spec = next(s.spec for s in some.values() if isinstance(s.spec, LoadSpec))
+            assert isinstance(spec, LoadSpec)
+            self.data = ray.remote(num_cpus=1)(load).remote(spec.data, spec.facts)
+        trainable = tune.with_parameters(
+            _trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
+            store=(self.tracker.uri, self.tracker.experiment_id), parent=self.parent, share=share, data=[self.data],
+        )  # fmt: skip
+        asha = (
+            ASHAScheduler("epoch", "score", "min", max_t=self.study.budget.epochs, stop_last_trials=False)
+            if self.study.scheduler == "asha"
+            else None
+        )
+        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="tune") as folder:
+            return tune.Tuner(
+                tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+                param_space=space,
+                tune_config=tune.TuneConfig(
+                    search_alg=search, scheduler=asha, num_samples=count, reuse_actors=True,
+                    max_concurrent_trials=self.study.max_concurrent,
+                    time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
+                    trial_name_creator=_trial_name, trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=tune.RunConfig(storage_path=folder, name="trials", verbose=1),
+            ).fit()  # fmt: skip
+
+    def _outcome(self, results: Any) -> tuple[dict[str, str], dict[str, int]]:
+        errors: dict[str, str] = {}
+        stopped: dict[str, int] = {}
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        for result in results:
+            row, settings, seed = _choice(result.config)
+            key = self._member(row, settings, seed).stage.key
+            if self.tracker.find(key):
+                continue
+            if result.error is not None:
+                cause = getattr(result.error, "cause", None) or result.error
+                errors[key] = " ".join(str(cause).strip().splitlines()[-1].split())[:300]
+            elif not late and (epoch := (result.metrics or {}).get("epoch")):
+                stopped[key] = epoch
+                self.tracker.stop(key, epoch)
+            else:
+                errors[key] = "the study's time was up"
+        return errors, stopped
+
+
+def _trial(
+    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str], parent: str,
+    share: Share, data: "list[ObjectRef]",
+) -> None:  # fmt: skip
+    """The body of a trial: restores or computes its stages in this process, and tells Tune of every epoch."""
+    import ray
+    from ray import tune
+
+    from pipelines.tracking import Tracker
+
+    one = member(study, *_choice(config), facts, numerics)
+    loaded = next(s for s in one.stages().values() if isinstance(s.spec, LoadSpec))
+    told = 0.0
+
+    def tell(stage: Stage, epoch: int, metrics: dict[str, float]) -> None:
+        nonlocal told
+        whole = isinstance(stage.spec, FinetuneSpec) and stage.spec.task == "reconstruct"
+        # a report waits for Tune's loop; without a scheduler it is only for the eye
+        if whole and (study.scheduler != "none" or time.monotonic() - told > _TELL_SECONDS):
+            tune.report({"epoch": epoch, "score": metrics["val/reconstruction"]})
+            told = time.monotonic()
+
+    done = {loaded.key: ray.get(data[0])}
+    result = run_trial(one.stage, Tracker(*store), parent, one.tags(), share, done, tell)
+    tune.report({"epoch": study.budget.epochs, "chosen": result.metrics[study.choose_metric]})
+
+
+def _ended(
+    m: Member, tracker: "Tracker", epochs: int, errors: dict[str, str], stopped: dict[str, int]
+) -> Trial:  # fmt: skip
+    """A member as the report wants it."""
+    key, planned = m.stage.key, 0 if m.kind in REFERENCES else epochs
+    trial = Trial(m.row, m.settings, m.seed, m.kind, "failed", errors.get(key, "did not run"), epochs_planned=planned)
+    if key in stopped:
+        return trial._replace(status="stopped", error="", epochs_used=stopped[key])
+    if run_id := tracker.find(key):
+        result = tracker.restore(run_id)
+        curves = dict(result.config)
+        return trial._replace(
+            status="finished", error="", run_id=run_id, metrics=result.metrics,
+            history=tuple(curves.pop("history")), curves=curves, arrays=result.weights,
+            epochs_used=round(_spent(m, tracker, "epochs", unsupervised=True)),
+            seconds=_spent(m, tracker, "train_seconds", unsupervised=False),
+        )  # fmt: skip
+    return trial
+
+
+def _spent(m: Member, tracker: "Tracker", metric: str, unsupervised: bool) -> float:
+    """A metric's sum over the stages of a trial, of all or of those that train without labels."""
+    stages = [s for s in m.stages().values() if s.kept and s.key != m.stage.key]
+    if unsupervised:
+        stages = [s for s in stages if getattr(s.spec, "variant", None) is not None]
+    runs = [tracker.find(stage.key) for stage in stages]
+    return sum(tracker.metrics(run_id).get(metric, 0) for run_id in runs if run_id)
+
+
+def _choice(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int]:
+    """Row, settings and seed of a trial, from Tune's config of either search."""
+    if "trial" in config:
+        return config["trial"]["row"], config["trial"]["settings"], config["trial"]["seed"]
+    return config["row"], _settings(config), config["seed"]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("settings/"): v for name, v in config.items() if name.startswith("settings/")}
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"settings/{name}": value for name, value in settings.items()}
+
+
+def _trial_name(trial: Any) -> str:
+    return trial_name(*_choice(trial.config))
+
+
+def _below(stage: Stage) -> Iterator[Stage]:
+    for parent in stage.parents():
+        yield from _below(parent)
+    yield stage

@@ -1,0 +1,258 @@
+"""The report of a study, from made-up trials."""
+
+import html
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from aecore import comparisons
+from pipelines.report import MEASURES, write
+from pipelines.trial import Trial
+
+CLASSES = tuple("0123456789")
+ROWS = {
+    "plain": "plain",
+    "stacked": "plain",
+    "overcomplete": "plain",
+    "sparse": "sparse",
+    "sparse overcomplete": "sparse",
+    "denoising": "denoising",
+    "variational": "variational",
+    "pca": "pca",
+    "random": "random",
+}
+POINTS = 200
+
+
+def trial(
+    row: str,
+    seed: int,
+    kind: str = "plain",
+    quality: float = 0.0,
+    shape: tuple[int, ...] = (1, 8, 8),
+    labels: bool = True,
+    status: Literal["finished", "stopped", "failed"] = "finished",
+    settings: dict[str, Any] | None = None,
+    error: str = "",
+) -> Trial:
+    """A trial whose measures are the better the higher its quality; what is not chance is the same at each call."""
+    shared, own = np.random.default_rng(0), np.random.default_rng([seed, len(row), sum(map(ord, row))])
+    luck = 0.0 if kind == "pca" else 0.0005 * own.normal()
+    accuracy = 0.85 + 0.1 * quality + luck
+    inputs = shared.random((12, *shape)) * (shared.random((12, *shape)) < 0.3)
+    hard, place = shared.random(POINTS), shared.integers(10, size=POINTS)
+    sse = 10 - 3 * quality + 100 * luck + hard
+    mse = float(sse.mean() / np.prod(shape))
+    noisy = np.clip(inputs[:6] + 0.4 * shared.normal(size=(6, *shape)), 0, 1)
+    blur = 0.3 - 0.1 * quality
+    counts, levels = [100, 1000, 10000], [0.0, 0.1, 0.3, 0.5]
+    metrics = {
+        "test/reconstruction_mse": mse,
+        "val/reconstruction_mse": mse,
+        "test/unexplained": mse / 0.2,
+        "contraction/norm": 1 - quality,
+        "units/mean_activation": 0.1,
+        "robust/mse": 2 * mse,
+    }
+    curves: dict[str, Any] = {
+        "robustness": {
+            noise: {"levels": levels, "mse": [mse * (1 + place * level) for level in levels]}
+            for place, noise in enumerate(("gaussian", "masking", "salt_and_pepper"), 1)
+        },
+        "contraction": {"radius": [0.1, 1.0, 10.0], "ratio": [1 - quality / 2, 0.5 + luck, 0.1]},
+    }
+    arrays: dict[str, np.ndarray] = {
+        "sse": sse,
+        "inputs": inputs,
+        "reconstructed": inputs + blur * own.normal(size=inputs.shape),
+        "corrupted": noisy,
+        "restored": noisy + blur * (inputs[:6] - noisy),
+        "codes": own.random((64, 32)) ** (8 if kind == "sparse" else 1),
+        "map": np.column_stack([place % 4, place // 4]) + own.normal(size=(POINTS, 2)) * blur,
+        "filters": own.normal(size=(16, *shape)),
+    }
+    if labels:
+        for name in ("probe", "knn", "finetuned"):
+            arrays[f"correct/{name}"] = hard < accuracy
+            metrics[f"{name}/accuracy"] = float((hard < accuracy).mean())
+        metrics |= {"val/probe_accuracy": accuracy, "cluster/nmi": accuracy / 2, "robust/accuracy": accuracy / 1.2}
+        arrays["map_labels"] = place
+        learned = [accuracy - 0.4 / count**0.2 for count in counts]
+        curves["labels"] = {"counts": counts, "probe": learned, "finetuned": [v + 0.02 for v in learned]}
+        for curve in curves["robustness"].values():
+            curve["accuracy"] = [accuracy - 0.4 * level for level in levels]
+    if kind == "variational":
+        metrics |= {"vae/bound": -90.0 + luck, "sample/frechet": 12.0, "sample/frechet_floor": 3.0}
+        arrays |= {"samples": own.random((100, *shape)), "manifold": own.random((100, *shape))}
+    losses = mse * (1 + 6 / np.arange(1, 13) + 0.02 * own.normal(size=12))
+    return Trial(
+        row, settings or {}, seed, kind, status, error, f"run{seed}", metrics if status == "finished" else {},
+        () if kind in ("pca", "random") else tuple({"val/reconstruction": float(v)} for v in losses),
+        curves, arrays, 12, 12, 36.0,
+    )  # fmt: skip
+
+
+def qualities() -> dict[str, float]:
+    return {row: 0.0 for row in ROWS} | {"sparse": 1.0, "random": -1.0, "pca": -0.5}
+
+
+def text(page: Path) -> str:
+    """What is read, in one line."""
+    kept = re.sub(r"<style>.*?</style>|<[^>]*>", "", page.read_text(), flags=re.DOTALL)
+    return " ".join(html.unescape(kept).split())
+
+
+@pytest.fixture(scope="module")
+def study() -> list[Trial]:
+    quality = qualities()
+    return [trial(row, seed, kind, quality[row]) for row, kind in ROWS.items() for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def written(study: list[Trial], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write(
+        study, "A study", {"data": "digits"}, CLASSES, tmp_path_factory.mktemp("study"), "val/probe_accuracy"
+    ).files
+
+
+def test_the_page_asks_for_nothing(written: list[Path]) -> None:
+    page = written[0].read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
+    assert page.count("<img") == len(list((written[0].parent / "figures").glob("*.png"))) == 10
+
+
+def test_all_files_are_named(written: list[Path]) -> None:
+    folder = written[0].parent
+    assert {*written} == {file for file in folder.rglob("*") if file.is_file()}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written if file.suffix == ".png")
+
+
+def test_the_winner_wins_and_ties_are_ties(written: list[Path]) -> None:
+    said = text(written[0])
+    assert "Squared error a feature (lower is better): sparse wins." in said
+    assert "Linear probe, accuracy (higher is better): sparse wins." in said
+    assert "only variational has it, -90 ± " in said
+    assert "Differences of less than about 2.2 times their standard deviation over seeds are ties (pairs: 36)" in said
+    assert "Not finished" not in said
+    # the best stand out by more than colour
+    assert re.search(r'<td class="best">[^<]*★</td>', written[0].read_text())
+
+
+def test_numbers_read_back(study: list[Trial], written: list[Path]) -> None:
+    frame = pd.read_parquet(written[1])
+    assert len(frame) == len(study) and list(frame.row.unique()) == list(ROWS)
+    for line, one in zip(frame.to_dict("records"), study, strict=True):
+        assert (line["row"], line["seed"], line["epochs_used"]) == (one.row, one.seed, one.epochs_used)
+        assert {name: line[name] for name in one.metrics} == one.metrics
+    again = pd.read_csv(written[2])
+    assert list(again.columns) == list(frame.columns)
+    assert np.allclose(again["probe/accuracy"], frame["probe/accuracy"])
+
+
+def test_vectors_without_labels(tmp_path: Path) -> None:
+    trials = [
+        trial(row, seed, row, quality, shape=(7,), labels=False)
+        for row, quality in {"plain": 0.0, "sparse": 0.0, "variational": 0.0}.items()
+        for seed in range(2)
+    ]
+    files = write(trials, "Vectors", {}, (), tmp_path, "val/reconstruction_mse").files
+    drawn = {file.stem for file in files if file.suffix == ".png"}
+    assert {"reconstructions", "triptychs", "robustness", "codes_maps"} <= drawn
+    assert not {"label_efficiency", "samples", "importance"} & drawn
+    said = text(files[0])
+    assert "accuracy (higher" not in said
+    assert re.search(r"Squared error a feature \(lower is better\): (\w+, \w+|\w+) and \w+ tie", said)
+
+
+def test_failures_come_first_and_markup_is_text(tmp_path: Path) -> None:
+    name = "<b>&wide"
+    trials = [trial(row, seed) for row in ("plain", name) for seed in range(3)]
+    trials[4] = trial(name, 1, status="failed", error="loss was <nan>")
+    trials.append(trial("denoising", 0, "denoising", status="stopped"))
+    files = write(trials, "Some failed", {"rows": "<i>"}, CLASSES, tmp_path, "val/probe_accuracy").files
+    page, said = files[0].read_text(), text(files[0])
+    assert name not in page and "&lt;b&gt;&amp;wide" in page and "<nan>" not in page and "<i>" not in page
+    assert said.index("1 failed, 1 stopped") < said.index("loss was <nan>") < said.index("Verdicts")
+    assert f"plain 3, {name} 2, denoising 0. Rows are compared in pairs, on the seeds that both have" in said
+    assert "tie (no difference that holds at 5 % with 2 seeds)" in said
+    frame = pd.read_parquet(files[1])
+    assert list(frame.status[[4, 6]]) == ["failed", "stopped"] and np.isnan(frame["probe/accuracy"][4])
+
+
+def test_nothing_finished(tmp_path: Path) -> None:
+    files = write(
+        [trial("plain", 0, status="failed", error="no")], "None", {}, (), tmp_path, "val/probe_accuracy"
+    ).files
+    assert "there is nothing to compare" in text(files[0])
+
+
+def test_a_search_compares_the_best_settings(tmp_path: Path) -> None:
+    trials = [
+        trial("sparse", seed, "sparse", quality, settings={"variant.weight": weight, "network.widths": widths})
+        for weight, quality in {0.1: 0.0, 1.0: 0.5, 10.0: -0.5}.items()
+        for widths in ([32], [64, 16])
+        for seed in range(2)
+    ]
+    trials += [trial("plain", seed, settings={"network.widths": "narrow"}) for seed in range(2)]
+    files = write(trials, "A search", {}, CLASSES, tmp_path, "val/probe_accuracy").files
+    said = text(files[0])
+    assert "was chosen on validation" in said
+    assert "sparse: variant.weight = 1, network.widths = [32]" in said
+    assert "2 seeds in every row" in said
+    assert (tmp_path / "figures" / "importance.png").exists()
+    frame = pd.read_parquet(files[1])
+    assert set(frame["settings.network.widths"]) == {"[32]", "[64, 16]", "narrow"}
+    assert list(frame["settings.variant.weight"][:2]) == [0.1, 0.1]
+
+
+def test_where_smaller_is_better_the_smallest_is_chosen(tmp_path: Path) -> None:
+    trials = [trial("plain", 0, quality=q, settings={"lr": lr}) for lr, q in {0.1: 0.0, 0.2: 1.0}.items()]
+    said = text(write(trials, "A search", {}, CLASSES, tmp_path, "val/reconstruction_mse").files[0])
+    assert "plain: lr = 0.2" in said
+    assert "One seed a row" in said
+
+
+def test_colours_stay_with_their_rows(study: list[Trial]) -> None:
+    looks = comparisons.looks(study)
+    assert len(set(map(str, looks.values()))) == len(ROWS)
+    assert all(looks[kind].colour == colour for kind, colour in comparisons.COLOURS.items() if kind in looks)
+    # the row that is named like its kind has its colour, wherever it stands
+    assert comparisons.looks(study[::-1])["plain"].colour == comparisons.COLOURS["plain"]
+
+
+def test_figures_without_their_data_are_left_out() -> None:
+    bare = [trial("plain", 0)._replace(metrics={}, history=(), curves={}, arrays={})]
+    assert (
+        comparisons.learning_curves(bare) is comparisons.label_efficiency(bare) is comparisons.robustness(bare) is None
+    )
+    assert comparisons.contraction(bare) is comparisons.codes_maps(bare, CLASSES) is comparisons.samples(bare) is None
+    assert comparisons.reconstructions(bare) is comparisons.triptychs(bare) is comparisons.activations(bare) is None
+    assert comparisons.identity_risk(bare) is comparisons.importance(bare, "probe/accuracy") is None
+
+
+def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+
+    def figure(width: float, height: float, title: str) -> Figure:
+        titles.append(title)
+        return Figure()
+
+    monkeypatch.setattr(comparisons, "titled", figure)
+    rng = np.random.default_rng(0)
+    trials = [
+        trial("plain", seed, settings={"lr": float(lr), "batch": batch})._replace(metrics={"val/loss": lr})
+        for seed, lr in enumerate(rng.random(12))
+        for batch in (32, 64)
+    ]
+    assert comparisons.importance(trials, "val/loss")
+    assert re.fullmatch(r"lr explains (8\d|9\d) % of the variance of val/loss", titles[0])
+
+
+def test_measures_are_named_once() -> None:
+    assert len({measure.name for measure in MEASURES}) == len({measure.label for measure in MEASURES}) == len(MEASURES)
