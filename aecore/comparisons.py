@@ -345,7 +345,7 @@ def _gallery(title: str, lines: Mapping[str, np.ndarray]) -> bytes:
         else:
             show(axes, _sheet(values, count))
         bare(axes)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=_FONT)
+        axes.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=_FONT)
     if flat:
         axes.set_xlabel(f"feature ({count} test rows in each map)", fontsize=_FONT)
         figure.colorbar(shown, ax=grid, label="standardised value", shrink=0.8)

@@ -84,6 +84,8 @@ def evaluate(
             )
             pictures["units"] = figures.units(unit_images(stack, prepare, data.train.x[:2048], run.device))
             pictures |= _variant_pictures(spec, stack, x, test)
+            if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
+                scores |= _bound(stack, spec.variant, x)
     if spec.pictures:
         named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
         if finetuned is not None:

@@ -53,7 +53,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     code_activation = variant.code_activation if unsupervised else None
     specs = tuple(layer_specs(experiment.network, experiment.data, facts, code_activation))
     _warn_of_identity(experiment, specs)
-    data = Stage("data", "stages.load", LoadSpec(data=experiment.data, facts=facts), kept=False)
+    data = load_stage(experiment, facts)
 
     layers: list[Stage] = []
     if experiment.pretrain is not None:
@@ -93,6 +93,11 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     if control is not None:
         evaluate_control = evaluation("evaluate control", [], control, pictures=False)
     return Stacked(experiment, data, tuple(layers), finetune, evaluate, control, evaluate_control)
+
+
+def load_stage(experiment: Experiment, facts: Facts) -> Stage:
+    """The reading of a resolved experiment's data."""
+    return Stage("data", "stages.load", LoadSpec(data=experiment.data, facts=facts), kept=False)
 
 
 def _inputs(data: Stage, layers: list[Stage]) -> dict[str, Stage | tuple[Stage, ...]]:

@@ -20,9 +20,19 @@ from aecore.config import Dense, Experiment, Finetune, Fit, overlay
 from aecore.data import load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen, fingerprint
-from aecore.specs import Facts, FinetuneSpec, LayerSpec, LoadSpec, MeasureSpec, Numerics, ReferenceSpec, layer_specs
+from aecore.specs import (
+    Facts,
+    FinetuneSpec,
+    LayerSpec,
+    LoadSpec,
+    MeasureSpec,
+    Numerics,
+    ReferenceSpec,
+    layer_specs,
+    resolve,
+)
 from pipelines.run import Resources, Share, compute, run_trial, share_of, start_ray
-from pipelines.stacked import build
+from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
 
@@ -257,8 +267,9 @@ def reference(
     study: Study, kind: Literal["pca", "random"], seed: int, facts: Facts, numerics: Numerics
 ) -> Member:  # fmt: skip
     """PCA of the base's width, or the base's network with random weights, measured like any other trial."""
-    graph = build(study.base.model_copy(update={"pretrain": None, "seed": seed}), facts, numerics)
-    layers = tuple(layer_specs(study.base.network, graph.experiment.data, facts))
+    experiment = resolve(study.base, facts)
+    data = load_stage(experiment, facts)
+    layers = tuple(layer_specs(experiment.network, experiment.data, facts))
     if kind == "pca":
         features = prod(facts.shape)
         width = min(prod(layers[-1].code_shape), features)
@@ -270,8 +281,8 @@ def reference(
         )  # fmt: skip
     spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)
     label = f"{trial_name(kind, {}, seed)}: "
-    made = Stage(f"{label}stack", "stages.reference", spec, {"data": graph.data})
-    return Member(kind, {}, seed, kind, _measured(study, made, layers, graph.data, seed, facts, numerics, label))
+    made = Stage(f"{label}stack", "stages.reference", spec, {"data": data})
+    return Member(kind, {}, seed, kind, _measured(study, made, layers, data, seed, facts, numerics, label))
 
 
 def _measured(
@@ -315,7 +326,10 @@ def _classify(
 def shared(members: Sequence[Member]) -> list[Stage]:
     """The stages that several trials stand on, and all of the references', in an order in which they can run."""
     uses = Counter(key for m in members for key in m.stages())
-    stages = {key: stage for m in members for key, stage in m.stages().items()}
+    stages: dict[str, Stage] = {}
+    for m in members:
+        for key, stage in m.stages().items():
+            stages.setdefault(key, stage)
     ours = {key for m in members if m.kind in REFERENCES for key in m.stages()}
     return [s for key, s in stages.items() if s.kept and (uses[key] > 1 or key in ours)]
 

@@ -35,13 +35,17 @@ def clean() -> dict[str, str]:
 
 
 def train(folder: Path, *args: str, **env: str) -> Done:
+    return command("jobs.train", folder, *args, **env)
+
+
+def command(module: str, folder: Path, *args: str, **env: str) -> Done:
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.train", *args], cwd=folder, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", module, *args], cwd=folder, capture_output=True, text=True, check=False,
         env=clean() | env,
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    report = json.loads(lines[-1]) if lines else {}
+    report = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
     return Done(done.returncode, report, done.stdout, done.stderr, time.monotonic() - began)
 
 

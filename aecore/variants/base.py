@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from aecore.fingerprint import Frozen
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 class Objective(Frozen):
     """A way to train an autoencoder: what it asks of the layer, and what it minimises."""
+
+    paper: ClassVar[str]
+    """Where it comes from."""
 
     @property
     def code_activation(self) -> Activation | None:

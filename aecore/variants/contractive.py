@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -20,6 +20,7 @@ class Contractive(Objective):
     """Reconstructs from a code that hardly moves with the input: reconstruction + weight * ||J||_F^2, where J is the
     Jacobian of the encoder (Rifai et al., ICML 2011, eq. 2)."""
 
+    paper: ClassVar = "Rifai et al., ICML 2011"
     kind: Literal["contractive"] = "contractive"
     weight: NonNegativeFloat = 0.1
     """Weight of the squared Frobenius norm, in units of the reconstruction term."""

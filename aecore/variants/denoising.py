@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ class Denoising(Objective):
     The noise is there only while the layer itself is trained; the layer above is fed clean codes.
     """
 
+    paper: ClassVar = "Vincent et al., JMLR 11 (2010) 3371-3408"
     kind: Literal["denoising"] = "denoising"
     noise: Literal["gaussian", "masking", "salt_and_pepper"] = "masking"
     """Corruption of the input."""

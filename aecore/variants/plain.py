@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from aecore.variants.base import Objective
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Plain(Objective):
     """Reconstruction alone; what keeps it from the identity map is the bottleneck (or dropout, or weight decay)."""
 
+    paper: ClassVar = "Hinton & Salakhutdinov, Science 313 (2006); Bengio et al., NIPS 2006"
     kind: Literal["plain"] = "plain"
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil, prod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -26,6 +26,7 @@ class Sparse(Objective):
     largest codes of a row and needs no weight (Makhzani & Frey, ICLR 2014).
     """
 
+    paper: ClassVar = "Ng, CS294A (2011); Makhzani & Frey, ICLR 2014"
     kind: Literal["sparse"] = "sparse"
     penalty: Literal["l1", "kl", "topk"] = "l1"
     """What makes the code sparse: l1 of the codes, kl to a target rate (sigmoid codes), or topk."""

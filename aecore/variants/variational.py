@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
@@ -27,6 +27,7 @@ class Variational(Objective):
     2019).
     """
 
+    paper: ClassVar = "Kingma & Welling, ICLR 2014; Higgins et al., ICLR 2017"
     kind: Literal["variational"] = "variational"
     beta: NonNegativeFloat = 1.0
     """Weight of the divergence from the prior; 1 is the bound itself."""

@@ -1,0 +1,201 @@
+"""`python -m jobs.compare` as a user starts it: Ray Tune, a SQLite store of its own, the report."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.test_train import Done, clean, command, store
+
+BASE = {
+    "data": {"limit": 400},
+    "network": {"widths": [24, 8], "code_activation": "linear"},
+    "finetune": {"batch_size": 64, "lr": 2e-3},
+}
+SHARING = {
+    "name": "A small study",
+    "base": BASE,
+    "variants": {"stacked": {"pretrain": {"lr": 1e-3}, "settings": {"finetune.lr": [1e-3, 2e-3, 4e-3]}}, "plain": {}},
+    "seeds": [0],
+    "budget": {"epochs": 8},
+    "labels": {"counts": [100], "fit": {"epochs": 2}},
+}
+
+
+def compare(folder: Path, study: dict[str, Any], *args: str, **env: str) -> Done:
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    return command("jobs.compare", folder, "study.yaml", *args, **env)
+
+
+def runs(folder: Path) -> list[Any]:
+    tracker = store(folder)
+    return tracker._search("tags.`stage.fn` LIKE '%'", 1000)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    folder = tmp_path_factory.mktemp("study")
+    done = compare(folder, SHARING, "--figures", "out")
+    assert done.code == 0, done.err
+    return folder, done
+
+
+def test_shared_layers_are_trained_once(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    assert done.report["trials"] == {"finished": 6, "stopped": 0, "failed": 0}
+    found = runs(folder)
+    layers = [run for run in found if run.data.tags["stage.fn"] == "stages.pretrain_layer"]
+    assert len(layers) == 2 and {run.data.tags["attempts"] for run in found} == {"1"}
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert done.report["stages"] == {"computed": len(found), "restored": 0}
+
+
+def test_one_tree_study_trials_stages(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    found = {run.info.run_id: run for run in runs(folder)}
+    trials = {key: run for key, run in found.items() if "row" in run.data.tags}
+    # those of the references are stages that are computed beforehand
+    assert sorted(run.data.tags["row"] for run in trials.values()) == ["plain", "stacked", "stacked", "stacked"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials.values()} == {done.report["run_id"]}
+    for key, run in trials.items():
+        below = [r for r in found.values() if r.data.tags["mlflow.parentRunId"] == key]
+        assert {r.data.tags["stage.fn"] for r in below} == {"stages.finetune"} and len(below) == 3
+        assert "probe/accuracy" in run.data.metrics
+    top = store(folder).client.get_run(done.report["run_id"])
+    assert top.info.status == "FINISHED" and top.data.tags["job"] == "compare"
+    names = {item.path for item in store(folder).client.list_artifacts(top.info.run_id, "report")}
+    assert names == {"report/report.html", "report/results.parquet", "report/results.csv", "report/figures"}
+
+
+def test_the_report_is_whole_and_alone(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    page = (folder / "out" / "report.html").read_text()
+    assert "A small study" in page and not re.search(r"https?://|<script", page)
+    assert "finetune.lr = " in page and "importance" in {f.stem for f in (folder / "out" / "figures").iterdir()}
+    table = pd.read_parquet(folder / "out" / "results.parquet")
+    assert sorted(table["row"]) == ["pca", "plain", "random", "stacked", "stacked", "stacked"]
+    trained = table[~table["row"].isin(["pca", "random"])]
+    assert set(trained["epochs_used"]) == set(trained["epochs_planned"]) == {8}
+    (plain,) = table[table["row"] == "plain"]["test/reconstruction_mse"]
+    assert done.report["metrics"]["plain/test/reconstruction_mse"] == pytest.approx(plain)
+    assert set(done.report["verdicts"]) >= {"test/reconstruction_mse", "probe/accuracy", "finetuned/accuracy"}
+    assert "test/reconstruction_mse: " in done.out and "Number of trials" in done.err
+
+
+def test_the_same_study_again_computes_nothing(first: tuple[Path, Done], tmp_path: Path) -> None:
+    folder, before = first
+    (tmp_path / "ray.py").write_text("raise RuntimeError('ray was imported')")
+    done = compare(folder, SHARING, PYTHONPATH=f"{tmp_path}:{Path.cwd()}")
+    assert done.code == 0, done.err
+    assert done.report["stages"] == {"computed": 0, "restored": before.report["stages"]["computed"]}
+    for name in ("run_id", "metrics", "verdicts"):
+        assert done.report[name] == before.report[name]
+
+
+def test_a_seed_more_computes_that_seed(first: tuple[Path, Done]) -> None:
+    folder, before = first
+    plan = compare(folder, SHARING, "--seeds", "[0,1]", "--plan")
+    assert [("seed=0" in line) == ("finished" in line) for line in plan.out.splitlines()] == [True] * 12
+    done = compare(folder, SHARING, "--seeds", "[0,1]")
+    # PCA itself has no seed
+    assert done.report["stages"]["restored"] == before.report["stages"]["computed"]
+    assert done.report["stages"]["computed"] == before.report["stages"]["computed"] - 1
+    assert done.report["run_id"] == before.report["run_id"]
+
+
+def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path) -> None:
+    study = {
+        **SHARING,
+        "variants": {
+            "plain": {"settings": {"finetune.lr": {"low": 1e-4, "high": 1e-2, "log": True}}},
+            "diverging": {"finetune": {"lr": 1e30}},
+        },
+        "seeds": [0, 1],
+        "search": "optuna",
+        "budget": {"epochs": 4, "settings": 3},
+    }
+    done = compare(tmp_path, study, "--figures", "out")
+    assert done.code == 0, done.err
+    # three settings with the first seed, the best with the other; PCA and random weights twice each
+    assert done.report["trials"] == {"finished": 8, "stopped": 0, "failed": 2}
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    plain = table[table["row"] == "plain"]
+    best = plain[plain["seed"] == 0].sort_values("val/reconstruction_mse").iloc[0]
+    (other,) = plain[plain["seed"] == 1]["settings.finetune.lr"]
+    assert other == pytest.approx(best["settings.finetune.lr"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "diverging seed=0" in page and "lower the learning rate" in page
+    assert "warning: diverging seed=0 failed: " in done.err
+    failed = [run for run in runs(tmp_path) if run.data.tags.get("row") == "diverging"]
+    assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
+
+
+def test_bad_studies_end_in_one_line(tmp_path: Path) -> None:
+    done = compare(tmp_path, {**SHARING, "variants": {"kl": {"variant": {"kind": "sparse", "penalty": "kl"}}}})
+    assert done.code == 2 and not done.out
+    line = "error: variants.kl: variant.penalty: kl needs codes in (0, 1), layer 2 has linear"
+    assert done.err.splitlines()[-1].startswith(line)
+    done = compare(tmp_path, {**SHARING, "sheduler": "asha"})
+    assert done.code == 2 and "sheduler: unknown key; the nearest is scheduler" in done.err
+
+
+KSPARSE = '''"""k-sparse codes as a kind of their own."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from aecore.variants.base import Objective
+
+
+class Ksparse(Objective):
+    """The k largest codes reconstruct."""
+
+    paper: ClassVar = "Makhzani & Frey, ICLR 2014"
+    kind: Literal["ksparse"] = "ksparse"
+    k: int = 4
+
+    def build(self, layer, number):
+        return layer.model_copy(update={"top_k": self.k, "top_k_encoding": self.k})
+
+    def loss(self, model, x):
+        return {"reconstruction": model.reconstruction_loss(model.encode(x), x)}
+'''
+
+
+def test_one_file_and_one_line_add_a_variant(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    for name in ("aecore", "pipelines", "jobs", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        copy(root / name, tmp_path / name)
+    (tmp_path / "aecore" / "variants" / "ksparse.py").write_text(KSPARSE)
+    union = tmp_path / "aecore" / "variants" / "__init__.py"
+    text = union.read_text()
+    line = re.search(r"^Variant = .*$", text, re.MULTILINE)
+    assert line is not None
+    added = line.group().replace("Plain |", "Plain | __import__('aecore.variants.ksparse').variants.ksparse.Ksparse |")
+    union.write_text(text.replace(line.group(), added))
+
+    def run(*args: str) -> Any:
+        return subprocess.run(
+            [sys.executable, "-m", *args], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=clean() | {"PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+
+    assert "--variant.k " in run("jobs.train", "--help").stdout.replace("\n", " ")
+    plans = [run("jobs.train", "--plan", "--variant.kind", "ksparse", "--variant.k", k).stdout for k in ("4", "5")]
+    assert plans[0] and plans[0] != plans[1]
+    table = run("pytest", "-q", "-p", "no:cacheprovider", "tests/test_stages.py", "-k", "Ksparse")
+    assert "6 passed" in table.stdout, table.stdout
+    study = {**SHARING, "variants": {"k": {"variant": {"kind": "ksparse"}}}, "budget": {"epochs": 2}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    done = run("jobs.compare", "study.yaml")
+    assert done.returncode == 0, done.stderr
+    (trial,) = [r for r in runs(tmp_path) if r.data.tags.get("row") == "k"]
+    assert trial.data.params["variant.kind"] == "ksparse" and trial.data.metrics["probe/accuracy"] > 0.3

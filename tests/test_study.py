@@ -1,0 +1,174 @@
+"""What a study consists of: rows, settings, seeds, budgets, and what its trials share. Nothing runs here."""
+
+from math import prod
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aecore.config import Dense
+from aecore.errors import InputError
+from aecore.specs import Facts, FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
+from pipelines.study import Member, Study, combinations, expand, experiment_of, shared
+
+FACTS = Facts(digest="d", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797)
+ALL = {
+    "plain": {},
+    "stacked": {"pretrain": {}},
+    "sparse": {"variant": {"kind": "sparse"}},
+    "denoising": {"variant": {"kind": "denoising"}},
+    "contractive": {"variant": {"kind": "contractive"}},
+    "variational": {"variant": {"kind": "variational"}},
+}
+
+
+def members(facts: Facts = FACTS, **fields: Any) -> list[Member]:
+    return expand(Study.model_validate({"variants": ALL, **fields}), facts, Numerics())
+
+
+def unsupervised_epochs(member: Member) -> int:
+    specs = [stage.spec for stage in member.stages().values()]
+    layers = sum(spec.fit.epochs for spec in specs if isinstance(spec, PretrainSpec))
+    return layers + sum(s.fit.epochs for s in specs if isinstance(s, FinetuneSpec) and s.task == "reconstruct")
+
+
+def test_every_row_has_every_seed_and_the_references_are_there_unasked() -> None:
+    found = members(seeds=(3, 4))
+    assert [(m.row, m.seed) for m in found] == [(row, seed) for row in (*ALL, "pca", "random") for seed in (3, 4)]
+    assert len({m.stage.key for m in found}) == len(found)
+    assert {m.kind for m in found} == {*ALL, "pca", "random"} - {"stacked"}
+
+
+@pytest.mark.parametrize("epochs", [4, 40, 41])
+def test_budgets_are_equal_by_construction(epochs: int) -> None:
+    found = members(budget={"epochs": epochs})
+    assert {unsupervised_epochs(m) for m in found if m.kind not in ("pca", "random")} == {epochs}
+    assert {unsupervised_epochs(m) for m in found if m.kind in ("pca", "random")} == {0}
+    supervised = {
+        tuple(
+            sorted(
+                (s.spec.labels or 0, s.spec.fit.epochs)
+                for s in m.stages().values()
+                if isinstance(s.spec, FinetuneSpec) and s.spec.task == "classify" and "judge" not in s.name
+            )
+        )
+        for m in found
+    }
+    assert len(supervised) == 1
+
+
+def test_a_stacked_row_differs_in_one_field() -> None:
+    study = Study.model_validate({"variants": ALL})
+    plain, stacked = (experiment_of(study, row, {}, 0).model_dump() for row in ("plain", "stacked"))
+    assert {name for name in plain if plain[name] != stacked[name]} == {"pretrain", "finetune"}
+    same = ("batch_size", "lr", "schedule", "weight_decay")
+    assert all(stacked["pretrain"][name] == plain["finetune"][name] for name in same)
+    # the finetuning gives up the epochs that went to the layers, and nothing else
+    assert {**stacked["finetune"], "epochs": 40} == plain["finetune"]
+
+
+def test_pca_has_the_width_of_the_code_and_of_the_data_at_most() -> None:
+    noisy = {"denoising": {"variant": {"kind": "denoising"}}}
+    for widths, expected in (((48, 16), 16), ((200,), 64)):
+        (pca,) = [
+            m
+            for m in members(base={"network": {"kind": "dense", "widths": widths}}, variants=noisy, seeds=(0,))
+            if m.row == "pca"
+        ]
+        (spec,) = [s.spec for s in pca.stages().values() if isinstance(s.spec, ReferenceSpec)]
+        assert prod(spec.layers[0].code_shape) == expected
+
+
+def test_random_weights_are_those_that_training_starts_from() -> None:
+    found = {m.row: m for m in members(seeds=(5,))}
+    (random,) = [s.spec for s in found["random"].stages().values() if isinstance(s.spec, ReferenceSpec)]
+    (plain,) = [
+        s.spec for s in found["plain"].stages().values()
+        if isinstance(s.spec, FinetuneSpec) and s.spec.task == "reconstruct"
+    ]  # fmt: skip
+    assert (random.layers, random.seed) == (plain.layers, plain.seed)
+
+
+def test_labels_are_counted_as_far_as_the_data_go() -> None:
+    (spec, *_) = [m.stage.spec for m in members(labels={"counts": (100, 1000, 5000)})]
+    assert isinstance(spec, MeasureSpec) and spec.labels == (100, 1797)
+    (bare, *_) = members(FACTS.model_copy(update={"classes": ()}))
+    assert isinstance(bare.stage.spec, MeasureSpec) and bare.stage.spec.labels == ()
+    assert not [s for s in bare.stages().values() if isinstance(s.spec, FinetuneSpec) and s.spec.task == "classify"]
+
+
+def test_a_grid_is_every_combination_and_draws_are_the_same_each_time() -> None:
+    settings = {"finetune.lr": [1e-3, 2e-3], "network.dropout": [0, 0.1, 0.2]}
+    study = Study.model_validate({"variants": {"plain": {}}, "settings": settings})
+    assert len(combinations(study, "plain")) == 6
+    own = {"plain": {}, "denoising": {"variant": {"kind": "denoising"}, "settings": {"variant.level": [0.1, 0.5]}}}
+    found = members(variants=own, seeds=(0,))
+    assert [m.settings for m in found if m.row == "denoising"] == [{"variant.level": 0.1}, {"variant.level": 0.5}]
+    drawn = Study.model_validate(
+        {"search": "random", "settings": {"finetune.lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
+    )
+    assert combinations(drawn, "plain") == combinations(drawn, "plain")
+    values = [s["finetune.lr"] for s in combinations(drawn, "plain")]
+    assert len(set(values)) == 8 and all(1e-4 <= value <= 1e-2 for value in values)
+
+
+def test_trials_share_what_does_not_differ() -> None:
+    found = members(
+        variants={"stacked": {"pretrain": {"lr": 1e-3}, "settings": {"finetune.lr": [1e-3, 2e-3, 3e-3]}}, "plain": {}},
+        seeds=(0,),
+    )
+    common = [stage.name for stage in shared(found)]
+    assert [name for name in common if "layer" in name] == [
+        "stacked finetune.lr=0.001 seed=0: layer 1",
+        "stacked finetune.lr=0.001 seed=0: layer 2",
+        "stacked finetune.lr=0.001 seed=0: layer 3",
+    ]
+    assert not [name for name in common if name.startswith(("plain", "stacked finetune.lr=0.002"))]
+
+
+def test_a_seed_more_leaves_the_others_as_they_are() -> None:
+    before, after = members(seeds=(0, 1)), members(seeds=(0, 1, 2))
+    keys = {m.stage.key for m in before}
+    assert {m.seed for m in after if m.stage.key not in keys} == {2}
+
+
+def test_other_networks_are_allowed_and_conv_is_counted() -> None:
+    conv = {"kind": "conv", "widths": (2, 4), "dense": (8,)}
+    (row, *_) = members(base={"network": conv}, variants={"stacked": {"pretrain": {}}}, budget={"epochs": 12})
+    assert unsupervised_epochs(row) == 12
+    assert len([s for s in row.stages().values() if isinstance(s.spec, PretrainSpec)]) == 3
+    assert isinstance(experiment_of(Study(), "plain", {}, 0).network, Dense)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variants": {"pca": {}}}, r"variants\.pca: a reference of this name is there unasked; choose another name"),
+        ({"variants": {"a": {"data": {"limit": 5}}}}, r"variants\.a\.data: a row may differ in finetune, network,"),
+        ({"variants": {}}, "at least 1 item"),
+        ({"base": {"finetune": {"task": "classify"}}}, r"base\.finetune\.task: a study trains without labels"),
+        ({"scheduler": "asha", "choose": "probe"}, "asha stops by reconstruction"),
+        ({"settings": {"finetune.lr": {"low": 1, "high": 2}}}, "a grid needs lists of values"),
+        ({"search": "random", "settings": {"finetune.lr": {"low": 2, "high": 1}}}, "a range from 2 to 1 is empty"),
+        ({"seeds": ()}, "at least 1 item"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Study.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variants": {"a": {"variant": {"kind": "sparse", "weigth": 1}}}},
+         r"variants\.a\.variant\.sparse\.weigth: Extra"),
+        ({"variants": {"a": {}}, "settings": {"variant.level": [1]}}, r"variants\.a\.variant\.plain\.level: Extra"),
+        ({"variants": {"a": {"variant": {"kind": "sparse", "penalty": "kl"}, "network": {"code_activation": "elu"}}}},
+         r"variants\.a: variant\.penalty: kl needs codes in \(0, 1\)"),
+        ({"variants": {"stacked": {"pretrain": {}}}, "budget": {"epochs": 3}}, "allow at least 4"),
+    ],
+)  # fmt: skip
+def test_a_row_that_does_not_fit_is_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        members(**fields)
