@@ -12,7 +12,9 @@ from aecore.config import Conv, Experiment
 from aecore.errors import InputError
 from aecore.variants import Denoising
 from jobs.cli import parse
+from jobs.compare import Compare
 from jobs.train import Train
+from pipelines.study import experiment_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
@@ -132,7 +134,19 @@ def test_top_level_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
 def test_every_recipe_parses(file: Path) -> None:
-    assert settings(str(file)).experiment != Experiment()
+    if file.stem.startswith("study"):
+        study = parse(Compare, "test", [str(file)]).study
+        assert len(study.variants) > 1 and all(experiment_of(study, row, {}, 0) for row in study.variants)
+    else:
+        assert settings(str(file)).experiment != Experiment()
+
+
+def test_the_study_of_digits_is_the_default_and_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIABOLO__BUDGET__EPOCHS", "7")
+    study = parse(Compare, "test", ["--base.finetune.lr", "0.1", "--seeds", "[5]"]).study
+    assert study.base.network.widths == (48, 16) and set(study.variants) >= {"plain", "sparse", "variational"}
+    assert (study.seeds, study.budget.epochs) == ((5,), 7) and study.base.finetune is not None
+    assert (study.base.finetune.lr, study.base.finetune.batch_size) == (0.1, 32)
 
 
 def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,18 @@
 """The README against the tree: what it names exists, what exists it names."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
+from aecore.config import overlay
 from jobs.cli import parse
+from jobs.compare import Compare
 from jobs.train import Train
+from pipelines.study import Study
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -39,9 +45,17 @@ def test_links_and_pictures_exist() -> None:
         assert target.startswith("http") or (ROOT / target).is_file(), target
 
 
-@pytest.mark.parametrize(
-    "line", [c for c in re.findall(r"uv run python -m jobs\.train ([^#`\n]+)", TEXT) if "--help" not in c]
-)
-def test_every_command_line_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+COMMANDS: dict[str, type[BaseModel]] = {"train": Train, "compare": Compare}
+LINES = [c for c in re.findall(r"uv run python -m jobs\.(\w+) ([^#`\n]+)", TEXT) if "--help" not in c[1]]
+
+
+@pytest.mark.parametrize(("command", "line"), LINES)
+def test_every_command_line_parses(command: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert isinstance(parse(Train, "readme", line.split()), Train)
+    assert isinstance(parse(COMMANDS[command], "readme", line.split()), COMMANDS[command])
+
+
+def test_the_example_of_a_study_is_one() -> None:
+    (example,) = re.findall(r"^    base: .*?(?=\n\n)", TEXT, re.MULTILINE | re.DOTALL)
+    values = overlay(Study().model_dump(), yaml.safe_load(textwrap.dedent(example)))
+    assert len(Study.model_validate(values).variants) == 3

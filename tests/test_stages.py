@@ -75,6 +75,27 @@ def test_variants_on_problems(problem: str, variant: Any, digits: tuple[Facts, A
         assert all(np.array_equal(one.weights[name], two.weights[name]) for name in one.weights)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_variants_end_to_end(problem: str, variant: Any, digits: tuple[Facts, Arrays]) -> None:
+    """All layers at once from random weights, and unrolled from pretrained ones: lower codes are codes, no more."""
+    facts, arrays = digits
+    network, likelihood = PROBLEMS[problem]
+    specs = layer_specs(network, Data.model_validate({"likelihood": likelihood}), facts)
+    layers = pretrain(arrays, specs, variant(), epochs=1)
+    tuned = tuning([*specs[:-1], variant().build(specs[-1], len(specs))], "reconstruct", epochs=3)
+    tuned = tuned.model_copy(update={"variant": variant()})
+    for given in ({}, {"layers": layers}):
+        result = stages.finetune(tuned, stages.Run(), data=arrays, **given)
+        history = result.config["history"]
+        assert history[-1]["train/loss"] < history[0]["train/loss"]
+        assert all(np.isfinite(list(epoch.values())).all() for epoch in history)
+        stack = stages.build_stack(result)
+        assert [layer.log_variance is not None for layer in stack] == [False] * (len(specs) - 1) + [
+            variant().kind == "variational"
+        ]
+
+
 def test_finetuning_starts_from_exactly_the_pretrained_weights(digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
