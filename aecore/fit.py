@@ -4,17 +4,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aecore.config import Fit, Precision
 from aecore.errors import DivergenceError
 from aecore.networks import Terms
+from aecore.parallel import ALONE, Team
 
 Report = Callable[[int, dict[str, float]], None]
 """Called once an epoch with its number, from 1, and its metrics."""
@@ -46,6 +46,7 @@ def fit(
     compile: bool = False,
     report: Report = lambda epoch, metrics: None,
     scoring_rows: int = 2048,
+    team: Team = ALONE,
 ) -> Fitted:
     """Train `model` in place and leave it with the weights of its best epoch on validation, in eval mode.
 
@@ -61,12 +62,15 @@ def fit(
         monitor: the validation metric, a term's or measure's name or `loss`, to choose the best epoch by; the loss
             breaks ties. Smaller is better.
         scoring_rows: rows of a batch of validation.
+        team: the workers that train this model together, each with all rows; `report` is for the first to give.
 
     Raises:
         DivergenceError: a term was not finite in some epoch.
     """
     n = len(train[0])
-    dropped = n % spec.batch_size == 1 and n > 1
+    normalised = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    few = 2 * (team.size if normalised else 1)  # rows that leave some worker without a batch's statistics
+    dropped = n % spec.batch_size if n % spec.batch_size < few < n else 0
     steps = math.ceil((n - dropped) / spec.batch_size)
     optimizer = _AdamW(model, spec.weight_decay)
     shuffle = torch.Generator().manual_seed(seed)
@@ -75,34 +79,38 @@ def fit(
     best: tuple[float, float] | None = None
     best_epoch, best_weights, plateau = 0, {}, _Plateau()
 
+    if team.rank:
+        torch.manual_seed(seed + team.rank)  # other noise for other rows
     with _numerics(precision, device) as autocast:
+        validate = partial(evaluate, model, rows=validation, device=device, seed=seed, autocast=autocast, team=team)
         for epoch in range(1, spec.epochs + 1):
             began = time.perf_counter()
             model.train()
             seen: dict[str, list[Tensor]] = {}
             rows: list[int] = []
             order = torch.randperm(n, generator=shuffle)[: n - dropped]
-            for step, batch in enumerate(_batches(train, order, spec.batch_size, device)):
+            for step, (batch, share) in enumerate(_batches(train, order, spec.batch_size, device, team)):
                 rate = spec.lr * _schedule(spec, epoch - 1 + step / steps) * plateau.scale
-                with autocast():
-                    losses = step_terms(*batch)
-                loss = reduce(add, losses.values())
                 optimizer.zero_grad()
-                loss.backward()
+                if share:
+                    with autocast():
+                        losses = step_terms(*batch)
+                    loss = reduce(add, losses.values())
+                    (loss * share if team.size > 1 else loss).backward()
+                    rows.append(len(batch[0]))
+                    for name, term in losses.items():
+                        seen.setdefault(name, []).append(term.detach())
+                optimizer.gather(team)
                 if spec.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
                 optimizer.step(rate)
-                rows.append(len(batch[0]))
-                for name, term in losses.items():
-                    seen.setdefault(name, []).append(term.detach())
-            metrics = {f"train/{name}": _mean(values, rows) for name, values in seen.items()}
+            _agree(model, team)
+            metrics = {f"train/{name}": _mean(values, rows, team) for name, values in seen.items()}
             metrics["train/loss"] = sum(metrics.values())
-            scores = evaluate(
-                model, terms, validation, device=device, seed=seed, autocast=autocast, batch_size=scoring_rows
-            )
+            scores = validate(terms, batch_size=scoring_rows)
             scores["loss"] = sum(scores.values())
             if measure is not None:
-                scores |= evaluate(model, measure, validation, device=device, seed=seed, autocast=autocast, sums=True)
+                scores |= validate(measure, sums=True)
             metrics |= {f"val/{name}": value for name, value in scores.items()}
             for name, value in metrics.items():
                 if not math.isfinite(value):
@@ -142,6 +150,13 @@ class _AdamW:
         for p in self.params:
             p.grad = None
 
+    def gather(self, team: Team) -> None:
+        """Add up the gradients of the team's parts of a batch; a worker whose part is empty adds nothing."""
+        if team.size > 1:
+            for p in self.params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            team.sum(p.grad for p in self.params if p.grad is not None)
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
@@ -163,6 +178,7 @@ def evaluate(
     autocast: Callable = nullcontext,
     sums: bool = False,
     batch_size: int = 2048,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Means over all rows, in eval mode, with the same noise at every call with the same seed.
 
@@ -173,28 +189,45 @@ def evaluate(
     rows_seen: list[int] = []
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        for batch in _batches(rows, torch.arange(len(rows[0])), batch_size, device):
+        torch.manual_seed(seed + team.rank)
+        for batch, share in _batches(rows, torch.arange(len(rows[0])), batch_size, device, team):
+            if not share:
+                continue
             with autocast():
                 scores = terms(*batch)
             rows_seen.append(len(batch[0]))
             for name, value in scores.items():
                 found.setdefault(name, []).append(value.double() / len(batch[0]) if sums else value)
-        return {name: _mean(values, rows_seen) for name, values in found.items()}
+        return {name: _mean(values, rows_seen, team) for name, values in found.items()}
 
 
-def _mean(values: list[Tensor], rows: list[int]) -> float:
+def _mean(values: list[Tensor], rows: list[int], team: Team) -> float:
     """Mean over rows of means over batches, summed in double precision; the one place that waits for the device."""
-    return float(np.average(torch.stack(values).double().cpu().numpy(), weights=rows))
+    weighted = torch.stack(values).double().cpu() * torch.tensor(rows)
+    total, count = weighted.sum(), torch.tensor(sum(rows), dtype=torch.float64)
+    if team.size > 1:
+        total, count = total.to(values[0].device), count.to(values[0].device)
+        team.sum([total, count])
+    return float(total / count)
+
+
+def _agree(model: nn.Module, team: Team) -> None:
+    """Average what each worker has seen of the rows besides gradients: the running statistics of normalisations."""
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    team.sum(statistics)
+    for buffer in statistics if team.size > 1 else ():
+        buffer /= team.size
 
 
 def _batches(
-    tensors: tuple[Tensor, ...], order: Tensor, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """Batches on `device`, cut from tensors that lie there or in host memory."""
+    tensors: tuple[Tensor, ...], order: Tensor, batch_size: int, device: torch.device, team: Team
+) -> Iterator[tuple[tuple[Tensor, ...], float]]:
+    """This worker's parts of the batches, on `device`, cut from tensors that lie there or in host memory, and their
+    shares of the rows."""
     order = order.to(tensors[0].device)
     for index in order.split(batch_size):
-        yield tuple(t.index_select(0, index).to(device, non_blocking=True) for t in tensors)
+        own = team.part(index)
+        yield tuple(t.index_select(0, own).to(device, non_blocking=True) for t in tensors), len(own) / len(index)
 
 
 def _schedule(spec: Fit, epochs: float) -> float:

@@ -19,6 +19,7 @@ from aecore.data import Arrays, Split, cut
 from aecore.fingerprint import derive_seed
 from aecore.fit import Fitted, Report, fit
 from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
+from aecore.parallel import ALONE, Team
 from aecore.specs import FinetuneSpec, LayerSpec, PretrainSpec, ReferenceSpec
 from aecore.storage import Result, Weights
 
@@ -33,6 +34,7 @@ class Run(NamedTuple):
 
     device: torch.device = torch.device("cpu")
     report: Report = lambda epoch, metrics: None
+    team: Team = ALONE
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequence[Result] = ()) -> Result:
@@ -55,7 +57,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
         fitted = fit(
             layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layer),
+            scoring_rows=scoring_rows(spec.layer), team=run.team,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
     return Result(config, _weights(layer), _summary(fitted, began))
@@ -103,7 +105,7 @@ def finetune(
             spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layers[0]),
+            scoring_rows=scoring_rows(spec.layers[0]), team=run.team,
         )  # fmt: skip
     config = {
         "task": spec.task,

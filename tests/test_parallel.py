@@ -1,0 +1,70 @@
+"""Data-parallel training: a team takes the steps that one worker takes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from aecore import stages
+from aecore.config import Dense, Fit
+from aecore.data import Arrays, Data, Split
+from aecore.parallel import Team
+from aecore.specs import Facts, LayerSpec, Numerics, PretrainSpec, layer_specs
+from aecore.storage import Result, load_weights, save_weights
+from aecore.variants import Denoising, Plain
+
+FACTS = Facts(digest="d", shape=(8,), levels=0, classes=(), rows=600)
+
+
+def arrays() -> Arrays:
+    x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    one, zero = np.ones((), np.float32), np.zeros((), np.float32)
+    # 403 rows: the last batch of 16 has 3, of which a team of 4 leaves one worker none
+    return Arrays(Split(x[:403], None), Split(x[403:500], None), Split(x[500:], None), zero, one)
+
+
+def spec(variant: Any, **network: Any) -> PretrainSpec:
+    layer: LayerSpec = layer_specs(Dense(widths=(5,), **network), Data(), FACTS)[0]
+    return PretrainSpec(
+        number=1, layer=layer, variant=variant, fit=Fit(epochs=3, batch_size=16, lr=1e-2), seed=0, numerics=Numerics()
+    )
+
+
+def work(rank: int, size: int, folder: str, given: PretrainSpec) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    result = stages.pretrain_layer(given, stages.Run(team=Team(rank, size)), data=arrays())
+    save_weights(Path(folder) / str(rank), result.config, result.weights)
+    dist.destroy_process_group()
+
+
+def trained(folder: Path, size: int, given: PretrainSpec) -> list[Result]:
+    folder.mkdir()
+    mp.start_processes(work, args=(size, str(folder), given), nprocs=size, start_method="fork")
+    return [Result(*load_weights(folder / str(rank)), {}) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_team_trains_what_one_worker_trains(size: int, tmp_path: Path) -> None:
+    alone = stages.pretrain_layer(spec(Plain()), stages.Run(), data=arrays())
+    for together in trained(tmp_path / "team", size, spec(Plain())):
+        for before, after in zip(alone.config["history"], together.config["history"], strict=True):
+            for name in ("train/loss", "val/loss"):
+                assert after[name] == pytest.approx(before[name], rel=1e-5)
+        for name, weight in alone.weights.items():
+            assert np.allclose(together.weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given", [spec(Denoising(noise="gaussian", level=0.5)), spec(Plain(), normalization="batch", dropout=0.2)]
+)
+def test_all_of_a_team_end_with_the_same_weights(given: PretrainSpec, tmp_path: Path) -> None:
+    first, second = trained(tmp_path / "team", 2, given)
+    for name, weight in first.weights.items():
+        assert np.array_equal(weight, second.weights[name])
+    assert first.config["history"][-1]["val/loss"] == second.config["history"][-1]["val/loss"]
+    assert first.config["history"][-1]["val/loss"] < first.config["history"][0]["val/loss"]
