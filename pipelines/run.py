@@ -6,11 +6,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -43,6 +44,11 @@ class Resources(Frozen):
     """GPUs a stage, fractions allowed; null takes 1 where the cluster has GPUs, else 0."""
     cpus: PositiveInt | None = None
     """CPUs a stage, and its threads; null takes all of the smallest node, at most 8."""
+    workers: PositiveInt = 1
+    """Workers that train each stage together, each with `gpus` and `cpus`; more than one take half a minute to
+    start."""
+    storage_path: str | None = None
+    """Folder or URI that all nodes can write, for what is in progress; needed where workers sit on several nodes."""
     precision: Precision = "fp32"
     """Arithmetic of training: fp32, tf32 (CUDA only), or bf16 autocast."""
     compile: bool = False
@@ -198,6 +204,8 @@ class Share(NamedTuple):
     gpus: float
     cpus: int
     retries: int
+    workers: int = 1
+    storage_path: str | None = None
     study: bool = False
     """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
 
@@ -244,14 +252,23 @@ def share_of(resources: Resources) -> Share:
     if not fitting:
         most = max(node.get("GPU", 0) for node in nodes)
         raise InputError(f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most:g}; ask for less")
-    cpus = resources.cpus or int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] for node in fitting)))
+    free = sum(node["CPU"] for node in fitting) // resources.workers
+    cpus = resources.cpus or max(1, int(min(_MOST_DEFAULT_CPUS, free, *(node["CPU"] for node in fitting))))
     most = max(node["CPU"] for node in fitting)
     if cpus > most:
         beside = f" beside {gpus:g} GPUs" if gpus else ""
         raise InputError(
             f"resources.cpus: {cpus} asked for a stage, the largest node has {most:g}{beside}; ask for less"
         )
-    return Share(gpus, cpus, resources.retries)
+    share = Share(gpus, cpus, resources.retries, resources.workers, resources.storage_path)
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        total = sum(node.get(name, 0) for node in nodes)
+        if each * share.workers > total:
+            raise InputError(
+                f"resources.workers: {share.workers} with {each:g} {name}s each asked for, the cluster has {total:g}; "
+                "ask for fewer or for less"
+            )
+    return share
 
 
 def _submit(
@@ -268,25 +285,34 @@ def _submit(
                 restored = ray.put(result)
                 submitted[other.key] = restored, restored
             inputs.append(_submit(other, tracker, parent, share, submitted)[0])
+        team = _is_trained_by_a_team(stage, share)  # which gets its devices itself
         options: dict[str, Any] = {
             "name": stage.name,
             "num_returns": 2,
-            "num_cpus": share.cpus if stage.kept else 1,
-            "num_gpus": share.gpus if stage.kept else 0,
+            "num_cpus": 0 if team else share.cpus if stage.kept else 1,
+            "num_gpus": share.gpus if stage.kept and not team else 0,
             "max_retries": share.retries,
         }
         store = tracker.uri, tracker.experiment_id
-        submitted[stage.key] = ray.remote(**options)(_execute).remote(stage, store, parent, share, *inputs)
+        # in a list, references stay references
+        more = {"references": inputs} if team else {}
+        submitted[stage.key] = ray.remote(**options)(_execute).remote(stage, store, parent, share, *inputs, **more)
     return submitted[stage.key]
 
 
+def _is_trained_by_a_team(stage: Stage, share: Share) -> bool:
+    return share.workers > 1 and hasattr(stage.spec, "fit")
+
+
 def _execute(
-    stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any, tell: Tell | None = None
-) -> tuple[Any, Any]:
+    stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any, tell: Tell | None = None,
+    references: "Sequence[ObjectRef] | None" = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """The body of a stage's task: its result, for the stages behind it, and its record, for the driver to keep.
 
     Args:
         tell: given inside a trial; what it raises ends the stage.
+        references: to the inputs, for the workers of a team.
     """
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):
@@ -298,19 +324,22 @@ def _execute(
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
         fn: Any = partial(stage.function(), stage.spec, **_by_parameter(stage, inputs))
-        with _Recorder(stage, store, parent, tell) as recorder:
-            if stage.fn == "stages.finetune" and not share.study:
-                result = _in_ray_train(fn, device, recorder.report)
-            else:
-                result = fn(stages.Run(device, recorder.report))
-        served = None
+        if references is not None:
+            record = _in_worker_group(stage, store, parent, share, references)
+        else:
+            with _Recorder(stage, store, parent, tell) as recorder:
+                if stage.fn == "stages.finetune" and not share.study:
+                    result = _in_ray_train(fn, device, recorder.report)
+                else:
+                    result = fn(stages.Run(device, recorder.report))
+            record = Record(result, None, recorder.points, recorder.began, recorder.run_id)
+        result = record.result
         if share.study:
-            result = replace(result, example=None)
-        if result.example is not None:
+            record = record._replace(result=replace(result, example=None))
+        elif result.example is not None:
             from aecore.pyfunc import Model
 
-            served = Model(result).predict(result.example)
-        record = Record(result, served, recorder.points, recorder.began, recorder.run_id)
+            record = record._replace(served=Model(result).predict(result.example))
         # what goes on to other stages are the weights
         return replace(result, figures={}, example=None), record
 
@@ -412,6 +441,57 @@ def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int,
     loop: Any = partial(fn, stages.Run(device, tell))
     trainer: Any = TorchTrainer(lambda: loop(), scaling_config=ray.train.ScalingConfig(num_workers=0))
     return trainer.fit().return_value
+
+
+def _in_worker_group(
+    stage: Stage, store: tuple[str, str], parent: str, share: Share, references: "Sequence[ObjectRef]"
+) -> "Record":
+    """A training stage as a Ray Train loop of several workers, each with all rows and its part of every batch."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # Any: the trainer's hints know of no loop that returns something
+    loop: Any = partial(_work, stage, store, parent, share, list(references))
+    with tempfile.TemporaryDirectory(prefix="diabolo") as folder:
+        trainer = TorchTrainer(
+            loop,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=share.workers, use_gpu=share.gpus > 0,
+                resources_per_worker={"CPU": share.cpus, "GPU": share.gpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name=stage.key[:16], storage_path=share.storage_path or folder,
+                failure_config=ray.train.FailureConfig(max_failures=share.retries),
+            ),
+        )  # fmt: skip
+        try:
+            return cast(Any, trainer.fit()).return_value
+        except ray.train.WorkerGroupError as error:
+            # what a worker raised is what happened; a lost one counts for less
+            raise min(error.worker_failures.values(), key=lambda e: isinstance(e, ray.exceptions.RayError)) from error
+
+
+def _work(
+    stage: Stage, store: tuple[str, str], parent: str, share: Share, references: "Sequence[ObjectRef]"
+) -> "Record | None":
+    """What each worker of a team does; the first one's record is the stage's."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from aecore import stages
+    from aecore.parallel import Team
+
+    torch.set_num_threads(share.cpus)
+    context = ray.train.get_context()
+    team = Team(context.get_world_rank(), context.get_world_size())
+    inputs = _by_parameter(stage, ray.get(list(references)))
+    if team.rank:
+        stage.function()(stage.spec, stages.Run(get_device(), team=team), **inputs)
+        return None
+    with _Recorder(stage, store, parent, None) as recorder:
+        result = stage.function()(stage.spec, stages.Run(get_device(), recorder.report, team), **inputs)
+    return Record(result, None, recorder.points, recorder.began, recorder.run_id)
 
 
 def _by_parameter(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:

@@ -342,6 +342,8 @@ def run(
     Args:
         parent: the study's MLflow run.
     """
+    if resources.workers > 1:
+        raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
     members = expand(study, facts, resources.numerics)
     job = _Job(study, facts, tracker, parent, resources)
     done: set[str] = set()

@@ -136,6 +136,27 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path) -> None:
     assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
 
 
+def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path) -> None:
+    rates = [round(10 ** (-5 + step * 4 / 15), 9) for step in (7, 2, 12, 0, 15, 9, 4, 11, 1, 14, 6, 3, 13, 8, 5, 10)]
+    study = {**SHARING, "variants": {"plain": {}}, "settings": {"finetune.lr": rates}, "budget": {"epochs": 16}}
+    tables = {}
+    for scheduler in ("none", "asha"):
+        folder = tmp_path / scheduler
+        folder.mkdir()
+        done = compare(folder, study, "--scheduler", scheduler, "--figures", "out")
+        assert done.code == 0, done.err
+        table = pd.read_csv(folder / "out" / "results.csv")
+        tables[scheduler] = table[table["row"] == "plain"].set_index("settings.finetune.lr")
+    grid, asha = tables["none"], tables["asha"]
+    assert len(grid) == len(asha) == 16 and set(grid["epochs_used"]) == {16}
+    assert asha["epochs_used"].sum() <= 16 * 16 / 2
+    assert set(asha["status"]) == {"finished", "stopped"}
+    last = asha[asha["status"] == "finished"]["val/reconstruction_mse"].nsmallest(2)
+    assert grid["val/reconstruction_mse"].idxmin() in last.index
+    again = compare(tmp_path / "asha", study, "--scheduler", "asha")
+    assert again.report["stages"]["computed"] == 0 and again.report["trials"]["stopped"] > 0
+
+
 def test_bad_studies_end_in_one_line(tmp_path: Path) -> None:
     done = compare(tmp_path, {**SHARING, "variants": {"kl": {"variant": {"kind": "sparse", "penalty": "kl"}}}})
     assert done.code == 2 and not done.out

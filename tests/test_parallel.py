@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from aecore import stages
-from aecore.config import Dense, Fit
-from aecore.data import Arrays, Data, Split
+from aecore.config import Data, Dense, Fit
+from aecore.data import Arrays, Split
 from aecore.parallel import Team
 from aecore.specs import Facts, LayerSpec, Numerics, PretrainSpec, layer_specs
 from aecore.storage import Result, load_weights, save_weights
@@ -44,7 +44,7 @@ def work(rank: int, size: int, folder: str, given: PretrainSpec) -> None:
 
 def trained(folder: Path, size: int, given: PretrainSpec) -> list[Result]:
     folder.mkdir()
-    mp.start_processes(work, args=(size, str(folder), given), nprocs=size, start_method="fork")
+    start_processes(work, args=(size, str(folder), given), nprocs=size, start_method="fork")
     return [Result(*load_weights(folder / str(rank)), {}) for rank in range(size)]
 
 

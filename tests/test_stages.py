@@ -85,8 +85,8 @@ def test_variants_end_to_end(problem: str, variant: Any, digits: tuple[Facts, Ar
     layers = pretrain(arrays, specs, variant(), epochs=1)
     tuned = tuning([*specs[:-1], variant().build(specs[-1], len(specs))], "reconstruct", epochs=3)
     tuned = tuned.model_copy(update={"variant": variant()})
-    for given in ({}, {"layers": layers}):
-        result = stages.finetune(tuned, stages.Run(), data=arrays, **given)
+    for given in ([], layers):
+        result = stages.finetune(tuned, stages.Run(), data=arrays, layers=given)
         history = result.config["history"]
         assert history[-1]["train/loss"] < history[0]["train/loss"]
         assert all(np.isfinite(list(epoch.values())).all() for epoch in history)

@@ -234,3 +234,28 @@ def test_without_labels_it_reconstructs(first: tuple[Path, Done]) -> None:
     assert done.code == 0, done.err
     assert {"test/reconstruction_mse", "control/reconstruction_mse"} <= set(done.report["metrics"])
     assert "test/accuracy" not in done.report["metrics"]
+
+
+def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
+    small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune.epochs", "3", "--control", "false")
+    metrics = {}
+    for workers in ("1", "2"):
+        folder = tmp_path / workers
+        folder.mkdir()
+        done = train(folder, *small, "--resources.cpus", "1", "--resources.workers", workers)
+        assert done.code == 0, done.err
+        tracker = store(folder)
+        runs = stage_runs(tracker)
+        metrics[workers] = {
+            (name, metric): [point.value for point in tracker.client.get_metric_history(runs[name].info.run_id, metric)]
+            for name in ("layer 1", "finetune")
+            for metric in ("train/loss", "val/loss")
+        }
+        assert "layer 1: epoch 1" in done.err
+    for key, curve in metrics["1"].items():
+        assert len(curve) == 3 and metrics["2"][key] == pytest.approx(curve, rel=1e-4)
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None:
+    done = train(tmp_path, *QUICK, "--resources.cpus", "1", "--resources.workers", "999")
+    assert done.code == 2 and "resources.workers: 999 with 1 CPUs each asked for" in done.err.splitlines()[-1]
