@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
+from itertools import repeat
 from operator import add
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aecore.checkpoint import Checkpoints
 from aecore.config import Fit, Precision
 from aecore.errors import DivergenceError
 from aecore.networks import Terms
@@ -47,6 +50,7 @@ def fit(
     report: Report = lambda epoch, metrics: None,
     scoring_rows: int = 2048,
     team: Team = ALONE,
+    checkpoints: Checkpoints | None = None,
 ) -> Fitted:
     """Train `model` in place and leave it with the weights of its best epoch on validation, in eval mode.
 
@@ -63,6 +67,8 @@ def fit(
             breaks ties. Smaller is better.
         scoring_rows: rows of a batch of validation.
         team: the workers that train this model together, each with all rows; `report` is for the first to give.
+        checkpoints: where to go on from, and to write to, at the end of an epoch; the numbers are those of an unbroken
+            run, to the bit on one CPU worker. Epochs of before are reported again.
 
     Raises:
         DivergenceError: a term was not finite in some epoch.
@@ -79,11 +85,22 @@ def fit(
     best: tuple[float, float] | None = None
     best_epoch, best_weights, plateau = 0, {}, _Plateau()
 
+    kept = checkpoints.load() if checkpoints is not None else None
+    if kept is not None:
+        state, tensors = kept
+        history, best_epoch, plateau = state["history"], state["best_epoch"], _Plateau(*state["plateau"])
+        best = state["best"][0], state["best"][1]
+        best_weights = _unpack(tensors, model, optimizer, shuffle)
+        for number, past in enumerate(history, 1):
+            report(number, past)
     if team.rank:
-        torch.manual_seed(seed + team.rank)  # other noise for other rows
+        torch.manual_seed(seed + team.rank + len(history))  # other noise for other rows
+    due = checkpoints.clock() if checkpoints is not None and team.rank == 0 else repeat(False)
     with _numerics(precision, device) as autocast:
         validate = partial(evaluate, model, rows=validation, device=device, seed=seed, autocast=autocast, team=team)
-        for epoch in range(1, spec.epochs + 1):
+        for epoch in range(len(history) + 1, spec.epochs + 1):
+            if spec.patience is not None and epoch - 1 - best_epoch >= spec.patience:
+                break
             began = time.perf_counter()
             model.train()
             seen: dict[str, list[Tensor]] = {}
@@ -115,7 +132,7 @@ def fit(
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise DivergenceError(f"{name} is {value} in epoch {epoch}: lower the learning rate or set clip")
-            metrics["lr"], metrics["seconds"] = rate, time.perf_counter() - began
+            metrics["lr"], metrics["seconds"], metrics["time"] = rate, time.perf_counter() - began, time.time()
             history.append(metrics)
             report(epoch, metrics)
 
@@ -125,8 +142,9 @@ def fit(
                 best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             if spec.schedule == "plateau":
                 plateau = plateau.after(scores["loss"])
-            if spec.patience is not None and epoch - best_epoch >= spec.patience:
-                break
+            if next(due) and checkpoints is not None and epoch < spec.epochs:
+                state = {"history": history, "best": best, "best_epoch": best_epoch, "plateau": plateau}
+                checkpoints.save(epoch, state, _pack(model, optimizer, shuffle, best_weights))
     model.load_state_dict(best_weights)
     model.eval()
     return Fitted(history, best_epoch)
@@ -199,6 +217,38 @@ def evaluate(
             for name, value in scores.items():
                 found.setdefault(name, []).append(value.double() / len(batch[0]) if sums else value)
         return {name: _mean(values, rows_seen, team) for name, values in found.items()}
+
+
+def _pack(
+    model: nn.Module, optimizer: _AdamW, shuffle: torch.Generator, best: dict[str, Tensor]
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """All that the next epoch depends on, as arrays."""
+    tensors = {"rng.shuffle": shuffle.get_state(), "rng.torch": torch.get_rng_state(), "adam.steps": optimizer.steps}
+    if optimizer.steps.is_cuda:
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(optimizer.steps.device)
+    tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"best.{name}": value for name, value in best.items()}
+    for number, (mean, square) in enumerate(zip(optimizer.means, optimizer.squares, strict=True)):
+        tensors |= {f"adam.mean.{number}": mean, f"adam.square.{number}": square}
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+
+
+def _unpack(
+    arrays: Mapping[str, np.ndarray], model: nn.Module, optimizer: _AdamW, shuffle: torch.Generator
+) -> dict[str, Tensor]:  # fmt: skip
+    """The inverse of `_pack`, in place; the best weights."""
+    tensors = {name: torch.tensor(value) for name, value in arrays.items()}
+    device = optimizer.steps.device
+    model.load_state_dict({n.removeprefix("model."): value for n, value in tensors.items() if n.startswith("model.")})
+    optimizer.steps.copy_(tensors["adam.steps"])
+    for number, (mean, square) in enumerate(zip(optimizer.means, optimizer.squares, strict=True)):
+        mean.copy_(tensors[f"adam.mean.{number}"])
+        square.copy_(tensors[f"adam.square.{number}"])
+    shuffle.set_state(tensors["rng.shuffle"])
+    torch.set_rng_state(tensors["rng.torch"])
+    if "rng.cuda" in tensors and optimizer.steps.is_cuda:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    return {n.removeprefix("best."): value.to(device) for n, value in tensors.items() if n.startswith("best.")}
 
 
 def _mean(values: list[Tensor], rows: list[int], team: Team) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aecore import metrics
+from aecore.checkpoint import Checkpoints
 from aecore.data import Arrays, Split, cut
 from aecore.fingerprint import derive_seed
 from aecore.fit import Fitted, Report, fit
@@ -35,6 +36,7 @@ class Run(NamedTuple):
     device: torch.device = torch.device("cpu")
     report: Report = lambda epoch, metrics: None
     team: Team = ALONE
+    checkpoints: Checkpoints | None = None
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequence[Result] = ()) -> Result:
@@ -57,7 +59,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
         fitted = fit(
             layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layer), team=run.team,
+            scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
     return Result(config, _weights(layer), _summary(fitted, began))
@@ -105,7 +107,7 @@ def finetune(
             spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layers[0]), team=run.team,
+            scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,
         )  # fmt: skip
     config = {
         "task": spec.task,

@@ -12,8 +12,7 @@ from pydantic_settings import CliImplicitFlag, CliPositionalArg
 from aecore.data import inspect
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Resources, start_ray
-from pipelines.stage import store_is_empty
+from pipelines.run import Resources, open_store
 from pipelines.study import Study, expand, run, shared
 
 if TYPE_CHECKING:
@@ -53,11 +52,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     key = fingerprint(
         "compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants", "max_concurrent"})
     )
-    if not settings.plan and store_is_empty():
-        start_ray()  # nothing can be restored: Ray gets ready while MLflow is imported and makes its tables
-    from pipelines.tracking import connect
-
-    tracker = connect(create=not settings.plan)
+    tracker = open_store(create=not settings.plan)
     if settings.plan:
         common = {stage.key for stage in shared(members)}
         for m in members:

@@ -14,9 +14,8 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Outcome, Resources, compute, start_ray
+from pipelines.run import Outcome, Resources, compute, open_store
 from pipelines.stacked import build
-from pipelines.stage import store_is_empty
 
 
 class Train(Experiment):
@@ -51,11 +50,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     stages = graph.kept()
     key = fingerprint("train", [stage.key for stage in stages])
 
-    if not settings.plan and store_is_empty():
-        start_ray()  # nothing can be restored: workers get ready while MLflow is imported and makes its tables
-    from pipelines.tracking import connect
-
-    tracker = connect(create=not settings.plan)
+    tracker = open_store(create=not settings.plan)
     if settings.plan:
         for stage in stages:
             found = tracker.find(stage.key) if tracker else None

@@ -9,23 +9,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from aecore.checkpoint import Checkpoints
 from aecore.config import Precision
 from aecore.data import load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
-from pipelines.stage import Stage
+from pipelines.stage import Stage, store_is_empty
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+    from aecore.stages import Run
     from pipelines.tracking import StageRun, Tracker
 
 Tell = Callable[[Stage, int, dict[str, float]], None]
@@ -48,7 +52,10 @@ class Resources(Frozen):
     """Workers that train each stage together, each with `gpus` and `cpus`; more than one take half a minute to
     start."""
     storage_path: str | None = None
-    """Folder or URI that all nodes can write, for what is in progress; needed where workers sit on several nodes."""
+    """Folder or URI that all nodes can write, for what is in progress; null keeps it beside a local MLflow store, and
+    nowhere with a remote one: a stage that loses its worker then starts over."""
+    checkpoint_every: PositiveFloat = 30.0
+    """Seconds between two checkpoints of a stage, at the end of an epoch."""
     precision: Precision = "fp32"
     """Arithmetic of training: fp32, tf32 (CUDA only), or bf16 autocast."""
     compile: bool = False
@@ -174,12 +181,15 @@ def run_trial(
 
 
 def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
-    if finished := tracker.find(stage.key):  # by another job meanwhile: what is finished stays as it is
-        return Outcome(finished, record.result.metrics, False)
-    run = tracker.open_run(stage, parent, record.began, record.run_id)
-    run.log(record.points)
-    run.commit(record.result, record.served)
-    return Outcome(run.run_id, record.result.metrics, False)
+    run_id = tracker.find(stage.key)  # by another job meanwhile: what is finished stays as it is
+    if run_id is None:
+        run = tracker.open_run(stage, parent, record.began, record.run_id)
+        run.log(record.points)
+        run.commit(record.result, record.served)
+        run_id = run.run_id
+    if record.checkpoints is not None:
+        record.checkpoints.clear()
+    return Outcome(run_id, record.result.metrics, False)
 
 
 def _fail(stage: Stage, tracker: "Tracker", parent: str) -> None:
@@ -206,8 +216,32 @@ class Share(NamedTuple):
     retries: int
     workers: int = 1
     storage_path: str | None = None
+    checkpoint_every: float = 30.0
     study: bool = False
     """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
+
+
+def open_store(create: bool = True) -> "Tracker | None":
+    """The store of results. While a new one, from which nothing can be restored, gets its tables, Ray starts.
+
+    Returns:
+        None where there is no store yet and `create` is false.
+
+    Raises:
+        InputError: the store cannot be reached.
+    """
+
+    def connect() -> "Tracker | None":
+        from pipelines import tracking  # imports MLflow, which takes seconds
+
+        return tracking.connect(create=create)
+
+    if not (create and store_is_empty()):
+        return connect()
+    with ThreadPoolExecutor(1) as beside:
+        tracker = beside.submit(connect)
+        start_ray()
+        return tracker.result()
 
 
 def start_ray() -> None:
@@ -260,7 +294,7 @@ def share_of(resources: Resources) -> Share:
         raise InputError(
             f"resources.cpus: {cpus} asked for a stage, the largest node has {most:g}{beside}; ask for less"
         )
-    share = Share(gpus, cpus, resources.retries, resources.workers, resources.storage_path)
+    share = Share(gpus, cpus, resources.retries, resources.workers, resources.storage_path, resources.checkpoint_every)
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         total = sum(node.get(name, 0) for node in nodes)
         if each * share.workers > total:
@@ -300,6 +334,14 @@ def _submit(
     return submitted[stage.key]
 
 
+def checkpoints_of(stage: Stage, store: str, share: Share) -> Checkpoints | None:
+    """Where a stage keeps how far it is, if anywhere."""
+    place = share.storage_path
+    if place is None and store.startswith("sqlite:///"):
+        place = str(Path(store.removeprefix("sqlite:///")).parent / "checkpoints")
+    return Checkpoints(f"{place}/{stage.key}", share.checkpoint_every) if place is not None else None
+
+
 def _is_trained_by_a_team(stage: Stage, share: Share) -> bool:
     return share.workers > 1 and hasattr(stage.spec, "fit")
 
@@ -324,15 +366,16 @@ def _execute(
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
         fn: Any = partial(stage.function(), stage.spec, **_by_parameter(stage, inputs))
+        checkpoints = checkpoints_of(stage, store[0], share)
         if references is not None:
             record = _in_worker_group(stage, store, parent, share, references)
         else:
             with _Recorder(stage, store, parent, tell) as recorder:
                 if stage.fn == "stages.finetune" and not share.study:
-                    result = _in_ray_train(fn, device, recorder.report)
+                    result = _in_ray_train(fn, stages.Run(device, recorder.report, checkpoints=checkpoints))
                 else:
-                    result = fn(stages.Run(device, recorder.report))
-            record = Record(result, None, recorder.points, recorder.began, recorder.run_id)
+                    result = fn(stages.Run(device, recorder.report, checkpoints=checkpoints))
+            record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints)
         result = record.result
         if share.study:
             record = record._replace(result=replace(result, example=None))
@@ -365,6 +408,8 @@ class Record(NamedTuple):
     """Unix time, milliseconds."""
     run_id: str | None
     """The run that the stage has opened itself."""
+    checkpoints: Checkpoints | None = None
+    """What the finished stage needs no more."""
 
 
 class _Recorder:
@@ -388,7 +433,8 @@ class _Recorder:
         return self.run.run_id if self.run else None
 
     def report(self, epoch: int, metrics: dict[str, float]) -> None:
-        self.points.append(Point(epoch, round(time.time() * 1000), metrics))
+        metrics = dict(metrics)
+        self.points.append(Point(epoch, round(1000 * metrics.pop("time")), metrics))
         shown = {name: value for name, value in metrics.items() if name in ("train/loss", "val/loss", "val/error")}
         self.line = f"{self.stage.name}: epoch {epoch}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         now = time.monotonic()
@@ -424,21 +470,19 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_ray_train(fn: Callable[..., Result], device: Any, report: Callable[[int, dict[str, float]], None]) -> Result:
+def _in_ray_train(fn: Callable[..., Result], run: "Run") -> Result:
     """`fn` as a Ray Train loop, in local mode: one device, in this process."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from aecore import stages
-
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every report
 
     def tell(epoch: int, metrics: dict[str, float]) -> None:
-        report(epoch, metrics)
+        run.report(epoch, metrics)
         ray.train.report({"epoch": epoch, **metrics})
 
     # Any: the trainer's hints know of no loop that returns something
-    loop: Any = partial(fn, stages.Run(device, tell))
+    loop: Any = partial(fn, run._replace(report=tell))
     trainer: Any = TorchTrainer(lambda: loop(), scaling_config=ray.train.ScalingConfig(num_workers=0))
     return trainer.fit().return_value
 
@@ -486,12 +530,13 @@ def _work(
     context = ray.train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     inputs = _by_parameter(stage, ray.get(list(references)))
+    run = stages.Run(get_device(), team=team, checkpoints=checkpoints_of(stage, store[0], share))
     if team.rank:
-        stage.function()(stage.spec, stages.Run(get_device(), team=team), **inputs)
+        stage.function()(stage.spec, run, **inputs)
         return None
     with _Recorder(stage, store, parent, None) as recorder:
-        result = stage.function()(stage.spec, stages.Run(get_device(), recorder.report, team), **inputs)
-    return Record(result, None, recorder.points, recorder.began, recorder.run_id)
+        result = stage.function()(stage.spec, run._replace(report=recorder.report), **inputs)
+    return Record(result, None, recorder.points, recorder.began, recorder.run_id, run.checkpoints)
 
 
 def _by_parameter(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:

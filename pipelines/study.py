@@ -31,7 +31,7 @@ from aecore.specs import (
     layer_specs,
     resolve,
 )
-from pipelines.run import Resources, Share, compute, run_trial, share_of, start_ray
+from pipelines.run import Resources, Share, checkpoints_of, compute, run_trial, share_of, start_ray
 from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
@@ -499,7 +499,8 @@ class _Job:
         late = self.deadline is not None and time.monotonic() >= self.deadline
         for result in results:
             row, settings, seed = _choice(result.config)
-            key = self._member(row, settings, seed).stage.key
+            one = self._member(row, settings, seed)
+            key = one.stage.key
             if self.tracker.find(key):
                 continue
             if result.error is not None:
@@ -508,6 +509,9 @@ class _Job:
             elif not late and (epoch := (result.metrics or {}).get("epoch")):
                 stopped[key] = epoch
                 self.tracker.stop(key, epoch)
+                for stage in one.stages().values():
+                    if place := checkpoints_of(stage, self.tracker.uri, share_of(self.resources)):
+                        place.clear()
             else:
                 errors[key] = "the study's time was up"
         return errors, stopped
