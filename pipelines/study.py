@@ -423,7 +423,7 @@ class _Job:
         left = study.budget.settings - len(tried)
         if left > 0:
             space = {
-                f"settings/{name}": tune.choice(v) if isinstance(v, list)
+                f"set:{name}": tune.choice(v) if isinstance(v, list)
                 else (tune.loguniform if v.log else tune.uniform)(v.low, v.high)
                 for name, v in study.space(row).items()
             }  # fmt: skip
@@ -435,10 +435,10 @@ class _Job:
             )  # fmt: skip
             results = self._fit({"row": row, "seed": first, **space}, search, left)
             errors, stopped = self._outcome(results)
-            for result in results:
-                settings = _settings(result.config)
-                if result.metrics and "chosen" in result.metrics:
-                    tried[json.dumps(settings, sort_keys=True)] = settings, result.metrics["chosen"]
+            for settings in (_settings(result.config) for result in results):
+                if run_id := self.tracker.find(self._member(row, settings, first).stage.key):
+                    score = self.tracker.metrics(run_id)[study.choose_metric]
+                    tried[json.dumps(settings, sort_keys=True)] = settings, score
                 else:
                     say(f"{trial_name(row, settings, first)}: did not finish")
         members = [self._member(row, settings, first) for settings, _ in tried.values()]
@@ -536,12 +536,15 @@ def _trial(
         whole = isinstance(stage.spec, FinetuneSpec) and stage.spec.task == "reconstruct"
         # a report waits for Tune's loop; without a scheduler it is only for the eye
         if whole and (study.scheduler != "none" or time.monotonic() - told > _TELL_SECONDS):
-            tune.report({"epoch": epoch, "score": metrics["val/reconstruction"]})
+            score = metrics["val/reconstruction"]
+            # Tune wants every metric in every report; Optuna goes by the last
+            tune.report({"epoch": epoch, "score": score, "chosen": score})
             told = time.monotonic()
 
     done = {loaded.key: ray.get(data[0])}
     result = run_trial(one.stage, Tracker(*store), parent, one.tags(), share, done, tell)
-    tune.report({"epoch": study.budget.epochs, "chosen": result.metrics[study.choose_metric]})
+    last = result.config["history"][-1]["val/reconstruction"]
+    tune.report({"epoch": study.budget.epochs, "score": last, "chosen": result.metrics[study.choose_metric]})
 
 
 def _ended(
@@ -581,11 +584,11 @@ def _choice(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("settings/"): v for name, v in config.items() if name.startswith("settings/")}
+    return {name.removeprefix("set:"): v for name, v in config.items() if name.startswith("set:")}
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"settings/{name}": value for name, value in settings.items()}
+    return {f"set:{name}": value for name, value in settings.items()}
 
 
 def _trial_name(trial: Any) -> str:
