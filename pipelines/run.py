@@ -272,15 +272,24 @@ def _warm() -> None:
     importlib.import_module("aecore.stages")
 
 
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node that is up or, if these are more, that the autoscaler may bring up."""
+    import ray
+
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    may = [dict(group.resources) for group in groups for _ in range(group.max_count)]
+    return [{"CPU": 0, **node} for node in max(up, may, key=len)]
+
+
 def share_of(resources: Resources) -> Share:
     """What each stage gets of the cluster that Ray is connected to.
 
     Raises:
         InputError: no node has what was asked for.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     gpus = resources.gpus if resources.gpus is not None else min(1.0, max(node.get("GPU", 0) for node in nodes))
     fitting = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1]
     if not fitting:

@@ -1,0 +1,65 @@
+"""What a stage gets of a cluster, with the cluster's answers made up."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.core.generated import autoscaler_pb2
+
+from aecore.errors import InputError
+from pipelines.run import Resources, Share, share_of
+
+PROTO: Any = autoscaler_pb2  # generated, without hints
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(*up: dict[str, float], may: dict[str, tuple[int, dict[str, int]]] | None = None) -> None:
+        groups = [
+            PROTO.NodeGroupConfig(name=name, max_count=count, resources=resources)
+            for name, (count, resources) in (may or {}).items()
+        ]
+        config = PROTO.ClusterConfig(node_group_configs=groups) if may else None
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in up])
+        monkeypatch.setattr(ray._private.state, "state", SimpleNamespace(get_cluster_config=lambda: config))
+
+    return make
+
+
+def share(**resources: Any) -> Share:
+    return share_of(Resources.model_validate(resources))
+
+
+def test_a_machine_without_gpu_gives_its_cpus(cluster: Any) -> None:
+    cluster({"CPU": 2})
+    assert share()[:2] == (0, 2)
+    assert share(workers=2)[:2] == (0, 1)
+
+
+def test_where_there_are_gpus_a_stage_gets_one(cluster: Any) -> None:
+    cluster({"CPU": 4}, {"CPU": 16, "GPU": 2})
+    assert share()[:2] == (1, 8) and share(gpus=0.25)[:2] == (0.25, 8)
+
+
+def test_nodes_that_the_autoscaler_may_start_count(cluster: Any) -> None:
+    head = {"head": (1, {"CPU": 4})}
+    cluster({"CPU": 4}, may={**head, "gpu": (3, {"CPU": 8, "GPU": 1})})
+    assert share()[:2] == (1, 8)
+    assert share(workers=3)[:2] == (1, 8)
+    with pytest.raises(InputError, match="4 with 1 GPUs each asked for, the cluster has 3"):
+        share(workers=4, cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpus": 1}, r"resources\.gpus: 1 asked for a stage, the largest node has 0"),
+        ({"cpus": 3}, r"resources\.cpus: 3 asked for a stage, the largest node has 2"),
+        ({"workers": 5}, r"resources\.workers: 5 with 1 CPUs each asked for, the cluster has 2"),
+    ],
+)
+def test_what_no_node_has_is_refused(resources: dict[str, Any], message: str, cluster: Any) -> None:
+    cluster({"CPU": 2})
+    with pytest.raises(InputError, match=message):
+        share(**resources)
