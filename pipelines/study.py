@@ -506,6 +506,7 @@ class _Job:
             if result.error is not None:
                 cause = getattr(result.error, "cause", None) or result.error
                 errors[key] = " ".join(str(cause).strip().splitlines()[-1].split())[:300]
+                self.tracker.fail(key, errors[key])
             elif not late and (epoch := (result.metrics or {}).get("epoch")):
                 stopped[key] = epoch
                 self.tracker.stop(key, epoch)

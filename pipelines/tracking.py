@@ -172,9 +172,16 @@ class Tracker(NamedTuple):
 
     def stop(self, key: str, epoch: int) -> None:
         """End the run of a trial that a scheduler stopped after so many epochs."""
-        for run in self._search(f"tags.`stage.key` = '{key}'", 1):
-            self.client.set_tag(run.info.run_id, _STOPPED, str(epoch))
-            self._close(self.client, run.info.run_id, "KILLED")
+        self._end(key, "KILLED", _STOPPED, str(epoch))
+
+    def fail(self, key: str, error: str) -> None:
+        """End the run of a trial whose process died without a word."""
+        self._end(key, "FAILED", "error", error)
+
+    def _end(self, key: str, status: str, tag: str, value: str) -> None:
+        for run in self._search(f"tags.`stage.key` = '{key}' and attributes.status = 'RUNNING'", 1):
+            self.client.set_tag(run.info.run_id, tag, value)
+            self._close(self.client, run.info.run_id, status)
 
     def stopped(self, key: str) -> int | None:
         """The epoch after which a scheduler stopped a trial, if one did."""

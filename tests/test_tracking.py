@@ -12,7 +12,7 @@ import psutil
 import pytest
 from mlflow.entities import Run
 
-from aecore.config import Experiment, Finetune, Fit
+from aecore.config import Data, Experiment, Finetune, Fit
 from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.specs import Facts, Numerics
@@ -257,3 +257,20 @@ def test_a_deleted_experiment_is_told(tmp_path: Path) -> None:
     tracker.client.delete_experiment(tracker.experiment_id)
     with pytest.raises(InputError, match="experiment gone is deleted"):
         connect(tracker.uri, "gone")
+
+
+def test_trials_that_were_stopped_or_died_are_closed_with_all_below_them(tracker: Tracker) -> None:
+    study = parent(tracker, "study")
+    for name in ("stopped", "dead"):
+        trial = Stage(name, "evaluation.measure", Data(labels=name))
+        run = tracker.open_run(trial, study, more={"row": "a", "settings": "{}"})
+        below = tracker.open_run(Stage(f"{name} below", "stages.finetune", Data(labels=name)), run.run_id)
+        if name == "stopped":
+            tracker.stop(trial.key, 7)
+        else:
+            tracker.fail(trial.key, "OOM")
+        found = [tracker.client.get_run(one.run_id) for one in (run, below)]
+        assert {one.info.status for one in found} == {"KILLED" if name == "stopped" else "FAILED"}
+        assert tracker.stopped(trial.key) == (7 if name == "stopped" else None)
+        assert found[0].data.tags.get("error") == ("OOM" if name == "dead" else None)
+    assert tracker.trials(study, "a") == []
