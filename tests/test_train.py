@@ -237,7 +237,7 @@ def test_without_labels_it_reconstructs(first: tuple[Path, Done]) -> None:
 
 
 def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
-    small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune.epochs", "3", "--control", "false")
+    small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune", "null")
     metrics = {}
     for workers in ("1", "2"):
         folder = tmp_path / workers
@@ -247,13 +247,12 @@ def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
         tracker = store(folder)
         runs = stage_runs(tracker)
         metrics[workers] = {
-            (name, metric): [point.value for point in tracker.client.get_metric_history(runs[name].info.run_id, metric)]
-            for name in ("layer 1", "finetune")
+            metric: [point.value for point in tracker.client.get_metric_history(runs["layer 1"].info.run_id, metric)]
             for metric in ("train/loss", "val/loss")
         }
         assert "layer 1: epoch 1" in done.err
-    for key, curve in metrics["1"].items():
-        assert len(curve) == 3 and metrics["2"][key] == pytest.approx(curve, rel=1e-4)
+    for metric, curve in metrics["1"].items():
+        assert len(curve) == 3 and metrics["2"][metric] == pytest.approx(curve, rel=1e-4)
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None:
