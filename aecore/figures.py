@@ -200,16 +200,19 @@ def triptych(clean: np.ndarray, corrupted: np.ndarray, restored: np.ndarray, noi
     return png(figure)
 
 
-def activations(codes: np.ndarray) -> bytes:
-    """Codes (rows, units) as a heat map."""
-    share = float((np.abs(codes) > 0.1 * (np.abs(codes).max() or 1)).mean())
+def activations(codes: np.ndarray, most: int = 200) -> bytes:
+    """Codes (rows, units) as a heat map, the most active units first, at most `most` of them."""
+    size = np.abs(codes)
+    share = float((size > 0.1 * (size.max() or 1)).mean())
+    shown = codes[:, np.argsort(-size.mean(0), kind="stable")[:most]]
+    # a few large activations must not leave the others white
+    limit = float(np.quantile(size[size > 0], 0.95)) if size.any() else 1.0
     figure = titled(7, 3.6, f"{share:.0%} of activations exceed a tenth of the largest ({len(codes)} test rows)")
     axes = figure.subplots()
-    limit = np.abs(codes).max() or 1.0
-    shown = axes.imshow(codes, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_xlabel("unit")
+    image = axes.imshow(shown, aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+    axes.set_xlabel("unit, the most active first")
     axes.set_ylabel("test row")
-    figure.colorbar(shown, ax=axes, label="activation")
+    figure.colorbar(image, ax=axes, label="activation", extend="both")
     return png(figure)
 
 

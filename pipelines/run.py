@@ -139,7 +139,7 @@ def run_here(
     done = {} if done is None else done
     if stage.key not in done:
         run_id = tracker.find(stage.key) if stage.kept else None
-        result = _restore(run_id, tracker) if run_id else None
+        result = restore(run_id, tracker) if run_id else None
         done[stage.key] = result or _compute_here(stage, tracker, parent, share or Share(0, 1, 0), done, tell)
     return done[stage.key]
 
@@ -197,14 +197,14 @@ def _fail(stage: Stage, tracker: "Tracker", parent: str) -> None:
         tracker.open_run(stage, parent).close("FAILED")
 
 
-def _restore(run_id: str, tracker: "Tracker") -> Result | None:
+def restore(run_id: str, tracker: "Tracker") -> Result | None:
     """A finished stage's result, or None where its artifacts are lost, so that it is computed again."""
     from pipelines.tracking import LostResultError
 
     try:
         return tracker.restore(run_id)
     except LostResultError as error:
-        _say(f"warning: run {run_id} is finished, but its result is lost ({error}); computing it again")
+        _say(f"warning: run {run_id} is finished, but its result is lost ({error}); to be computed again")
         return None
 
 
@@ -324,7 +324,7 @@ def _submit(
         inputs: list[ObjectRef] = []
         for other in stage.parents():
             run_id = tracker.find(other.key) if other.kept and other.key not in submitted else None
-            if run_id and (result := _restore(run_id, tracker)):
+            if run_id and (result := restore(run_id, tracker)):
                 restored = ray.put(result)
                 submitted[other.key] = restored, restored
             inputs.append(_submit(other, tracker, parent, share, submitted)[0])

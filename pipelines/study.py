@@ -31,7 +31,7 @@ from aecore.specs import (
     layer_specs,
     resolve,
 )
-from pipelines.run import Resources, Share, checkpoints_of, compute, run_trial, share_of, start_ray
+from pipelines.run import Resources, Share, checkpoints_of, compute, restore, run_trial, share_of, start_ray
 from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
@@ -557,7 +557,9 @@ def _ended(
     if key in stopped:
         return trial._replace(status="stopped", error="", epochs_used=stopped[key])
     if run_id := tracker.find(key):
-        result = tracker.restore(run_id)
+        result = restore(run_id, tracker)
+        if result is None:
+            return trial._replace(error="its result is lost; start the study again")
         curves = dict(result.config)
         return trial._replace(
             status="finished", error="", run_id=run_id, metrics=result.metrics,

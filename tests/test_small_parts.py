@@ -134,3 +134,11 @@ def test_loss_curves_of_layers_and_finetuning() -> None:
 def test_confusion_figure(classes: int) -> None:
     table = np.eye(classes, dtype=np.int64) * 90 + 1
     assert min(size(figures.confusion(table, [f"class {n}" for n in range(classes)]))) > 500
+
+
+@pytest.mark.parametrize("codes", [RNG.normal(size=(64, 300)), np.zeros((64, 5)), np.eye(64)])
+def test_activations_grids_and_triptychs(codes: np.ndarray) -> None:
+    assert size(figures.activations(codes))[0] > 700
+    images = RNG.random((20, 3, 8, 8)).astype(np.float32)
+    assert size(figures.image_grid(images, 10, "Twenty"))[0] > 500
+    assert size(figures.triptych(images[:5], 1 - images[:5], images[:5] / 2, "noise"))[0] > 700
