@@ -159,7 +159,7 @@ def measure(
         scores |= {f"cluster/{name}": value for name, value in found.items()}
         right = [_classify(c, prepare, data.test.x, run.device) == data.test.y for c in classifiers]
         curves["labels"] = {
-            "counts": list(spec.labels),
+            "counts": [min(count, len(data.train.x)) for count in spec.labels],
             "probe": [_probe_with(count, spec.seed, codes, data) for count in spec.labels],
             "finetuned": [float(r.mean()) for r in right],
         }

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,7 +221,8 @@ class Share(NamedTuple):
 
 
 def open_store(create: bool = True) -> "Tracker | None":
-    """The store of results. While a new one, from which nothing can be restored, gets its tables, Ray starts.
+    """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
+    and makes its tables.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -230,18 +230,11 @@ def open_store(create: bool = True) -> "Tracker | None":
     Raises:
         InputError: the store cannot be reached.
     """
-
-    def connect() -> "Tracker | None":
-        from pipelines import tracking  # imports MLflow, which takes seconds
-
-        return tracking.connect(create=create)
-
-    if not (create and store_is_empty()):
-        return connect()
-    with ThreadPoolExecutor(1) as beside:
-        tracker = beside.submit(connect)
+    if create and store_is_empty():
         start_ray()
-        return tracker.result()
+    from pipelines.tracking import connect
+
+    return connect(create=create)
 
 
 def start_ray() -> None:

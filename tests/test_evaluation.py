@@ -16,7 +16,7 @@ from aecore.storage import Result
 from aecore.variants import Denoising, Plain, Variational
 from tests.test_stages import CLASSES
 
-measure_spec = partial(MeasureSpec, classes=CLASSES, labels=(100, 1222), seed=0, pictures=True)
+measure_spec = partial(MeasureSpec, classes=CLASSES, labels=(100, 9999), seed=0, pictures=True)
 
 
 def trained(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int = 15) -> Result:

@@ -57,19 +57,27 @@ PROBLEMS: dict[str, tuple[Dense | Conv, str]] = {
 }
 
 
+def problem_layers(problem: str, facts: Facts) -> list[LayerSpec]:
+    network, likelihood = PROBLEMS[problem]
+    return layer_specs(network, Data.model_validate({"likelihood": likelihood}), facts)
+
+
+def has_learned(result: Result) -> bool:
+    history = result.config["history"]
+    finite = all(np.isfinite(list(epoch.values())).all() for epoch in history)
+    return finite and history[-1]["train/loss"] < history[0]["train/loss"]
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_variants_on_problems(problem: str, variant: Any, digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
-    network, likelihood = PROBLEMS[problem]
-    specs = layer_specs(network, Data.model_validate({"likelihood": likelihood}), facts)
+    specs = problem_layers(problem, facts)
     epochs, steps = (4 if problem == "categorical" else 11), len(arrays.train.x) // 64
     layers = pretrain(arrays, specs, variant(), epochs=epochs)
     for result in layers:
-        history = result.config["history"]
-        assert len(history) * steps >= 200 or problem == "categorical"
-        assert all(np.isfinite(list(epoch.values())).all() for epoch in history)
-        assert history[-1]["train/loss"] < history[0]["train/loss"]
+        assert len(result.config["history"]) * steps >= 200 or problem == "categorical"
+        assert has_learned(result)
     again = pretrain(arrays, specs, variant(), epochs=epochs)
     for one, two in zip(layers, again, strict=True):
         assert all(np.array_equal(one.weights[name], two.weights[name]) for name in one.weights)
@@ -80,16 +88,13 @@ def test_variants_on_problems(problem: str, variant: Any, digits: tuple[Facts, A
 def test_variants_end_to_end(problem: str, variant: Any, digits: tuple[Facts, Arrays]) -> None:
     """All layers at once from random weights, and unrolled from pretrained ones: lower codes are codes, no more."""
     facts, arrays = digits
-    network, likelihood = PROBLEMS[problem]
-    specs = layer_specs(network, Data.model_validate({"likelihood": likelihood}), facts)
+    specs = problem_layers(problem, facts)
     layers = pretrain(arrays, specs, variant(), epochs=1)
     tuned = tuning([*specs[:-1], variant().build(specs[-1], len(specs))], "reconstruct", epochs=3)
     tuned = tuned.model_copy(update={"variant": variant()})
     for given in ([], layers):
         result = stages.finetune(tuned, stages.Run(), data=arrays, layers=given)
-        history = result.config["history"]
-        assert history[-1]["train/loss"] < history[0]["train/loss"]
-        assert all(np.isfinite(list(epoch.values())).all() for epoch in history)
+        assert has_learned(result)
         stack = stages.build_stack(result)
         assert [layer.log_variance is not None for layer in stack] == [False] * (len(specs) - 1) + [
             variant().kind == "variational"

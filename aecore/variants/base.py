@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from aecore.fingerprint import Frozen
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from aecore.specs import LayerSpec
 
 
-class Objective(Frozen):
+class Objective(Frozen, ABC):
     """A way to train an autoencoder: what it asks of the layer, and what it minimises."""
 
     paper: ClassVar[str]
@@ -36,6 +37,6 @@ class Objective(Frozen):
         """
         return layer
 
+    @abstractmethod
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
         """Terms of the objective for x of shape (batch, *in_shape); each a mean over the batch."""
-        raise NotImplementedError
