@@ -51,12 +51,18 @@ class Data(Frozen):
     standardize: Literal["auto"] | bool = "auto"
     """Zero mean and unit variance a feature, fitted on the training rows; auto does so for feature vectors."""
 
+    in_memory: Literal["auto", "always", "never"] = "auto"
+    """Hold the rows in memory (always), or read them anew from Parquet each epoch, shuffled within windows of 64 MB
+    (never); auto streams Parquet of more than 2 GB of values."""
+
     @_model_validator(mode="after")
     def _path_belongs_to_parquet(self) -> Self:
         if self.name == "parquet" and not self.path:
             raise ValueError("data.path is missing: name a Parquet file, folder or URI")
         if self.name != "parquet" and self.path:
             raise ValueError(f"data.path belongs to data.name parquet, not {self.name}: add --data.name parquet")
+        if self.name != "parquet" and self.in_memory == "never":
+            raise ValueError(f"data.in_memory: never needs data.name parquet, {self.name} is held in memory; use auto")
         return self
 
 

@@ -124,22 +124,41 @@ def load(data: Data, facts: Facts) -> Arrays:
         x, y, marks = _load_torchvision(data, _SETS[data.name])
     if data.labels is None:
         y = None
+    check_range(data, facts, x)
+    train, validation, test = (
+        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, y, marks, len(x))
+    )
+    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+
+
+def check_range(data: Data, facts: Facts, x: np.ndarray) -> None:
+    """Whether the likelihood can hold of the rows x.
+
+    Raises:
+        InputError: it needs values in [0, 1] and these are not.
+    """
     if resolve_likelihood(data, facts) != "gaussian" and not facts.levels and not (x.min() >= 0 and x.max() <= 1):
         raise InputError(
             f"data.likelihood: bernoulli needs values in [0, 1], these reach from {x.min():g} to {x.max():g}; "
             "rescale them or set --data.likelihood gaussian"
         )
-    train, validation, test = (
-        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, y, marks, len(x))
-    )
-    shift = np.zeros((), np.float32)
-    scale = np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)
-    if resolve_standardize(data, facts):
-        values = train.x.astype(np.float64)
-        spread = values.std(0)
-        # a constant feature carries nothing: left at zero instead of divided by zero
-        shift, scale = values.mean(0).astype(np.float32), (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
-    return Arrays(train, validation, test, shift, scale)
+
+
+def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`shift` and `scale` of `Arrays`, from training rows that come in chunks (Chan et al. 1983, eq. 2.1); these are
+    read only where features are standardised."""
+    if not resolve_standardize(data, facts):
+        return np.zeros((), np.float32), np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)
+    count, mean, squares = 0, np.zeros(facts.shape), np.zeros(facts.shape)
+    for chunk in chunks:
+        values = chunk.astype(np.float64)
+        centre = values.mean(0)
+        apart, total = centre - mean, count + len(values)
+        squares += np.square(values - centre).sum(0) + apart**2 * count * len(values) / total
+        mean, count = mean + apart * len(values) / total, total
+    spread = np.sqrt(squares / count)
+    # a constant feature carries nothing: left at zero instead of divided by zero
+    return mean.astype(np.float32), (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
 
 
 def _split(

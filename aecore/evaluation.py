@@ -3,7 +3,7 @@
 Both score the selected weights on the test split; nothing is chosen by what they find there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,8 +17,9 @@ from aecore.data import Arrays, Split, cut
 from aecore.jacobian import squared_norm
 from aecore.networks import Prepare, Stack
 from aecore.specs import EvaluateSpec, MeasureSpec
-from aecore.stages import Run, build_classifier, build_layer, build_stack, prepared, scoring_rows
+from aecore.stages import Run, build_classifier, build_layer, build_stack, held, prepared, scoring_rows
 from aecore.storage import Result
+from aecore.stream import Stream
 from aecore.variants import Denoising, Sparse, Variational
 
 NOISES: dict[Noise, tuple[float, ...]] = {
@@ -37,25 +38,29 @@ _SHOWN, _MAPPED = 12, 1000
 
 
 def evaluate(
-    spec: EvaluateSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), finetuned: Result | None = None
-) -> Result:
+    spec: EvaluateSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (),
+    finetuned: Result | None = None,
+) -> Result:  # fmt: skip
     """Score the selected weights on the test split, once, and draw what they learned.
 
     Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
-    finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder.
+    finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder. Of a streamed set, accuracy
+    and reconstruction error are those of all test rows, everything else is of its sample.
     """
     prepare = prepared(data, run.device)
+    everything, data = data, held(data)
     scores: dict[str, float] = {}
     pictures: dict[str, bytes] = {}
     if finetuned is not None and spec.task == "classify":
-        assert data.test.y is not None
-        prediction = _classify(finetuned, prepare, data.test.x, run.device)
-        accuracy = float((prediction == data.test.y).mean())
-        low, high = metrics.accuracy_interval(accuracy, len(prediction))
+        table = np.zeros((len(spec.classes),) * 2, np.int64)
+        for rows in _test_rows(everything, run):
+            assert rows.y is not None
+            table += metrics.confusion(rows.y, _classify(finetuned, prepare, rows.x, run.device), len(spec.classes))
+        accuracy = float(table.trace() / table.sum())
+        low, high = metrics.accuracy_interval(accuracy, int(table.sum()))
         scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
         scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
         if spec.pictures:
-            table = metrics.confusion(data.test.y, prediction, len(spec.classes))
             pictures["confusion"] = figures.confusion(table, spec.classes)
 
     stack = None
@@ -68,6 +73,8 @@ def evaluate(
         x = metrics.over_batches(prepare, data.test.x, run.device)
         reconstruction = _over(stack.reconstruct, x, stack)
         scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
+        if isinstance(everything, Stream):
+            scores["test/reconstruction_mse"] = _streamed_mse(stack, prepare, everything, run)
         if spec.pictures:
             train, validation, test = (_codes(stack, prepare, split, run.device) for split in _splits(data))
             if data.train.y is not None and data.validation.y is not None and data.test.y is not None:
@@ -92,6 +99,21 @@ def evaluate(
             named["finetuning"] = finetuned.config
         pictures["loss_curves"] = figures.loss_curves(named)
     return Result({}, {}, scores, pictures)
+
+
+def _test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
+    """All test rows, in chunks."""
+    return run.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]
+
+
+def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
+    """Squared error a feature, over all test rows."""
+    total, values = 0.0, 0
+    for rows in _test_rows(data, run):
+        x = metrics.over_batches(prepare, rows.x, run.device)
+        total += metrics.reconstruction_mse(x, _over(stack.reconstruct, x, stack)) * x.numel()
+        values += x.numel()
+    return total / values
 
 
 def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> dict[str, bytes]:
@@ -124,7 +146,7 @@ def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.nda
 
 
 def measure(
-    spec: MeasureSpec, run: Run, *, data: Arrays, stack: Result | None = None, layers: Sequence[Result] = (),
+    spec: MeasureSpec, run: Run, *, data: Arrays | Stream, stack: Result | None = None, layers: Sequence[Result] = (),
     classifiers: Sequence[Result] = (), judge: Result | None = None,
 ) -> Result:  # fmt: skip
     """All that a study compares, the same for every variant and for the references.
@@ -143,6 +165,7 @@ def measure(
         `manifold`.
     """
     prepare = prepared(data, run.device)
+    data = held(data)
     net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
     net = net.to(run.device).eval()
     x = metrics.over_batches(prepare, data.test.x, run.device)

@@ -18,6 +18,7 @@ from aecore.config import Fit, Precision
 from aecore.errors import DivergenceError
 from aecore.networks import Terms
 from aecore.parallel import ALONE, Team
+from aecore.stream import Shuffled
 
 Report = Callable[[int, dict[str, float]], None]
 """Called once an epoch with its number, from 1, and its metrics."""
@@ -37,7 +38,7 @@ class Fitted(NamedTuple):
 def fit(
     model: nn.Module,
     terms: Callable[..., Terms],
-    train: tuple[Tensor, ...],
+    train: tuple[Tensor, ...] | Shuffled,
     validation: tuple[Tensor, ...],
     spec: Fit,
     *,
@@ -73,11 +74,9 @@ def fit(
     Raises:
         DivergenceError: a term was not finite in some epoch.
     """
-    n = len(train[0])
     normalised = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
-    few = 2 * (team.size if normalised else 1)  # rows that leave some worker without a batch's statistics
-    dropped = n % spec.batch_size if n % spec.batch_size < few < n else 0
-    steps = math.ceil((n - dropped) / spec.batch_size)
+    n = len(train) if isinstance(train, Shuffled) else len(train[0])
+    steps = math.ceil(n / spec.batch_size)
     optimizer = _AdamW(model, spec.weight_decay)
     shuffle = torch.Generator().manual_seed(seed)
     step_terms = torch.compile(terms) if compile else terms
@@ -105,9 +104,9 @@ def fit(
             model.train()
             seen: dict[str, list[Tensor]] = {}
             rows: list[int] = []
-            order = torch.randperm(n, generator=shuffle)[: n - dropped]
-            for step, (batch, share) in enumerate(_batches(train, order, spec.batch_size, device, team)):
-                rate = spec.lr * _schedule(spec, epoch - 1 + step / steps) * plateau.scale
+            batches = _shuffled(train, spec.batch_size, shuffle, device, team, normalised)
+            for step, (batch, share) in enumerate(batches):
+                rate = spec.lr * _schedule(spec, epoch - 1 + min(step / steps, 1)) * plateau.scale
                 optimizer.zero_grad()
                 if share:
                     with autocast():
@@ -267,6 +266,26 @@ def _agree(model: nn.Module, team: Team) -> None:
     team.sum(statistics)
     for buffer in statistics if team.size > 1 else ():
         buffer /= team.size
+
+
+def _shuffled(
+    train: tuple[Tensor, ...] | Shuffled, size: int, shuffle: torch.Generator, device: torch.device, team: Team,
+    normalised: bool,
+) -> Iterator[tuple[tuple[Tensor, ...], float]]:  # fmt: skip
+    """An epoch's batches, as `_batches` gives them, in an order drawn from `shuffle`.
+
+    Args:
+        normalised: each worker needs two rows, for the statistics of its part.
+    """
+    if isinstance(train, Shuffled):
+        seed = int(torch.randint(2**62, (), generator=shuffle))
+        for part, share in train.batches(size, seed, team.rank, team.size, least=2 if normalised else 0):
+            yield tuple(torch.from_numpy(values).to(device) for values in part), share
+        return
+    n = len(train[0])
+    few = 2 * (team.size if normalised else 1)
+    dropped = n % size if n % size < few < n else 0
+    yield from _batches(train, torch.randperm(n, generator=shuffle)[: n - dropped], size, device, team)
 
 
 def _batches(

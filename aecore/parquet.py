@@ -6,7 +6,8 @@ or nested fixed-size lists; feature vectors are lists of numbers, or the table's
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ _LABELS = ("label", "labels", "target", "class", "y")
 _SPLIT = "split"
 _MODES = {1: "L", 3: "RGB"}
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+
+
+_PIECE_BYTES, _CHUNK_BYTES = 2**26, 2**24
 
 
 class Columns(NamedTuple):
@@ -76,35 +80,90 @@ def inspect(data: Data) -> Facts:
     return Facts(digest=digest.hexdigest(), shape=x.shape[1:], levels=levels, classes=classes, rows=rows)
 
 
-def load(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """All rows: features (rows, *shape), class numbers (rows,) or None, split marks (rows,) or None.
+class Piece(NamedTuple):
+    """Neighbouring row groups of a file, which are read together."""
+
+    file: str
+    groups: tuple[int, ...]
+    first: int
+    """Number of the first row in the whole set."""
+    rows: int
+
+
+def pieces(data: Data, facts: Facts) -> tuple[Piece, ...]:
+    """The set in pieces of some 64 MB of values, or of one row group where that is larger."""
+    filesystem, files = _files(data)
+    most = max(1, _PIECE_BYTES // (prod(facts.shape) * (1 if facts.levels else 4)))
+    found: list[Piece] = []
+    first = 0
+    for file in files:
+        metadata = _open(data, filesystem, file).metadata
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            if found and found[-1].file == file and found[-1].rows + rows <= most:
+                last = found.pop()
+                found.append(Piece(file, (*last.groups, group), last.first, last.rows + rows))
+            elif rows:
+                found.append(Piece(file, (group,), first, rows))
+            first += rows
+    return tuple(found)
+
+
+def marks(data: Data, piece: Piece) -> np.ndarray | None:
+    """What the set says of the split of each row of a piece ("train", "validation", "test"), or None."""
+    source = _open(data, _filesystem(data)[0], piece.file)
+    if _SPLIT not in source.schema_arrow.names:
+        return None
+    column = source.read_row_groups(list(piece.groups), columns=[_SPLIT])[_SPLIT]
+    return np.array([_mark(piece.file, piece.first + n, value) for n, value in enumerate(column.to_pylist())])
+
+
+def read(data: Data, facts: Facts, piece: Piece) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
+    """The rows of a piece, some megabytes at a time: features (rows, *shape), class numbers (rows,) or None, split
+    marks (rows,) or None.
 
     Raises:
         InputError: a value that cannot be used; the message names its row.
     """
-    filesystem, files = _files(data)
-    columns = _columns(data, _open(data, filesystem, files[0]).schema_arrow)
+    source = _open(data, _filesystem(data)[0], piece.file)
+    columns = _columns(data, source.schema_arrow)
     wanted = [*columns.features, *filter(None, (columns.labels, columns.split))]
     number = {name: n for n, name in enumerate(facts.classes)}
-    xs, ys, marks, row = [], [], [], 0
-    for file in files:
-        for batch in _open(data, filesystem, file).iter_batches(batch_size=4096, columns=wanted):
-            table = pa.Table.from_batches([batch])
-            x = _features(data, table, columns, row, _MODES.get(facts.shape[0]))
-            if x.shape[1:] != facts.shape:
-                raise InputError(
-                    f"{file} row {row}: shape {x.shape[1:]}, the first row has {facts.shape}; make them equal"
-                )
-            if x.dtype != np.uint8 and not np.isfinite(x).all():
-                bad = row + int(np.argwhere(~np.isfinite(x).reshape(len(x), -1).all(1))[0, 0])
-                raise InputError(f"{file} row {bad}: a value is not finite; clean the data")
-            xs.append(x)
-            if columns.labels:
-                ys.append(np.array([number[str(v)] for v in table[columns.labels].to_pylist()], dtype=np.int64))
-            if columns.split:
-                marks += [_mark(file, row + n, v) for n, v in enumerate(table[columns.split].to_pylist())]
-            row += len(x)
-    return np.concatenate(xs), np.concatenate(ys) if ys else None, np.array(marks) if marks else None
+    most = max(1, min(4096, _CHUNK_BYTES // (4 * prod(facts.shape))))
+    row = piece.first
+    for batch in source.iter_batches(batch_size=most, row_groups=list(piece.groups), columns=wanted):
+        table = pa.Table.from_batches([batch])
+        x = _features(data, table, columns, row, _MODES.get(facts.shape[0]))
+        if x.shape[1:] != facts.shape:
+            raise InputError(
+                f"{piece.file} row {row}: shape {x.shape[1:]}, the first row has {facts.shape}; make them equal"
+            )
+        if x.dtype != np.uint8 and not np.isfinite(x).all():
+            bad = row + int(np.argwhere(~np.isfinite(x).reshape(len(x), -1).all(1))[0, 0])
+            raise InputError(f"{piece.file} row {bad}: a value is not finite; clean the data")
+        y = marked = None
+        if columns.labels:
+            y = np.array([number[str(v)] for v in table[columns.labels].to_pylist()], dtype=np.int64)
+        if columns.split:
+            values = table[columns.split].to_pylist()
+            marked = np.array([_mark(piece.file, row + n, v) for n, v in enumerate(values)])
+        yield x, y, marked
+        row += len(x)
+
+
+def load(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """All rows, as `read` gives them.
+
+    Raises:
+        InputError: a value that cannot be used; the message names its row.
+    """
+    xs, ys, marked = zip(*(chunk for piece in pieces(data, facts) for chunk in read(data, facts, piece)), strict=True)
+    return np.concatenate(xs), _joined(ys), _joined(marked)
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
 
 
 def _mark(file: str, row: int, value: Any) -> str:
@@ -113,13 +172,15 @@ def _mark(file: str, row: int, value: Any) -> str:
     return _SPLITS[value]
 
 
+def _filesystem(data: Data) -> tuple[pafs.FileSystem, str]:
+    assert data.path is not None
+    return pafs.FileSystem.from_uri(data.path) if "://" in data.path else (pafs.LocalFileSystem(), data.path)
+
+
 def _files(data: Data) -> tuple[pafs.FileSystem, list[str]]:
     assert data.path is not None
     try:
-        if "://" in data.path:
-            filesystem, path = pafs.FileSystem.from_uri(data.path)
-        else:
-            filesystem, path = pafs.LocalFileSystem(), data.path
+        filesystem, path = _filesystem(data)
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return filesystem, [path]

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a driver which only builds the graph stays small.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,9 @@ from aecore.variants import Variant
 
 REVISION = 1
 """Part of every stage's key: raise it when a change in this package alters what a stage returns."""
+
+MEMORY_BYTES = 2**31
+"""Largest Parquet set, in bytes of its values, that `data.in_memory: auto` holds in memory."""
 
 Shape = tuple[int, ...]
 
@@ -158,6 +162,14 @@ def resolve_standardize(data: Data, facts: Facts) -> bool:
     return data.standardize
 
 
+def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
+    """Whether the rows are held in memory, `auto` resolved by their number and shape."""
+    if data.in_memory != "auto":
+        return data.in_memory
+    values = facts.rows * prod(facts.shape) * (1 if facts.levels else 4)
+    return "never" if data.name == "parquet" and values > MEMORY_BYTES else "always"
+
+
 def _absolute(path: str | None) -> str | None:
     return path if path is None or "://" in path else str(Path(path).absolute())
 
@@ -172,6 +184,7 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
         update={
             "likelihood": resolve_likelihood(experiment.data, facts),
             "standardize": resolve_standardize(experiment.data, facts),
+            "in_memory": resolve_in_memory(experiment.data, facts),
             # tasks run in other folders
             "root": experiment.data.root.absolute(),
             "path": _absolute(experiment.data.path),

@@ -23,6 +23,7 @@ from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
 from aecore.parallel import ALONE, Team
 from aecore.specs import FinetuneSpec, LayerSpec, PretrainSpec, ReferenceSpec
 from aecore.storage import Result, Weights
+from aecore.stream import Shuffled, Spread, Stream, in_turn
 
 _RESIDENT_BYTES = 2**30
 """Largest set kept on the device as the floats that a layer reads."""
@@ -37,9 +38,10 @@ class Run(NamedTuple):
     report: Report = lambda epoch, metrics: None
     team: Team = ALONE
     checkpoints: Checkpoints | None = None
+    spread: Spread = in_turn
 
 
-def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequence[Result] = ()) -> Result:
+def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Result:
     """Train one layer by its variant's loss on the codes of the frozen layers below (Bengio et al. 2006).
 
     The codes are computed here, on this device, without noise or dropout; they never travel.
@@ -48,7 +50,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
     prepare = prepared(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
     read: nn.Module = nn.Sequential(prepare, *(layer.encoder for layer in layers)).requires_grad_(False)
-    train, validation, read = _resident(data, read, run.device, prod(spec.layer.in_shape))
+    train, validation, read = _rows(data, read, run, prod(spec.layer.in_shape), labelled=False)
     seed = derive_seed(spec.seed, "pretrain", spec.number)
     with _seeded(seed):
         layer = Layer(spec.layer).to(run.device)
@@ -57,7 +59,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
             return spec.variant.loss(layer, read(x))
 
         fitted = fit(
-            layer, terms, (train,), (validation,), spec.fit, seed=seed, device=run.device,
+            layer, terms, train, validation, spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
         )  # fmt: skip
@@ -66,7 +68,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays, below: Sequenc
 
 
 def finetune(
-    spec: FinetuneSpec, run: Run, *, data: Arrays, layers: Sequence[Result] = (), stack: Result | None = None
+    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None
 ) -> Result:
     """Train all weights together, starting from exactly those of the pretrained `layers`, or of a `stack` that was
     trained as a whole, or from random ones where there are none.
@@ -75,9 +77,11 @@ def finetune(
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
     """
     began = time.perf_counter()
-    data = data if spec.labels is None else _labelled(data, spec.labels, spec.seed, spec.fit.batch_size)
+    if spec.labels is not None:
+        data = _labelled(held(data), spec.labels, spec.seed, spec.fit.batch_size)
     prepare = prepared(data, run.device)
-    train, validation, read = _resident(data, prepare, run.device, data.train.x[0].size)
+    supervised = spec.task == "classify"
+    train, validation, read = _rows(data, prepare, run, prod(spec.layers[0].in_shape), labelled=supervised)
     seed = derive_seed(spec.seed, "finetune")
     with _seeded(seed):
         # drawn before any trained weights are read: the control's head is the same as the pretrained net's
@@ -99,12 +103,9 @@ def finetune(
             assert spec.variant is not None
             return spec.variant.loss(net, read(x))
 
-        supervised = spec.task == "classify"
         fitted = fit(
-            model, classify if supervised else reconstruct,
-            (train, *_labels(data.train, supervised, train)),
-            (validation, *_labels(data.validation, supervised, validation)),
-            spec.fit, seed=seed, device=run.device, measure=errors if supervised else None,
+            model, classify if supervised else reconstruct, train, validation, spec.fit, seed=seed, device=run.device,
+            measure=errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,
@@ -119,10 +120,10 @@ def finetune(
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
-    return Result(config, weights, summary, example=data.train.x[:4])
+    return Result(config, weights, summary, example=held(data).train.x[:4])
 
 
-def reference(spec: ReferenceSpec, run: Run, *, data: Arrays) -> Result:
+def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result:
     """What a trained autoencoder must beat: PCA (as one linear layer), or the same stack with random weights."""
     seed = derive_seed(spec.seed, "finetune")  # the weights that training from scratch starts from
     with _seeded(seed):
@@ -132,7 +133,7 @@ def reference(spec: ReferenceSpec, run: Run, *, data: Arrays) -> Result:
         from sklearn.decomposition import PCA
 
         prepare = prepared(data, run.device)
-        x = metrics.over_batches(prepare, data.train.x, run.device).flatten(1).cpu().numpy()
+        x = metrics.over_batches(prepare, held(data).train.x, run.device).flatten(1).cpu().numpy()
         pca = PCA(prod(spec.layers[0].code_shape), svd_solver="covariance_eigh").fit(x)
         axes, centre = pca.components_, pca.mean_
         weights = {
@@ -171,28 +172,47 @@ def build_prepare(result: Result) -> Prepare:
     return Prepare(shift, scale)
 
 
-def prepared(data: Arrays, device: torch.device) -> Prepare:
+def held(data: Arrays | Stream) -> Arrays:
+    """The rows that lie in memory: all, or the sample of a larger set."""
+    return data.sample if isinstance(data, Stream) else data
+
+
+def prepared(data: Arrays | Stream, device: torch.device) -> Prepare:
     """The preprocessing of a data set, on `device`."""
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
-def _resident(data: Arrays, read: nn.Module, device: torch.device, features: int) -> tuple[Tensor, Tensor, nn.Module]:
+def _rows(
+    data: Arrays | Stream, read: nn.Module, run: Run, features: int, labelled: bool
+) -> tuple[tuple[Tensor, ...] | Shuffled, tuple[Tensor, ...], nn.Module]:
     """Training and validation rows to cut batches from, and what makes of a batch what the trained layer reads.
 
     A small set lies on the device as `read` makes it, `features` floats a row, once for all epochs. A larger one lies
     there as it came (uint8 stays uint8) and is read batch by batch; one that takes more than half of the device's free
-    memory stays in pinned host memory.
+    memory stays in pinned host memory; one that is larger than memory is streamed, but for the validation rows.
     """
     read.eval()
-    needed = 4 * features * (len(data.train.x) + len(data.validation.x))
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _RESIDENT_BYTES
+    here = held(data)
+
+    def beside(x: Tensor, split: Split) -> tuple[Tensor, ...]:
+        """The labels, where they are used, beside the rows, so that one index cuts both."""
+        return (x, torch.tensor(split.y, device=x.device)) if labelled else (x,)
+
+    needed = 4 * features * (len(here.train.x) + len(here.validation.x))
+    room = torch.cuda.mem_get_info(run.device)[0] // 2 if run.device.type == "cuda" else _RESIDENT_BYTES
+    if isinstance(data, Stream):
+        validation = torch.tensor(here.validation.x).to(run.device)
+        return Shuffled(data, labelled, run.spread), beside(validation, here.validation), read
     if needed <= min(room, _RESIDENT_BYTES):
-        train, validation = (metrics.over_batches(read, split.x, device) for split in (data.train, data.validation))
-        return train, validation, nn.Identity()
-    train, validation = torch.tensor(data.train.x), torch.tensor(data.validation.x)
-    if device.type == "cuda" and train.nbytes + validation.nbytes > room:
-        return train.pin_memory(), validation.pin_memory(), read
-    return train.to(device), validation.to(device), read
+        train, validation = (metrics.over_batches(read, split.x, run.device) for split in (here.train, here.validation))
+        read = nn.Identity()
+    else:
+        train, validation = torch.tensor(here.train.x), torch.tensor(here.validation.x)
+        if run.device.type == "cuda" and train.nbytes + validation.nbytes > room:
+            train, validation = train.pin_memory(), validation.pin_memory()
+        else:
+            train, validation = train.to(run.device), validation.to(run.device)
+    return beside(train, here.train), beside(validation, here.validation), read
 
 
 def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
@@ -207,11 +227,6 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
 def scoring_rows(spec: LayerSpec) -> int:
     """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
     return max(1, min(2048, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
-
-
-def _labels(split: Split, supervised: bool, beside: Tensor) -> tuple[Tensor, ...]:
-    """The labels, where they are used, beside the rows, so that one index cuts both."""
-    return (torch.tensor(split.y, device=beside.device),) if supervised else ()
 
 
 def _weights(module: nn.Module) -> Weights:

@@ -52,6 +52,8 @@ def train(settings: Train) -> dict[str, Any] | None:
 
     tracker = open_store(create=not settings.plan)
     if settings.plan:
+        kept = "read from disk each epoch" if graph.experiment.data.in_memory == "never" else "held in memory"
+        print(f"{'data':18} {facts.rows:,} rows of {facts.shape}, {kept} (data.in_memory {experiment.data.in_memory})")
         for stage in stages:
             found = tracker.find(stage.key) if tracker else None
             print(f"{stage.name:18} {stage.key[:12]}  {'finished, run ' + found if found else 'would run'}")

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,14 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from aecore.checkpoint import Checkpoints
 from aecore.config import Precision
-from aecore.data import load
+from aecore.data import Arrays, load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
+from aecore.stream import Spread, Stream, in_turn, open_stream
 from pipelines.stage import Stage, store_is_empty
+from pipelines.streaming import spread
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -104,7 +106,8 @@ def compute(
         import ray
 
         start_ray()
-        share = share_of(resources)._replace(study=study)
+        streamed = any(isinstance(s.spec, LoadSpec) and s.spec.data.in_memory == "never" for s in _ancestors(missing))
+        share = share_of(resources, streamed)._replace(study=study)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
         submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
         waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
@@ -276,8 +279,11 @@ def _nodes() -> list[dict[str, float]]:
     return [{"CPU": 0, **node} for node in max(up, may, key=len)]
 
 
-def share_of(resources: Resources) -> Share:
+def share_of(resources: Resources, streamed: bool = False) -> Share:
     """What each stage gets of the cluster that Ray is connected to.
+
+    Args:
+        streamed: a CPU is left, where there is more than one, for those who read the data.
 
     Raises:
         InputError: no node has what was asked for.
@@ -289,7 +295,8 @@ def share_of(resources: Resources) -> Share:
         most = max(node.get("GPU", 0) for node in nodes)
         raise InputError(f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most:g}; ask for less")
     free = sum(node["CPU"] for node in fitting) // resources.workers
-    cpus = resources.cpus or max(1, int(min(_MOST_DEFAULT_CPUS, free, *(node["CPU"] for node in fitting))))
+    most = min(_MOST_DEFAULT_CPUS, free, *(node["CPU"] for node in fitting))
+    cpus = resources.cpus or max(1, int(most) - streamed)
     most = max(node["CPU"] for node in fitting)
     if cpus > most:
         beside = f" beside {gpus:g} GPUs" if gpus else ""
@@ -305,6 +312,12 @@ def share_of(resources: Resources) -> Share:
                 "ask for fewer or for less"
             )
     return share
+
+
+def _ancestors(stages: Sequence[Stage]) -> Iterator[Stage]:
+    for stage in stages:
+        yield stage
+        yield from _ancestors(stage.parents())
 
 
 def _submit(
@@ -348,6 +361,18 @@ def _is_trained_by_a_team(stage: Stage, share: Share) -> bool:
     return share.workers > 1 and hasattr(stage.spec, "fit")
 
 
+def _load(spec: LoadSpec) -> "Arrays | Stream":
+    """The data, as stages take them."""
+    if spec.data.in_memory == "never":
+        return open_stream(spec.data, spec.facts, spread)
+    return load(spec.data, spec.facts)
+
+
+def _spread_of(share: Share) -> Spread:
+    # trials side by side read for themselves
+    return in_turn if share.study else spread
+
+
 def _execute(
     stage: Stage, store: tuple[str, str], parent: str, share: Share, *inputs: Any, tell: Tell | None = None,
     references: "Sequence[ObjectRef] | None" = None,
@@ -360,7 +385,7 @@ def _execute(
     """
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):
-            return load(stage.spec.data, stage.spec.facts), None
+            return _load(stage.spec), None
         import torch
 
         from aecore import stages
@@ -373,10 +398,8 @@ def _execute(
             record = _in_worker_group(stage, store, parent, share, references)
         else:
             with _Recorder(stage, store, parent, tell) as recorder:
-                if stage.fn == "stages.finetune" and not share.study:
-                    result = _in_ray_train(fn, stages.Run(device, recorder.report, checkpoints=checkpoints))
-                else:
-                    result = fn(stages.Run(device, recorder.report, checkpoints=checkpoints))
+                run = stages.Run(device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share))
+                result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints)
         result = record.result
         if share.study:
@@ -532,7 +555,8 @@ def _work(
     context = ray.train.get_context()
     team = Team(context.get_world_rank(), context.get_world_size())
     inputs = _by_parameter(stage, ray.get(list(references)))
-    run = stages.Run(get_device(), team=team, checkpoints=checkpoints_of(stage, store[0], share))
+    checkpoints = checkpoints_of(stage, store[0], share)
+    run = stages.Run(get_device(), team=team, checkpoints=checkpoints, spread=_spread_of(share))
     if team.rank:
         stage.function()(stage.spec, run, **inputs)
         return None

@@ -1,0 +1,185 @@
+"""Sets that are read from disk while they train: the same rows as in memory, each once an epoch."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aecore import evaluation, stages
+from aecore.config import Data, Dense, Experiment, Finetune, Fit
+from aecore.data import Arrays, inspect, load
+from aecore.errors import InputError
+from aecore.specs import Facts, MeasureSpec, Numerics, resolve_in_memory
+from aecore.storage import Result
+from aecore.stream import SPLITS, Shuffled, Stream, in_turn, open_stream
+from pipelines.stacked import Stacked, build
+
+
+def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | None = None) -> Data:
+    """A set whose first feature is the row's number, in three files of several row groups."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([np.arange(rows)[:, None], rng.normal(2, 3, size=(rows, 7))], 1).astype(np.float32)
+    columns = {"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 8), "label": pa.array(np.arange(rows) % 3)}
+    if marks:
+        columns["split"] = pa.array(marks)
+    table = pa.table(columns)
+    path.mkdir()
+    for n in range(3):
+        part = table.slice(n * rows // 3, (n + 1) * rows // 3 - n * rows // 3)
+        pq.write_table(part, path / f"{n}.parquet", row_group_size=group)
+    return Data(name="parquet", path=str(path), in_memory="never")
+
+
+def opened(data: Data) -> Stream:
+    return open_stream(data, inspect(data))
+
+
+def numbers(stream: Stream, split: str) -> list[int]:
+    return [int(n) for rows in in_turn(stream.reader(split), stream.pieces) for n in rows.x[:, 0]]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces and chunks of a few rows, as large sets have them of many."""
+    monkeypatch.setattr("aecore.parquet._PIECE_BYTES", 300 * 32)
+    monkeypatch.setattr("aecore.parquet._CHUNK_BYTES", 100 * 32)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_every_row_is_in_one_split_and_always_in_the_same(tmp_path: Path) -> None:
+    stream = opened(write(tmp_path / "set"))
+    assert len(stream.pieces) > 5
+    found = {split: numbers(stream, split) for split in SPLITS}
+    assert sorted(n for rows in found.values() for n in rows) == list(range(3000))
+    assert {split: stream.rows(split) for split in SPLITS} == {split: len(rows) for split, rows in found.items()}
+    # 20 % test, then 15 % of the rest, up to four standard deviations of a draw
+    assert len(found["test"]) == pytest.approx(600, abs=90)
+    assert len(found["validation"]) == pytest.approx(360, abs=75)
+    # other row groups move no row to another split
+    assert numbers(opened(write(tmp_path / "other", group=77)), "test") == found["test"]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
+    marks = ["test" if n % 10 == 0 else "train" for n in range(3000)]
+    data = write(tmp_path / "set", marks=marks).model_copy(update={"validation": 270.0, "limit": 1000})
+    stream = opened(data)
+    assert numbers(stream, "test") == list(range(0, 3000, 10))
+    assert stream.rows("validation") == pytest.approx(270, abs=65)
+    assert stream.rows("train") == pytest.approx(1000, abs=110)
+
+
+def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", marks=["train"] * 3000).model_copy(update={"test": 1e-9})
+    with pytest.raises(InputError, match="no row is left for test"):
+        opened(data)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_epoch_has_every_training_row_once(tmp_path: Path, workers: int) -> None:
+    stream = opened(write(tmp_path / "set"))
+    rows = Shuffled(stream, labelled=True, window=400 * 32)
+    epochs = [[list(rows.batches(64, seed, r, workers)) for r in range(workers)] for seed in (1, 1, 2)]
+    seen = [[[b[0][:, 0] for b, _ in worker if b] for worker in epoch] for epoch in epochs]
+    orders = [np.concatenate([np.concatenate(worker) for worker in epoch]) for epoch in seen]
+    for order in orders:
+        assert sorted(order) == numbers(stream, "train")
+    assert (orders[0] == orders[1]).all()
+    assert (orders[0] != orders[2]).any()
+    for step in zip(*epochs[0], strict=True):  # all workers take each step, and their shares make a whole
+        assert sum(share for _, share in step) == pytest.approx(1)
+        for batch, share in step:
+            assert (share > 0) == bool(batch)
+            assert not batch or (batch[0][:, 0] % 3 == batch[1]).all()
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_rows_are_mixed_within_windows(tmp_path: Path) -> None:
+    rows = Shuffled(opened(write(tmp_path / "set")), window=400 * 32)
+    first = np.concatenate([batch[0][:, 0] for batch, _ in rows.batches(64, 0)])[:256]
+    assert np.abs(np.diff(first)).mean() > 50
+    assert len({int(n) // 250 for n in first}) > 1
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_standardised_as_in_memory(tmp_path: Path) -> None:
+    data = write(tmp_path / "set")
+    facts = inspect(data)
+    stream = open_stream(data, facts)
+    x = np.concatenate([rows.x for rows in in_turn(stream.reader("train"), stream.pieces)]).astype(np.float64)
+    np.testing.assert_allclose(stream.shift, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stream.scale, 1 / x.std(0), rtol=1e-6)
+
+
+def images(path: Path, digits: tuple[Facts, Arrays]) -> Data:
+    """Digits as Parquet, four times over."""
+    rows = [digits[1].train, digits[1].validation, digits[1].test]
+    x, y = np.concatenate([r.x for r in rows] * 4), np.concatenate([r.y for r in rows if r.y is not None] * 4)
+    kind = pa.fixed_shape_tensor(pa.uint8(), (8, 8))
+    column = pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays((15 * x[:, 0]).ravel(), 64))
+    pq.write_table(pa.table({"image": column, "label": y}), path, row_group_size=700)
+    return Data(name="parquet", path=str(path))
+
+
+def run(graph: Stacked, data: Arrays | Stream) -> tuple[list[Result], Result, Result]:
+    layers: list[Result] = []
+    for stage in graph.layers:
+        layers.append(stage.function()(stage.spec, stages.Run(), data=data, below=layers))
+    assert graph.finetune is not None
+    tuned = graph.finetune.function()(graph.finetune.spec, stages.Run(), data=data, layers=layers)
+    scored = graph.evaluate.function()(graph.evaluate.spec, stages.Run(), data=data, layers=layers, finetuned=tuned)
+    return layers, tuned, scored
+
+
+def test_trains_as_well_as_in_memory(
+    tmp_path: Path, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aecore.parquet._PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr("aecore.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64})
+    data = images(tmp_path / "digits.parquet", digits)
+    facts = inspect(data)
+    results = {}
+    for mode in ("always", "never"):
+        experiment = Experiment(
+            data=data.model_copy(update={"in_memory": mode}), network=Dense(widths=(32, 16)),
+            pretrain=Fit(epochs=5), finetune=Finetune(epochs=6),
+        )  # fmt: skip
+        graph = build(experiment, facts, Numerics())
+        rows = load(graph.experiment.data, facts) if mode == "always" else open_stream(graph.experiment.data, facts)
+        results[mode] = run(graph, rows)
+        if isinstance(rows, Stream):
+            assert len(rows.sample.test.x) == 200 < rows.rows("test")
+            table = results[mode][2].metrics
+            half = (table["test/accuracy_high"] - table["test/accuracy_low"]) / 2
+            # the interval is that of all test rows, not of the sample
+            p = table["test/accuracy"]
+            assert half == pytest.approx(1.96 * np.sqrt(p * (1 - p) / rows.rows("test")), rel=0.1)
+    for name, tolerance in (("test/accuracy", 0.03), ("test/reconstruction_mse", 0.1)):
+        held, streamed = (results[mode][2].metrics[name] for mode in ("always", "never"))
+        assert streamed == pytest.approx(held, rel=tolerance), name
+
+
+def test_the_same_bits_again(tmp_path: Path, digits: tuple[Facts, Arrays]) -> None:
+    data = images(tmp_path / "digits.parquet", digits).model_copy(update={"in_memory": "never"})
+    facts = inspect(data)
+    graph = build(Experiment(data=data, pretrain=Fit(epochs=2), finetune=Finetune(epochs=1)), facts, Numerics())
+    stream = open_stream(data, facts)
+    layer = graph.layers[0]
+    first, again = (layer.function()(layer.spec, stages.Run(), data=stream) for _ in range(2))
+    assert all((first.weights[name] == again.weights[name]).all() for name in first.weights)
+    measured = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=False)
+    found = evaluation.measure(measured, stages.Run(), data=stream, layers=[first])
+    assert found.metrics["probe/accuracy"] > 0.5
+
+
+def test_what_auto_means(tmp_path: Path) -> None:
+    data = write(tmp_path / "set").model_copy(update={"in_memory": "auto"})
+    facts = inspect(data)
+    assert resolve_in_memory(data, facts) == "always"
+    assert resolve_in_memory(data, facts.model_copy(update={"rows": 10**8})) == "never"
+    assert resolve_in_memory(Data(name="mnist"), facts.model_copy(update={"rows": 10**8})) == "always"
+    with pytest.raises(ValueError, match="never needs"):
+        Data(in_memory="never")
