@@ -52,7 +52,7 @@ class Data(Frozen):
     """Zero mean and unit variance a feature, fitted on the training rows; auto does so for feature vectors."""
 
     in_memory: Literal["auto", "always", "never"] = "auto"
-    """Hold the rows in memory (always), or read them anew from Parquet each epoch, shuffled within windows of 64 MB
+    """Hold the rows in memory (always), or read them anew from Parquet each epoch, shuffled within windows of 32 MB
     (never); auto streams Parquet of more than 2 GB of values."""
 
     @_model_validator(mode="after")

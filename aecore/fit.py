@@ -102,8 +102,8 @@ def fit(
                 break
             began = time.perf_counter()
             model.train()
-            seen: dict[str, list[Tensor]] = {}
-            rows: list[int] = []
+            totals: dict[str, Tensor] = {}
+            rows = 0
             batches = _shuffled(train, spec.batch_size, shuffle, device, team, normalised)
             for step, (batch, share) in enumerate(batches):
                 rate = spec.lr * _schedule(spec, epoch - 1 + min(step / steps, 1)) * plateau.scale
@@ -113,15 +113,14 @@ def fit(
                         losses = step_terms(*batch)
                     loss = reduce(add, losses.values())
                     (loss * share if team.size > 1 else loss).backward()
-                    rows.append(len(batch[0]))
-                    for name, term in losses.items():
-                        seen.setdefault(name, []).append(term.detach())
+                    rows += len(batch[0])
+                    _add(totals, losses, len(batch[0]))
                 optimizer.gather(team)
                 if spec.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
                 optimizer.step(rate)
             _agree(model, team)
-            metrics = {f"train/{name}": _mean(values, rows, team) for name, values in seen.items()}
+            metrics = {f"train/{name}": _mean(total, rows, team) for name, total in totals.items()}
             metrics["train/loss"] = sum(metrics.values())
             scores = validate(terms, batch_size=scoring_rows)
             scores["loss"] = sum(scores.values())
@@ -202,8 +201,8 @@ def evaluate(
     Args:
         sums: `terms` returns sums over a batch instead of means.
     """
-    found: dict[str, list[Tensor]] = {}
-    rows_seen: list[int] = []
+    totals: dict[str, Tensor] = {}
+    count = 0
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed + team.rank)
@@ -212,10 +211,9 @@ def evaluate(
                 continue
             with autocast():
                 scores = terms(*batch)
-            rows_seen.append(len(batch[0]))
-            for name, value in scores.items():
-                found.setdefault(name, []).append(value.double() / len(batch[0]) if sums else value)
-        return {name: _mean(values, rows_seen, team) for name, values in found.items()}
+            count += len(batch[0])
+            _add(totals, scores, 1 if sums else len(batch[0]))
+        return {name: _mean(total, count, team) for name, total in totals.items()}
 
 
 def _pack(
@@ -250,13 +248,21 @@ def _unpack(
     return {n.removeprefix("best."): value.to(device) for n, value in tensors.items() if n.startswith("best.")}
 
 
-def _mean(values: list[Tensor], rows: list[int], team: Team) -> float:
-    """Mean over rows of means over batches, summed in double precision; the one place that waits for the device."""
-    weighted = torch.stack(values).double().cpu() * torch.tensor(rows)
-    total, count = weighted.sum(), torch.tensor(sum(rows), dtype=torch.float64)
-    if team.size > 1:
-        total, count = total.to(values[0].device), count.to(values[0].device)
-        team.sum([total, count])
+def _add(totals: dict[str, Tensor], values: Terms, weight: int) -> None:
+    """Add a batch's values to what they sum up to, in double precision, without waiting for the device.
+
+    In place: thousands of small tensors, kept between the large ones that come and go, would leave the heap in shreds.
+    """
+    for name, value in values.items():
+        if name not in totals:
+            totals[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+        totals[name].add_(value.detach(), alpha=weight)
+
+
+def _mean(total: Tensor, rows: int, team: Team) -> float:
+    """Mean over all rows; the one place that waits for the device."""
+    count = torch.tensor(rows, dtype=torch.float64, device=total.device)
+    team.sum([total, count])
     return float(total / count)
 
 

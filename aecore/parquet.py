@@ -25,7 +25,7 @@ _MODES = {1: "L", 3: "RGB"}
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
-_PIECE_BYTES, _CHUNK_BYTES = 2**26, 2**24
+_PIECE_BYTES, _CHUNK_BYTES = 2**24, 2**23
 
 
 class Columns(NamedTuple):
@@ -91,7 +91,7 @@ class Piece(NamedTuple):
 
 
 def pieces(data: Data, facts: Facts) -> tuple[Piece, ...]:
-    """The set in pieces of some 64 MB of values, or of one row group where that is larger."""
+    """The set in pieces of some 16 MB of values, or of one row group where that is larger."""
     filesystem, files = _files(data)
     most = max(1, _PIECE_BYTES // (prod(facts.shape) * (1 if facts.levels else 4)))
     found: list[Piece] = []

@@ -19,7 +19,7 @@ from aecore.parquet import Piece
 from aecore.specs import Facts
 
 SPLITS = ("train", "validation", "test")
-SAMPLE_BYTES = {"train": 2**25, "validation": 2**26, "test": 2**24}
+SAMPLE_BYTES = {"train": 2**24, "validation": 2**25, "test": 2**23}
 """Rows of each split that are held in memory: all of a set this small, and of a larger one what validation is scored
 on every epoch, and what probes, neighbours and pictures are made of."""
 
@@ -107,7 +107,7 @@ def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> 
 class Shuffled(NamedTuple):
     """The training rows of a stream, a worker's part of them, in another order each epoch.
 
-    Pieces come in random order; rows are shuffled within windows of 64 MB. Sorted data therefore want row groups far
+    Pieces come in random order; rows are shuffled within windows of 32 MB. Sorted data therefore want row groups far
     smaller than that.
     """
 
@@ -115,7 +115,7 @@ class Shuffled(NamedTuple):
     labelled: bool = False
     """Labels come with the rows."""
     spread: Spread = in_turn
-    window: int = 2**26
+    window: int = 2**25
     """Bytes."""
 
     def __len__(self) -> int:
@@ -211,11 +211,13 @@ def _sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -
     found: list[list[Split]] = [[], [], []]
     for rows, place in (chunk for piece in pieces for chunk in _placed(data, facts, shares, piece)):
         for number, parts in enumerate(found):
-            if (place == number).any():
-                parts.append(_take(rows, place == number))
-        if all(sum(len(part.x) for part in parts) >= n for parts, n in zip(found, most, strict=True)):
+            own = np.flatnonzero(place == number)[: most[number]]
+            most[number] -= len(own)
+            if len(own):
+                parts.append(_take(rows, own))
+        if not any(most):
             break
-    return {split: _take(_together(parts), np.s_[:n]) for split, parts, n in zip(SPLITS, found, most, strict=True)}
+    return {split: _together(parts) for split, parts in zip(SPLITS, found, strict=True)}
 
 
 def _together(parts: Sequence[Split]) -> Split:

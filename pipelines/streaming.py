@@ -10,7 +10,7 @@ from aecore.data import Split
 from aecore.parquet import Piece
 from aecore.stream import Read
 
-_BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**28
+_BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**27
 """Of one block, and of all that are read ahead of training."""
 
 
@@ -24,6 +24,7 @@ def spread(read: Read, pieces: Sequence[Piece]) -> Iterator[Split]:
     from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of there being no bars
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = _BLOCK_BYTES
