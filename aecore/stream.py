@@ -89,7 +89,7 @@ def open_stream(data: Data, facts: Facts, spread: Spread = in_turn) -> Stream:
     held = _sample(data, facts, shares, [pieces[n] for n in order])
     training = spread(partial(read, data, facts, shares, "train"), pieces)
     scale = scaling(data, facts, (rows.x for rows in training))
-    return Stream(data, facts, shares, pieces, counts, Arrays(*(held[split] for split in SPLITS), *scale))
+    return Stream(data, facts, shares, pieces, counts, Arrays(held["train"], held["validation"], held["test"], *scale))
 
 
 def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> Iterator[Split]:

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
 
 from aecore.config import overlay
 from aecore.errors import InputError
+from pipelines.stage import submission_id
 
 ENVIRONMENT = "DIABOLO__"
 """`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
@@ -197,6 +198,5 @@ def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
 
 def ray_tags() -> dict[str, str]:
     """What ties an MLflow run to the Ray job that it is part of; empty outside `ray job submit`."""
-    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    submission = config.get("metadata", {}).get("job_submission_id")
+    submission = submission_id()
     return {"ray.submission_id": submission} if submission else {}

@@ -49,9 +49,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     facts = inspect(study.base.data)
     members = expand(study, facts, settings.resources.numerics)
     # one run a study: more seeds or another row are added to it
-    key = fingerprint(
-        "compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants", "max_concurrent"})
-    )
+    key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
     tracker = open_store(create=not settings.plan)
     if settings.plan:
         common = {stage.key for stage in shared(members)}

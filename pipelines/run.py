@@ -8,13 +8,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from aecore.checkpoint import Checkpoints
 from aecore.config import Precision
@@ -24,7 +24,7 @@ from aecore.fingerprint import Frozen
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
 from aecore.stream import Spread, Stream, in_turn, open_stream
-from pipelines.stage import Stage, store_is_empty
+from pipelines.stage import Stage, store_is_empty, submission_id
 from pipelines.streaming import spread
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class Resources(Frozen):
     workers: PositiveInt = 1
     """Workers that train each stage together, each with `gpus` and `cpus`; more than one take half a minute to
     start."""
+    min_workers: PositiveInt | None = None
+    """Fewest workers that may train a stage while the cluster has no room for all of them; null waits for all."""
+    max_concurrent: PositiveInt | None = None
+    """Trials of a study at once; null runs as many as the cluster holds."""
     storage_path: str | None = None
     """Folder or URI that all nodes can write, for what is in progress; null keeps it beside a local MLflow store, and
     nowhere with a remote one: a stage that loses its worker then starts over."""
@@ -63,6 +67,14 @@ class Resources(Frozen):
     """Compile the training step with torch.compile; its start-up takes half a minute."""
     retries: NonNegativeInt = 3
     """Times a stage is computed again after its worker or node was lost."""
+
+    @model_validator(mode="after")
+    def _fewest_below_most(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"resources.min_workers: {self.min_workers} is more than resources.workers {self.workers}; swap them"
+            )
+        return self
 
     @property
     def numerics(self) -> Numerics:
@@ -106,7 +118,8 @@ def compute(
         import ray
 
         start_ray()
-        streamed = any(isinstance(s.spec, LoadSpec) and s.spec.data.in_memory == "never" for s in _ancestors(missing))
+        read = [spec for stage in missing for s in (stage, *stage.parents()) if isinstance(spec := s.spec, LoadSpec)]
+        streamed = any(spec.data.in_memory == "never" for spec in read)
         share = share_of(resources, streamed)._replace(study=study)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
         submitted: dict[str, tuple[ObjectRef, ObjectRef]] = {}
@@ -171,7 +184,7 @@ def run_trial(
     tell: Tell,
 ) -> Result:
     """A study's trial, in this process: the stages that `stage` stands on get runs nested in its own."""
-    run = tracker.open_run(stage, parent, more=tags)
+    run = tracker.open_run(stage, parent, more={**tags, **_where()})
     try:
         inputs = [run_here(s, tracker, run.run_id, share, done, tell) for s in stage.parents()]
         _, record = _execute(stage, (tracker.uri, tracker.experiment_id), run.run_id, share, *inputs)
@@ -185,7 +198,7 @@ def run_trial(
 def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
     run_id = tracker.find(stage.key)  # by another job meanwhile: what is finished stays as it is
     if run_id is None:
-        run = tracker.open_run(stage, parent, record.began, record.run_id)
+        run = tracker.open_run(stage, parent, record.began, record.run_id, record.tags)
         run.log(record.points)
         run.commit(record.result, record.served)
         run_id = run.run_id
@@ -217,6 +230,7 @@ class Share(NamedTuple):
     cpus: int
     retries: int
     workers: int = 1
+    min_workers: int | None = None
     storage_path: str | None = None
     checkpoint_every: float = 30.0
     study: bool = False
@@ -231,8 +245,14 @@ def open_store(create: bool = True) -> "Tracker | None":
         None where there is no store yet and `create` is false.
 
     Raises:
-        InputError: the store cannot be reached.
+        InputError: the store cannot be reached, or lies in a folder that is thrown away.
     """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if submission_id() and (not uri or (uri.startswith("sqlite:") and not uri.startswith("sqlite:////"))):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
+            "folder; name a server in the job's env_vars, http://HOST:5000"
+        )
     if create and store_is_empty():
         start_ray()
     from pipelines.tracking import connect
@@ -279,6 +299,46 @@ def _nodes() -> list[dict[str, float]]:
     return [{"CPU": 0, **node} for node in max(up, may, key=len)]
 
 
+def check_reach(store: str, storage_path: str | None) -> None:
+    """Whether all nodes of the cluster can write to the store and to where checkpoints go.
+
+    Raises:
+        InputError: one of them is a file of a single machine.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if max(len(nodes), len(_nodes())) == 1:
+        return
+    if store.startswith(("sqlite:", "file:", "/")):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {store} is a file of one machine and the cluster has several nodes; start "
+            "`mlflow server` where all of them reach it and name that, http://HOST:5000"
+        )
+    if storage_path is None or "://" in storage_path:
+        return
+    folder = Path(storage_path).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".reach") as mark:
+            sees = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+            seen = [
+                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    mark.name
+                )
+                for node in nodes
+            ]
+            blind = [n["NodeManagerHostname"] for n, found in zip(nodes, ray.get(seen), strict=True) if not found]
+    except OSError as error:
+        raise InputError(f"resources.storage_path: cannot write to {folder} ({error.strerror}); move it") from None
+    if blind:
+        raise InputError(
+            f"resources.storage_path: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
+            "file system that all nodes mount, or a URI such as s3://BUCKET/diabolo"
+        )
+
+
 def share_of(resources: Resources, streamed: bool = False) -> Share:
     """What each stage gets of the cluster that Ray is connected to.
 
@@ -303,21 +363,19 @@ def share_of(resources: Resources, streamed: bool = False) -> Share:
         raise InputError(
             f"resources.cpus: {cpus} asked for a stage, the largest node has {most:g}{beside}; ask for less"
         )
-    share = Share(gpus, cpus, resources.retries, resources.workers, resources.storage_path, resources.checkpoint_every)
+    share = Share(
+        gpus, cpus, resources.retries, resources.workers, resources.min_workers, resources.storage_path,
+        resources.checkpoint_every,
+    )  # fmt: skip
+    fewest = share.min_workers or share.workers
     for name, each in (("CPU", cpus), ("GPU", gpus)):
         total = sum(node.get(name, 0) for node in nodes)
-        if each * share.workers > total:
+        if each * fewest > total:
             raise InputError(
-                f"resources.workers: {share.workers} with {each:g} {name}s each asked for, the cluster has {total:g}; "
+                f"resources.workers: {fewest} with {each:g} {name}s each asked for, the cluster has {total:g}; "
                 "ask for fewer or for less"
             )
     return share
-
-
-def _ancestors(stages: Sequence[Stage]) -> Iterator[Stage]:
-    for stage in stages:
-        yield stage
-        yield from _ancestors(stage.parents())
 
 
 def _submit(
@@ -361,7 +419,7 @@ def _is_trained_by_a_team(stage: Stage, share: Share) -> bool:
     return share.workers > 1 and hasattr(stage.spec, "fit")
 
 
-def _load(spec: LoadSpec) -> "Arrays | Stream":
+def load_rows(spec: LoadSpec) -> "Arrays | Stream":
     """The data, as stages take them."""
     if spec.data.in_memory == "never":
         return open_stream(spec.data, spec.facts, spread)
@@ -385,7 +443,7 @@ def _execute(
     """
     with contextlib.redirect_stdout(sys.stderr):
         if isinstance(stage.spec, LoadSpec):
-            return _load(stage.spec), None
+            return load_rows(stage.spec), None
         import torch
 
         from aecore import stages
@@ -400,7 +458,7 @@ def _execute(
             with _Recorder(stage, store, parent, tell) as recorder:
                 run = stages.Run(device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share))
                 result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
-            record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints)
+            record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result
         if share.study:
             record = record._replace(result=replace(result, example=None))
@@ -435,6 +493,15 @@ class Record(NamedTuple):
     """The run that the stage has opened itself."""
     checkpoints: Checkpoints | None = None
     """What the finished stage needs no more."""
+    tags: Mapping[str, str] | None = None
+    """Where the stage ran."""
+
+
+def _where() -> dict[str, str]:
+    """Tags that name the node of this process, if it is a node's."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return {}
+    return {"ray.node_id": sys.modules["ray"].get_runtime_context().get_node_id()}
 
 
 class _Recorder:
@@ -521,11 +588,13 @@ def _in_worker_group(
 
     # Any: the trainer's hints know of no loop that returns something
     loop: Any = partial(_work, stage, store, parent, share, list(references))
+    # Any: the hints don't know of (fewest, most)
+    workers: Any = (share.min_workers, share.workers) if share.min_workers else share.workers
     with tempfile.TemporaryDirectory(prefix="diabolo") as folder:
         trainer = TorchTrainer(
             loop,
             scaling_config=ray.train.ScalingConfig(
-                num_workers=share.workers, use_gpu=share.gpus > 0,
+                num_workers=workers, use_gpu=share.gpus > 0,
                 resources_per_worker={"CPU": share.cpus, "GPU": share.gpus},
             ),
             run_config=ray.train.RunConfig(
@@ -562,7 +631,7 @@ def _work(
         return None
     with _Recorder(stage, store, parent, None) as recorder:
         result = stage.function()(stage.spec, run._replace(report=recorder.report), **inputs)
-    return Record(result, None, recorder.points, recorder.began, recorder.run_id, run.checkpoints)
+    return Record(result, None, recorder.points, recorder.began, recorder.run_id, run.checkpoints, _where())
 
 
 def _by_parameter(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:

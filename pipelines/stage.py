@@ -1,6 +1,7 @@
 """A stage: a function, its spec, and the stages it stands on, and where results are kept. Building one runs nothing."""
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,12 @@ class Stage:
     def parents(self) -> tuple["Stage", ...]:
         """The stages this one stands on, in order."""
         return tuple(s for i in self.inputs.values() for s in (i if isinstance(i, tuple) else (i,)))
+
+
+def submission_id() -> str | None:
+    """Of the `ray job submit` that this process is the driver of; None where it is none."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return config.get("metadata", {}).get("job_submission_id")
 
 
 def store_uri() -> str:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from aecore.config import Dense, Experiment, Finetune, Fit, overlay
-from aecore.data import load
 from aecore.errors import InputError
 from aecore.fingerprint import Frozen, fingerprint
 from aecore.specs import (
@@ -31,7 +30,18 @@ from aecore.specs import (
     layer_specs,
     resolve,
 )
-from pipelines.run import Resources, Share, checkpoints_of, compute, restore, run_trial, share_of, start_ray
+from pipelines.run import (
+    Resources,
+    Share,
+    check_reach,
+    checkpoints_of,
+    compute,
+    load_rows,
+    restore,
+    run_trial,
+    share_of,
+    start_ray,
+)
 from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
@@ -110,8 +120,6 @@ class Study(Frozen):
     """Which validation measure chooses a row's settings: squared error, or the linear probe's accuracy."""
     budget: Budget = Budget()
     labels: Labels = Labels()
-    max_concurrent: PositiveInt | None = None
-    """Trials at once; null runs as many as the cluster holds."""
 
     @model_validator(mode="after")
     def _can_be_compared(self) -> Self:
@@ -465,12 +473,13 @@ class _Job:
         from ray.tune.schedulers import ASHAScheduler
 
         start_ray()
+        check_reach(self.tracker.uri, self.resources.storage_path)
         share = share_of(self.resources)._replace(study=True)
         if self.data is None:
             some = expand(self.study, self.facts, self.resources.numerics)[0].stages()
             spec = next(s.spec for s in some.values() if isinstance(s.spec, LoadSpec))
             assert isinstance(spec, LoadSpec)
-            self.data = ray.remote(num_cpus=1)(load).remote(spec.data, spec.facts)
+            self.data = ray.remote(num_cpus=1)(load_rows).remote(spec)
         trainable = tune.with_parameters(
             _trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
             store=(self.tracker.uri, self.tracker.experiment_id), parent=self.parent, share=share, data=[self.data],
@@ -486,7 +495,7 @@ class _Job:
                 param_space=space,
                 tune_config=tune.TuneConfig(
                     search_alg=search, scheduler=asha, num_samples=count, reuse_actors=True,
-                    max_concurrent_trials=self.study.max_concurrent,
+                    max_concurrent_trials=self.resources.max_concurrent,
                     time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
                     trial_name_creator=_trial_name, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),

@@ -33,8 +33,10 @@ from aecore.storage import Result, load_weights, save_weights
 from pipelines.stage import Stage, store_uri
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
 
 _FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
 _STOPPED = "stopped.epoch"
@@ -110,6 +112,7 @@ class Tracker(NamedTuple):
         """
         client = self.client
         if run_id is not None:
+            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in (more or {}).items()])
             return StageRun(self, run_id, _last_epoch(client, run_id))
         earlier = self._search(f"tags.`stage.key` = '{stage.key}'", 1)
         tags = {

@@ -38,7 +38,14 @@ def test_arrows_point_down(package: str, forbidden: tuple[str, ...]) -> None:
         assert not [name for name in forbidden if uses(names, name)], file
 
 
-@pytest.mark.parametrize(("module", "owner"), [("mlflow", "pipelines/tracking.py"), ("ray.tune", "pipelines/study.py")])
+@pytest.mark.parametrize(
+    ("module", "owner"),
+    [
+        ("mlflow", "pipelines/tracking.py"),
+        ("ray.tune", "pipelines/study.py"),
+        ("ray.data", "pipelines/streaming.py"),
+    ],
+)
 def test_one_importer(module: str, owner: str) -> None:
     importers = {f for package in PACKAGES for f, names in imported(package).items() if uses(names, module)}
     assert importers <= {owner}

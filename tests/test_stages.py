@@ -190,8 +190,9 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     resident = pretrain(arrays, specs, VARIANTS[0]())
     monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
-    train, _, read = stages._resident(arrays, stages.prepared(arrays, torch.device("cpu")), torch.device("cpu"), 64)
-    assert train.dtype == torch.uint8 and float(read(train).max()) == 1.0
+    train, _, read = stages._rows(arrays, stages.prepared(arrays, torch.device("cpu")), stages.Run(), 64, False)
+    assert not isinstance(train, stages.Shuffled) and train[0].dtype == torch.uint8
+    assert float(read(train[0]).max()) == 1.0
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):
         # products of batches of another size may round otherwise
         assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-5) for name in one.weights)
