@@ -13,6 +13,7 @@ from aecore.data import Arrays
 from aecore.networks import Stack
 from aecore.specs import EvaluateSpec, Facts, FinetuneSpec, LayerSpec, Numerics, PretrainSpec, layer_specs
 from aecore.storage import Result
+from aecore.stream import Shuffled
 from aecore.variants import Plain, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])
@@ -191,7 +192,7 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     resident = pretrain(arrays, specs, VARIANTS[0]())
     monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
     train, _, read = stages._rows(arrays, stages.prepared(arrays, torch.device("cpu")), stages.Run(), 64, False)
-    assert not isinstance(train, stages.Shuffled) and train[0].dtype == torch.uint8
+    assert not isinstance(train, Shuffled) and train[0].dtype == torch.uint8
     assert float(read(train[0]).max()) == 1.0
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):
         # products of batches of another size may round otherwise
