@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 Weights = dict[str, np.ndarray]
+_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,29 @@ class Result:
 
 
 def save_weights(folder: Path, config: dict[str, Any], weights: Weights) -> None:
-    """Write both files into `folder`; the config carries the checksum of the weights."""
+    """Write both files into `folder`; the config carries the checksum of both."""
     folder.mkdir(parents=True, exist_ok=True)
     data = save({name: np.asarray(value, order="C") for name, value in weights.items()})
     (folder / "weights.safetensors").write_bytes(data)
-    config = {**config, "weights_sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_bytes(_text(json.loads(json.dumps(config)), data))
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Any], Weights]:
     """The exact inverse of `save_weights`.
 
     Raises:
-        ValueError: the weights are not the bytes that were saved.
+        ValueError: some byte is not as it was saved.
     """
-    config = json.loads((folder / "config.json").read_text())
+    text = (folder / "config.json").read_bytes()
     data = (folder / "weights.safetensors").read_bytes()
-    if hashlib.sha256(data).hexdigest() != config.pop("weights_sha256", None):
-        raise ValueError(f"{folder / 'weights.safetensors'}: checksum differs from config.json; the file was altered")
+    config = json.loads(text)
+    # written again, the config has the same bytes, or something was altered
+    if not isinstance(config, dict) or not config.pop(_CHECKSUM, None) or _text(config, data) != text:
+        raise ValueError(f"{folder}: checksum differs; config.json or weights.safetensors was altered")
     return config, load(data)
+
+
+def _text(config: dict[str, Any], weights: bytes) -> bytes:
+    """`config.json`, with the checksum of what else it says and of the weights."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
+    return (json.dumps({**config, _CHECKSUM: digest}, indent=2, sort_keys=True) + "\n").encode()

@@ -46,6 +46,22 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_weights(tmp_path)
 
 
+def test_any_altered_or_missing_byte_is_noticed(tmp_path: Path) -> None:
+    save_weights(tmp_path, {"history": [1e-3, None], "name": "é", 3: {"a": float("inf")}}, {"a": np.arange(2.0)})
+    config, _ = load_weights(tmp_path)
+    assert config == {"history": [1e-3, None], "name": "é", "3": {"a": float("inf")}}
+    for file in sorted(tmp_path.iterdir()):
+        raw = file.read_bytes()
+        damaged = [raw[:length] for length in range(len(raw))] + [raw + b"\n", raw.replace(b"\n", b"\r\n") + b" "]
+        for place in range(len(raw)):
+            damaged += [raw[:place] + bytes([raw[place] ^ bit]) + raw[place + 1 :] for bit in (1, 32)]
+        for data in damaged:
+            file.write_bytes(data)
+            with pytest.raises(ValueError):
+                load_weights(tmp_path)
+        file.write_bytes(raw)
+
+
 def test_config_is_readable_json(tmp_path: Path) -> None:
     save_weights(tmp_path, {"layer": {"width": 3}}, {})
     assert json.loads((tmp_path / "config.json").read_text())["layer"] == {"width": 3}
