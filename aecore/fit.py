@@ -68,8 +68,8 @@ def fit(
             breaks ties. Smaller is better.
         scoring_rows: rows of a batch of validation.
         team: the workers that train this model together, each with all rows; `report` is for the first to give.
-        checkpoints: where to go on from, and to write to, at the end of an epoch; the numbers are those of an unbroken
-            run, to the bit on one CPU worker. Epochs of before are reported again.
+        checkpoints: where to go on from, and to write to, at the end of an epoch and of the last one in any case; the
+            numbers are those of an unbroken run, to the bit on one CPU worker. Epochs of before are reported again.
 
     Raises:
         DivergenceError: a term was not finite in some epoch.
@@ -140,7 +140,9 @@ def fit(
                 best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             if spec.schedule == "plateau":
                 plateau = plateau.after(scores["loss"])
-            if next(due) and checkpoints is not None and epoch < spec.epochs:
+            # the last one serves a result that is lost on its way to where results are kept
+            last = epoch == spec.epochs or (spec.patience is not None and epoch - best_epoch >= spec.patience)
+            if checkpoints is not None and (next(due) or (last and team.rank == 0)):
                 state = {"history": history, "best": best, "best_epoch": best_epoch, "plateau": plateau}
                 checkpoints.save(epoch, state, _pack(model, optimizer, shuffle, best_weights))
     model.load_state_dict(best_weights)

@@ -88,6 +88,21 @@ def test_epochs_before_the_checkpoint_are_reported_again_with_their_times(vector
     assert seen[4:7] == before[:3] and [number for number, _ in seen[4:]] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("fit", [{"epochs": 4}, {"epochs": 200, "patience": 1, "lr": 0.03}])
+def test_a_result_that_was_lost_costs_no_training(
+    fit: dict[str, Any], vectors: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Checkpoints(str(tmp_path), seconds=1e9)  # due after the last epoch alone
+    first = stages.pretrain_layer(spec(**fit), stages.Run(checkpoints=place), data=vectors)
+    epochs = len(first.config["history"])
+    assert epochs == 4 or epochs < 100
+    reported: list[int] = []
+    monkeypatch.setattr("aecore.fit._AdamW.step", lambda *args: pytest.fail("trained again"))
+    again = stages.pretrain_layer(spec(**fit), stages.Run(report=until(0, reported), checkpoints=place), data=vectors)
+    assert same(first, again) and reported == list(range(1, epochs + 1))
+    assert first.config["best_epoch"] == again.config["best_epoch"]
+
+
 def test_finetuning_goes_on_too(digits: tuple[Facts, Arrays], tmp_path: Path) -> None:
     facts, arrays = digits
     tuning = FinetuneSpec(
