@@ -1,4 +1,4 @@
-"""The two ways a run can end badly through no fault of the machine."""
+"""How a run can end badly through no fault of the code."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,11 @@ class InputError(ValueError):
 
 class DivergenceError(ArithmeticError):
     """A loss term stopped being finite. The message names the term and the epoch."""
+
+
+class OutageError(Exception):
+    """Something outside, such as MLflow, does not answer. One line: what, what is kept, and how to go on."""
+
+
+class TakenOverError(Exception):
+    """Another process has this job now; what it does counts."""

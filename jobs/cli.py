@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from aecore.config import overlay
-from aecore.errors import InputError
+from aecore.errors import InputError, OutageError, TakenOverError
 from pipelines.stage import submission_id
 
 ENVIRONMENT = "DIABOLO__"
@@ -91,6 +91,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         text = " ".join(str(cause).split())
         if isinstance(cause, InputError):
             last, report, code = f"error: {text}", None, 2
+        elif isinstance(cause, OutageError | TakenOverError):
+            last, report, code = f"error: {text}", {"status": "failed"}, 1
         else:
             traceback.print_exception(error)
             last, report, code = f"error: {type(cause).__name__}: {text[:300]}", {"status": "failed"}, 1

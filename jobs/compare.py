@@ -50,7 +50,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     members = expand(study, facts, settings.resources.numerics)
     # one run a study: more seeds or another row are added to it
     key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
-    tracker = open_store(create=not settings.plan)
+    tracker = open_store(create=not settings.plan, patience=settings.resources.mlflow_patience)
     if settings.plan:
         common = {stage.key for stage in shared(members)}
         for m in members:

@@ -50,7 +50,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     stages = graph.kept()
     key = fingerprint("train", [stage.key for stage in stages])
 
-    tracker = open_store(create=not settings.plan)
+    tracker = open_store(create=not settings.plan, patience=settings.resources.mlflow_patience)
     if settings.plan:
         kept = "read from disk each epoch" if graph.experiment.data.in_memory == "never" else "held in memory"
         print(f"{'data':18} {facts.rows:,} rows of {facts.shape}, {kept} (data.in_memory {experiment.data.in_memory})")

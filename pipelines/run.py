@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from aecore.checkpoint import Checkpoints
 from aecore.config import Precision
 from aecore.data import Arrays, load
-from aecore.errors import InputError
+from aecore.errors import InputError, OutageError
 from aecore.fingerprint import Frozen
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
@@ -38,6 +39,8 @@ Tell = Callable[[Stage, int, dict[str, float]], None]
 LIVE_SECONDS = 30.0
 """A stage that takes longer logs its epochs as they come."""
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
+_LOG_LAST_SECONDS = 5.0
+"""How long the end of a stage waits for its last log."""
 _MOST_DEFAULT_CPUS = 8
 """Layers of usual size gain nothing from more threads."""
 
@@ -57,8 +60,9 @@ class Resources(Frozen):
     max_concurrent: PositiveInt | None = None
     """Trials of a study at once; null runs as many as the cluster holds."""
     storage_path: str | None = None
-    """Folder or URI that all nodes can write, for what is in progress; null keeps it beside a local MLflow store, and
-    nowhere with a remote one: a stage that loses its worker then starts over."""
+    """Folder or URI that all nodes can write, for what is in progress; null keeps it in `checkpoints/` beside a local
+    MLflow store or, with a remote one and no cluster, in the working directory, and nowhere on a cluster: a stage that
+    loses its worker then starts over."""
     checkpoint_every: PositiveFloat = 30.0
     """Seconds between two checkpoints of a stage, at the end of an epoch."""
     precision: Precision = "fp32"
@@ -67,6 +71,9 @@ class Resources(Frozen):
     """Compile the training step with torch.compile; its start-up takes half a minute."""
     retries: NonNegativeInt = 3
     """Times a stage is computed again after its worker or node was lost."""
+    mlflow_patience: NonNegativeFloat = 600.0
+    """Seconds to wait for an MLflow that does not answer; then the job fails, and what it computed is kept in its
+    checkpoints. Training itself never waits."""
 
     @model_validator(mode="after")
     def _fewest_below_most(self) -> Self:
@@ -188,7 +195,8 @@ def run_trial(
     try:
         inputs = [run_here(s, tracker, run.run_id, share, done, tell) for s in stage.parents()]
         _, record = _execute(stage, (tracker.uri, tracker.experiment_id), run.run_id, share, *inputs)
-        run.commit(record.result)
+        if not tracker.find(stage.key):
+            run.commit(record.result)
     except Exception as error:
         run.fail(error)
         raise
@@ -196,20 +204,26 @@ def run_trial(
 
 
 def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Outcome:
-    run_id = tracker.find(stage.key)  # by another job meanwhile: what is finished stays as it is
-    if run_id is None:
-        run = tracker.open_run(stage, parent, record.began, record.run_id, record.tags)
-        run.log(record.points)
-        run.commit(record.result, record.served)
-        run_id = run.run_id
+    try:
+        run_id = tracker.find(stage.key)  # by another job meanwhile: what is finished stays as it is
+        if run_id is None:
+            run = tracker.open_run(stage, parent, record.began, record.run_id, record.tags)
+            run.log(record.points)
+            run.commit(record.result, record.served)
+            run_id = run.run_id
+    except OutageError as error:
+        kept = f", and is kept in {record.checkpoints.place}" if record.checkpoints else ""
+        raise OutageError(f"{stage.name} is computed{kept}, but not published: {error}") from error
     if record.checkpoints is not None:
         record.checkpoints.clear()
     return Outcome(run_id, record.result.metrics, False)
 
 
 def _fail(stage: Stage, tracker: "Tracker", parent: str) -> None:
-    if not tracker.find(stage.key):
-        tracker.open_run(stage, parent).close("FAILED")
+    hasty = tracker._replace(patience=0.0)  # what happened is more than that it cannot be written down
+    with contextlib.suppress(OutageError):
+        if not hasty.find(stage.key):
+            hasty.open_run(stage, parent).close("FAILED")
 
 
 def restore(run_id: str, tracker: "Tracker") -> Result | None:
@@ -233,13 +247,18 @@ class Share(NamedTuple):
     min_workers: int | None = None
     storage_path: str | None = None
     checkpoint_every: float = 30.0
+    folder: str = ""
+    """The driver's, where Ray is embedded and so on the same disk."""
     study: bool = False
     """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
 
 
-def open_store(create: bool = True) -> "Tracker | None":
+def open_store(create: bool = True, patience: float = 0.0) -> "Tracker | None":
     """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
     and makes its tables.
+
+    Args:
+        patience: seconds for which an MLflow that does not answer is waited for, once it has answered.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -257,7 +276,8 @@ def open_store(create: bool = True) -> "Tracker | None":
         start_ray()
     from pipelines.tracking import connect
 
-    return connect(create=create)
+    tracker = connect(create=create)
+    return tracker and tracker._replace(patience=patience)
 
 
 def start_ray() -> None:
@@ -365,7 +385,7 @@ def share_of(resources: Resources, streamed: bool = False) -> Share:
         )
     share = Share(
         gpus, cpus, resources.retries, resources.workers, resources.min_workers, resources.storage_path,
-        resources.checkpoint_every,
+        resources.checkpoint_every, "" if os.environ.get("RAY_ADDRESS") else str(Path.cwd()),
     )  # fmt: skip
     fewest = share.min_workers or share.workers
     for name, each in (("CPU", cpus), ("GPU", gpus)):
@@ -412,6 +432,8 @@ def checkpoints_of(stage: Stage, store: str, share: Share) -> Checkpoints | None
     place = share.storage_path
     if place is None and store.startswith("sqlite:///"):
         place = str(Path(store.removeprefix("sqlite:///")).parent / "checkpoints")
+    elif place is None and share.folder:
+        place = f"{share.folder}/checkpoints"
     return Checkpoints(f"{place}/{stage.key}", share.checkpoint_every) if place is not None else None
 
 
@@ -516,8 +538,9 @@ class _Recorder:
         self.points: list[Point] = []
         self.began = round(time.time() * 1000)
         self.run: StageRun | None = None
-        self.open = contextlib.ExitStack()
-        self.said = self.logged = self.started = time.monotonic()
+        self.thread: threading.Thread | None = None
+        self.fresh, self.ended = threading.Event(), threading.Event()
+        self.said = self.started = time.monotonic()
         self.line = ""
 
     @property
@@ -527,32 +550,52 @@ class _Recorder:
     def report(self, epoch: int, metrics: dict[str, float]) -> None:
         metrics = dict(metrics)
         self.points.append(Point(epoch, round(1000 * metrics.pop("time")), metrics))
+        self.fresh.set()
         shown = {name: value for name, value in metrics.items() if name in ("train/loss", "val/loss", "val/error")}
         self.line = f"{self.stage.name}: epoch {epoch}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         now = time.monotonic()
         if now - self.said > _SAY_SECONDS or epoch == 1:
             _say(self.line)
             self.said, self.line = now, ""
-        if now - self.started > LIVE_SECONDS and now - self.logged > _LOG_SECONDS:
-            self._log()
-            self.logged = now
+        if self.thread is None and now - self.started > LIVE_SECONDS:
+            self.thread = threading.Thread(target=self._log, args=[self.points], daemon=True)
+            self.thread.start()
         if self.tell is not None:
             self.tell(self.stage, epoch, metrics)
 
-    def _log(self) -> None:
-        if self.run is None:
-            from pipelines.tracking import Tracker, system_metrics
+    def _log(self, points: list[Point]) -> None:
+        """In a thread of its own, so that training never waits: what cannot be logged stays for the next time."""
+        told = False
+        with contextlib.ExitStack() as open:
+            while True:
+                try:
+                    if self.run is None:
+                        from pipelines.tracking import Tracker, system_metrics
 
-            self.run = Tracker(*self.store).open_run(self.stage, self.parent, self.began)
-            self.open.enter_context(system_metrics(self.store[0], self.run.run_id))
-        self.run.log(self.points)
-        self.points = []
+                        self.run = Tracker(*self.store).open_run(self.stage, self.parent, self.began)
+                        open.enter_context(system_metrics(self.store[0], self.run.run_id))
+                    count = len(points)
+                    self.run.log(points[:count])
+                    del points[:count]
+                except Exception as error:
+                    if not told:
+                        reason = " ".join(str(error).split())[:160]
+                        _say(f"warning: {self.stage.name}: its epochs are kept, to be logged later ({reason})")
+                        told = True
+                if self.ended.wait(_LOG_SECONDS):
+                    return
+                self.fresh.wait()
+                self.fresh.clear()
 
     def __enter__(self) -> "_Recorder":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.open.close()
+        self.ended.set()
+        self.fresh.set()
+        if self.thread is not None:
+            self.thread.join(_LOG_LAST_SECONDS)
+            self.points = list(self.points)  # should it still hang, what it logs too is the same point to MLflow
         if self.line:
             _say(self.line)
         _say(f"{self.stage.name}: {'failed' if error[0] else 'done'} after {time.monotonic() - self.started:.1f} s")

@@ -482,7 +482,7 @@ class _Job:
             self.data = ray.remote(num_cpus=1)(load_rows).remote(spec)
         trainable = tune.with_parameters(
             _trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
-            store=(self.tracker.uri, self.tracker.experiment_id), parent=self.parent, share=share, data=[self.data],
+            store=tuple(self.tracker), parent=self.parent, share=share, data=[self.data],
         )  # fmt: skip
         asha = (
             ASHAScheduler("epoch", "score", "min", max_t=self.study.budget.epochs, stop_last_trials=False)
@@ -528,8 +528,8 @@ class _Job:
 
 
 def _trial(
-    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str], parent: str,
-    share: Share, data: "list[ObjectRef]",
+    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str, float],
+    parent: str, share: Share, data: "list[ObjectRef]",
 ) -> None:  # fmt: skip
     """The body of a trial: restores or computes its stages in this process, and tells Tune of every epoch."""
     import ray

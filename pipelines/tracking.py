@@ -1,39 +1,50 @@
 """MLflow, the one store of finished results; nothing else imports it.
 
 A stage is one run, tagged with its key, however often it was attempted. Artifacts come first, the status FINISHED last:
-that is the commit, and what has it is restored instead of computed.
+that is the commit, and what has it is restored instead of computed. A job is one driver's at a time, by a lease. Calls
+wait out an outage, and each may be given twice, since an answer may be lost on its way.
 """
 
+import itertools
 import json
 import logging
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlflow
 import psutil
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, infer_signature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from aecore.errors import InputError
+from aecore.errors import InputError, OutageError, TakenOverError
 from aecore.specs import Facts
-from aecore.storage import Result, load_weights, save_weights
+from aecore.storage import Result, Weights, load_weights, save_weights
 from pipelines.stage import Stage, store_uri
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; whoever can wait longer does so itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
@@ -42,6 +53,21 @@ _FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
 _STOPPED = "stopped.epoch"
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
+_LEASE = "diabolo.lease."
+_BEAT_SECONDS, _POLL_SECONDS, _SILENT_SECONDS = 10.0, 2.0, 60.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+"""Seconds between the first two tries of a call, doubled each time, and at most."""
+_HURRY_SECONDS, _CLOSE_SECONDS = 1.5, 60.0
+"""What closing a job's runs may take: when it is to end now, and otherwise."""
+_PASSING = {
+    "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED",
+    "ABORTED", "CANCELLED",
+}  # fmt: skip
+"""MLflow's codes for what may be better later; it calls a lost connection an internal error."""
+_NETWORK = {"azure", "boto3", "botocore", "google", "urllib3"}
+"""Packages below MLflow whose exceptions are about the network."""
+
+T = TypeVar("T")
 
 
 class LostResultError(Exception):
@@ -53,10 +79,44 @@ class Tracker(NamedTuple):
 
     uri: str
     experiment_id: str
+    patience: float = 0.0
+    """Seconds for which each call waits for an MLflow that does not answer, before it raises an OutageError."""
 
     @property
     def client(self) -> MlflowClient:
+        """Patient, and only for calls that may be given twice."""
+        return cast(MlflowClient, _Patient(self.direct, self.wait_for))
+
+    @property
+    def direct(self) -> MlflowClient:
+        """Raises at once."""
         return MlflowClient(tracking_uri=self.uri)
+
+    def wait_for(self, call: Callable[[], T]) -> T:
+        """What `call` returns, tried again with growing pauses for as long as MLflow does not answer.
+
+        Raises:
+            OutageError: patience is at its end.
+        """
+        began, pause, told = time.monotonic(), _FIRST_WAIT, False
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                left = began + self.patience - time.monotonic()
+                if left <= 0:
+                    raise OutageError(
+                        f"MLflow at {_redacted(self.uri)} did not answer for {self.patience:g} s ({reason}); "
+                        "the same command goes on from what is kept"
+                    ) from error
+            if not told:
+                _say(f"warning: MLflow does not answer ({reason}); waiting for it, {self.patience:g} s at most")
+                told = True
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_WAIT)
 
     def find(self, key: str) -> str | None:
         """The finished run of a stage (or job), if there is one."""
@@ -73,28 +133,34 @@ class Tracker(NamedTuple):
 
         Raises:
             LostResultError: its artifacts are gone or altered; the run is FAILED then, and the stage is to be computed.
+            OutageError: they cannot be had now.
         """
+        try:
+            config, weights = self._download(run_id)
+        except LostResultError:
+            self.client.set_terminated(run_id, "FAILED")
+            raise
+        return Result(config, weights, self.metrics(run_id))
+
+    def _download(self, run_id: str) -> tuple[dict[str, Any], Weights]:
+        client = self.client
+        if not client.list_artifacts(run_id, _FOLDER):
+            raise LostResultError(f"run {run_id} has no {_FOLDER}/")
         with tempfile.TemporaryDirectory() as folder:
             try:
-                path = mlflow.artifacts.download_artifacts(
-                    run_id=run_id, artifact_path=_FOLDER, dst_path=folder, tracking_uri=self.uri
-                )
-                config, weights = load_weights(Path(path))
-            except (MlflowException, OSError, ValueError) as error:
-                self.client.set_terminated(run_id, "FAILED")
+                return load_weights(Path(client.download_artifacts(run_id, _FOLDER, folder)))
+            except (FileNotFoundError, ValueError) as error:
                 raise LostResultError(" ".join(str(error).split())[:200]) from error
-        return Result(config, weights, self.metrics(run_id))
 
     def save_figures(self, run_id: str, folder: Path) -> list[Path]:
         """Download a run's figures into `folder`."""
-        names = [item.path for item in self.client.list_artifacts(run_id, _FIGURES)]
+        client = self.client
+        names = [item.path for item in client.list_artifacts(run_id, _FIGURES)]
         folder.mkdir(parents=True, exist_ok=True)
         saved = []
         for name in names:
             with tempfile.TemporaryDirectory() as temporary:
-                path = mlflow.artifacts.download_artifacts(
-                    run_id=run_id, artifact_path=name, dst_path=temporary, tracking_uri=self.uri
-                )
+                path = client.download_artifacts(run_id, name, temporary)
                 saved.append(folder / Path(name).name)
                 saved[-1].write_bytes(Path(path).read_bytes())
         return saved
@@ -114,7 +180,6 @@ class Tracker(NamedTuple):
         if run_id is not None:
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in (more or {}).items()])
             return StageRun(self, run_id, _last_epoch(client, run_id))
-        earlier = self._search(f"tags.`stage.key` = '{stage.key}'", 1)
         tags = {
             "mlflow.runName": stage.name,
             MLFLOW_PARENT_RUN_ID: parent,
@@ -123,55 +188,89 @@ class Tracker(NamedTuple):
             "attempts": "1",
             **(more or {}),
         }
+        run, earlier = self._find_or_create(stage.key, tags, began)
+        run_id = run.info.run_id
         if earlier:
             # a run that is open still is this attempt's own
-            ended = earlier[0].info.status != "RUNNING"
-            tags["attempts"] = str(int(earlier[0].data.tags["attempts"]) + ended)
-        if earlier:
-            run_id = earlier[0].info.run_id
+            ended = run.info.status != "RUNNING"
+            tags["attempts"] = str(int(run.data.tags["attempts"]) + ended)
             client.update_run(run_id, status="RUNNING")
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        else:
-            run_id = client.create_run(self.experiment_id, began, tags).info.run_id
         _log_params(client, run_id, stage.spec.model_dump(mode="json"))
         return StageRun(self, run_id, _last_epoch(client, run_id) if earlier else 0)
+
+    def _find_or_create(self, key: str, tags: Mapping[str, str], began: int | None = None) -> tuple[Run, bool]:
+        """The run with this key, and whether it was there."""
+        client = self.direct
+
+        def look_then_create() -> tuple[Run, bool]:  # each time: one may have been made though nobody said so
+            found = client.search_runs([self.experiment_id], f"tags.`stage.key` = '{key}'", max_results=1)
+            if found:
+                return found[0], True
+            return client.create_run(self.experiment_id, began, dict(tags)), False
+
+        return self.wait_for(look_then_create)
 
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
         """The top-level run of a job: FINISHED, FAILED on an error, KILLED when interrupted.
 
-        The job's earlier run is taken up again, so that a job is one run however often it was started.
+        The job's earlier run is taken up again, so that a job is one run however often it was started. Where another
+        driver works on the same job, this one waits until that has ended or died.
 
         Args:
             config: logged as params of a new run; only what `key` covers, since params never change.
+
+        Raises:
+            TakenOverError: this driver was silent for so long that another has taken the job.
         """
         client = self.client
-        self._close_abandoned(client)
-        process = psutil.Process()
         tags = {
             "mlflow.runName": job,
             "mlflow.user": _user(),
             "job": job,
             "stage.key": key,
             "git.commit": _git_commit(),
-            "driver": f"{socket.gethostname()} {process.pid} {process.create_time()}",
+            "driver": _me(),
             **tags,
         }
-        earlier = self._search(f"tags.`stage.key` = '{key}'", 1)
-        run_id = earlier[0].info.run_id if earlier else client.create_run(self.experiment_id, tags=tags).info.run_id
+        lease = _Lease(self, key, job)
+        run_id = None
+        lease.take()
         try:
-            if earlier:
-                client.update_run(run_id, status="RUNNING")
-                client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-            else:
-                _log_params(client, run_id, config)
+            self._close_abandoned(client)
+            run, earlier = self._find_or_create(key, tags)
+            run_id = run.info.run_id
             with system_metrics(self.uri, run_id):
+                if earlier:
+                    client.update_run(run_id, status="RUNNING")
+                    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+                else:
+                    _log_params(client, run_id, config)
                 yield run_id
+            lease.check()
+            client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
+            lease.end()
+            if lease.lost:
+                raise TakenOverError(
+                    f"another driver has taken this {job} over, since this one was silent for {_SILENT_SECONDS:g} s; "
+                    "what that one does counts"
+                ) from error
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-            self._close(client, run_id, "KILLED" if interrupted else "FAILED")
+            status = "KILLED" if interrupted else "FAILED"
+            hurry = interrupted or isinstance(error, OutageError)
+            hasty = self._replace(patience=0.0)
+
+            def close() -> None:
+                if run_id is not None:
+                    hasty._close(hasty.direct, run_id, status)
+                lease.remove()
+
+            _within(_HURRY_SECONDS if hurry else _CLOSE_SECONDS, close)
             raise
-        client.set_terminated(run_id, "FINISHED")
+        lease.end()
+        _within(_HURRY_SECONDS, partial(self.wait_for, lease.remove))
 
     def stop(self, key: str, epoch: int) -> None:
         """End the run of a trial that a scheduler stopped after so many epochs."""
@@ -217,10 +316,11 @@ class Tracker(NamedTuple):
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Final metrics and tags of a job; a metric that stands there already is not logged twice."""
-        known = self.client.get_run(run_id).data.metrics
+        client = self.client
+        known = client.get_run(run_id).data.metrics
         now = int(time.time() * 1000)
         points = [Metric(name, value, now, 0) for name, value in metrics.items() if known.get(name) != value]
-        self.client.log_batch(run_id, points, tags=[RunTag(name, value) for name, value in tags.items()])
+        client.log_batch(run_id, points, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def model_uri(self, run_id: str) -> str:
         """The model that a finetuning logged."""
@@ -231,10 +331,14 @@ class Tracker(NamedTuple):
     def register(self, name: str, uri: str) -> str:
         """Register a logged model under `name`; the version, which is the same if it was registered before."""
         mlflow.set_tracking_uri(self.uri)
-        for known in self.client.search_model_versions(f"name = '{name}'"):
-            if known.source == uri or known.tags.get("model.uri") == uri:
-                return str(known.version)
-        return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
+
+        def look_then_register() -> str:
+            for known in self.direct.search_model_versions(f"name = '{name}'"):
+                if known.source == uri or known.tags.get("model.uri") == uri:
+                    return str(known.version)
+            return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
+
+        return self.wait_for(look_then_register)
 
     def _search(self, condition: str, limit: int) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))
@@ -248,8 +352,7 @@ class Tracker(NamedTuple):
     def _close_abandoned(self, client: MlflowClient) -> None:
         """End the runs of drivers of this machine that died without a word, and stages whose job has ended."""
         for run in self._search("tags.`job` LIKE '%' and attributes.status = 'RUNNING'", 1000):
-            host, pid, created = (run.data.tags.get("driver", "") + "  ").split(" ")[:3]
-            if host == socket.gethostname() and not _alive(int(pid), float(created)):
+            if _is_dead(run.data.tags.get("driver", "")):
                 self._close(client, run.info.run_id, "KILLED")
         for run in self._search("tags.`stage.fn` LIKE '%' and attributes.status = 'RUNNING'", 1000):
             if client.get_run(run.data.tags[MLFLOW_PARENT_RUN_ID]).info.status != "RUNNING":
@@ -277,35 +380,242 @@ class StageRun:
         Args:
             served: what the model makes of `result.example`, where there is one.
         """
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, [Metric(name, value, now, 0) for name, value in result.metrics.items()])
+        self.tracker.log_summary(self.run_id, result.metrics, {})
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / _FOLDER
             save_weights(folder, result.config, result.weights)
             for name, png in result.figures.items():
                 (Path(temporary) / _FIGURES).mkdir(exist_ok=True)
                 (Path(temporary) / _FIGURES / f"{name}.png").write_bytes(png)
-            self.client.log_artifacts(self.run_id, temporary)
-            if result.example is None:
-                return self.close("FINISHED")
-            mlflow.set_tracking_uri(self.tracker.uri)
-            # models are logged to an active run, which is FINISHED on leaving; MLflow prints its address
-            try:
-                with redirect_stdout(sys.stderr), mlflow.start_run(run_id=self.run_id, nested=True):
-                    _log_model(folder, result.example, served)
-            except BaseException:
-                self.client.update_run(self.run_id, status="RUNNING")  # how the job ends, this run ends
-                raise
+            self.tracker.wait_for(partial(self._upload, temporary))
+            if result.example is not None:
+                self.tracker.wait_for(partial(self._log_model, folder, result.example, served))
+        for lease in _held.values():
+            lease.check()
+        self.close("FINISHED")
+
+    def _upload(self, folder: str) -> None:
+        """Upload, and read back what counts: a torn upload may not become a result."""
+        hasty = self.tracker._replace(patience=0.0)
+        hasty.direct.log_artifacts(self.run_id, folder)
+        try:
+            hasty._download(self.run_id)
+        except (LostResultError, OutageError) as error:
+            raise ConnectionError(f"upload of {_FOLDER}/ is not whole: {error}") from error
+
+    def _log_model(self, folder: Path, example: Any, served: Any) -> None:
+        """Log the model in `folder` so that it loads anywhere: our own code travels with it, pickle does not.
+
+        What an earlier try left is taken up again, so that a run has one model.
+        """
+        import aecore
+
+        client = self.tracker.direct
+        experiment = self.tracker.experiment_id
+        found = client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'")
+        run = client.get_run(self.run_id)
+        model = found[0] if found else client.create_logged_model(
+            experiment, _MODEL, source_run_id=self.run_id, params=run.data.params
+        )  # fmt: skip
+        outputs = run.outputs.model_outputs if run.outputs else []
+        linked = model.model_id in [output.model_id for output in outputs]
+        mlflow.set_tracking_uri(self.tracker.uri)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on type hints that a loader module cannot follow
+            Model.log(
+                artifact_path=None,
+                flavor=mlflow.pyfunc,
+                name=_MODEL,
+                model_id=model.model_id,
+                run_id=None if linked else self.run_id,  # links it to the run
+                loader_module="aecore.pyfunc",
+                data_path=str(folder),
+                code_paths=[str(Path(aecore.__file__).parent)],
+                pip_requirements=[f"{name}=={version(name)}" for name in _MODEL_NEEDS],
+                signature=infer_signature(example, served),
+                input_example=example,
+            )
 
     def fail(self, error: Exception) -> None:
-        """End the run as FAILED and say why."""
+        """End the run as FAILED and say why, if MLflow answers."""
         text = " ".join(str(error).split())[:500]
-        self.client.set_tag(self.run_id, "error", f"{type(error).__name__}: {text}")
-        self.close("FAILED")
+        client = self.tracker._replace(patience=0.0).client
+        with suppress(OutageError):  # the error itself is more than that it cannot be written down
+            client.set_tag(self.run_id, "error", f"{type(error).__name__}: {text}")
+            client.set_terminated(self.run_id, "FAILED")
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+
+class _Patient:
+    """A client whose calls wait out an outage. A call's arguments, times included, are the same at each try."""
+
+    def __init__(self, client: MlflowClient, wait_for: Callable[[Callable[[], Any]], Any]) -> None:
+        self._client, self._wait_for = client, wait_for
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+        return lambda *args, **kwargs: self._wait_for(partial(method, *args, **kwargs))
+
+
+class _Lease:
+    """The right to work on a job, one driver's at a time.
+
+    Whoever wants it registers a model of a name of its own, then looks: alone, it holds; else it takes its own back and
+    waits. Of two that come at once, the later one at least sees the other, so that never two hold; and the first by
+    name stays, so that one does. A name is used once, so that whoever removes a dead driver's lease can never remove
+    another's. A heartbeat shows that the driver lives; no clocks are compared.
+    """
+
+    def __init__(self, tracker: Tracker, key: str, job: str) -> None:
+        self.tracker, self.job = tracker, job
+        self.prefix = f"{_LEASE}{key[:32]}."
+        self.name = ""
+        self.ended = threading.Event()
+        self.lost = False
+        self.beats: dict[str, tuple[str, float]] = {}  # of others: the last one, and when it was first seen
+        self.looked = time.monotonic()
+
+    def take(self) -> None:
+        """Wait until no other living driver has it; then it is this one's."""
+        told = False
+        while True:
+            others = self._others()
+            if not others:
+                try:
+                    self._create()
+                    until = time.monotonic() + _POLL_SECONDS
+                    while (others := self._others()) and self.name < min(others) and time.monotonic() < until:
+                        time.sleep(_POLL_SECONDS / 20)
+                    if not others:
+                        break
+                except BaseException:
+                    self.end()
+                    _within(_HURRY_SECONDS, self.remove)
+                    raise
+                self.tracker.wait_for(self.remove)
+            if not told:
+                owner = others[min(others)]
+                _say(f"another driver ({owner}) works on the same {self.job}: waiting until it has ended")
+                told = True
+            time.sleep(_POLL_SECONDS)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def check(self) -> None:
+        """Raises a TakenOverError where another driver has removed this lease."""
+        try:
+            self.tracker.client.get_registered_model(self.name)
+        except MlflowException as error:
+            self.lost = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            if self.lost:
+                raise TakenOverError(f"another driver has taken this {self.job} over") from error
+            raise
+
+    def end(self) -> None:
+        """Let the heart stop; whatever becomes of `remove`, the lease counts as a dead driver's."""
+        self.ended.set()
+        _held.pop(self.name, None)
+
+    def remove(self) -> None:
+        """Let the next one have it at once."""
+        _held.pop(self.name, None)
+        _remove(self.tracker.direct, self.name)
+
+    def _create(self) -> None:
+        self.name = self.prefix + uuid.uuid4().hex[:12]
+        _held[self.name] = self
+        with _unless("RESOURCE_ALREADY_EXISTS"):  # by a try whose answer was lost, since nobody else uses this name
+            self.tracker.client.create_registered_model(
+                self.name, {"owner": _me(), "beat": "0"}, "Held while a job of Diabolo runs."
+            )
+
+    def _others(self) -> dict[str, str]:
+        """Leases of other living drivers on the same job, and their owners; those of the dead are removed."""
+        client = self.tracker.client
+        models = client.search_registered_models(f"name LIKE '{_LEASE}%'", max_results=1000)
+        now = time.monotonic()
+        if now - self.looked > _SILENT_SECONDS / 4:  # MLflow or this process was away: nobody could be heard
+            self.beats.clear()
+        self.looked = now
+        found = {}
+        for model in models:
+            if model.name == self.name:
+                continue
+            owner, beat = model.tags.get("owner", ""), model.tags.get("beat", "")
+            if self.beats.get(model.name, ("", 0.0))[0] != beat:
+                self.beats[model.name] = beat, now
+            silent = now - self.beats[model.name][1] > _SILENT_SECONDS
+            forgotten = owner == _me() and model.name not in _held
+            if silent or forgotten or _is_dead(owner):
+                self.tracker.wait_for(partial(_remove, self.tracker.direct, model.name))
+            elif model.name.startswith(self.prefix):
+                found[model.name] = owner
+        return found
+
+    def _beat(self) -> None:
+        client = self.tracker.direct
+        for number in itertools.count(1):
+            if self.ended.wait(_BEAT_SECONDS):
+                return
+            try:
+                client.set_registered_model_tag(self.name, "beat", str(number))
+            except Exception as error:  # an outage: others cannot hear anybody either
+                if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" and not self.ended.is_set():
+                    self.lost = True
+                    # wakes the driver, wherever it waits
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
+
+
+_held: dict[str, _Lease] = {}
+"""This process's leases."""
+
+
+def _remove(client: MlflowClient, lease: str) -> None:
+    with _unless("RESOURCE_DOES_NOT_EXIST"):
+        client.delete_registered_model(lease)
+
+
+@contextmanager
+def _unless(code: str) -> Iterator[None]:
+    """Ignore MLflow's error of this code."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != code:
+            raise
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: the network or the server failed, not what was asked for."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _PASSING
+    code = getattr(getattr(error, "response", None), "status_code", None)  # of an artifact store over HTTP
+    if code is not None:
+        return code >= 500 or code in (408, 429)
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK
+
+
+def _within(seconds: float, act: Callable[[], None]) -> None:
+    """Do something, but wait no longer than this; what hangs is left to a thread that ends with the process."""
+
+    def quietly() -> None:
+        try:
+            act()
+        except Exception as error:
+            _say(f"warning: {' '.join(str(error).split())[:160]}")
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _last_epoch(client: MlflowClient, run_id: str) -> int:
@@ -330,6 +640,8 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
         local = local.resolve()  # tasks run in other folders
         uri = f"sqlite:///{local}"
     try:
+        if local is not None and not local.exists():
+            _make_store(local)
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is not None and found.lifecycle_stage != "active":
@@ -340,7 +652,11 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
         if found is not None:
             return Tracker(uri, found.experiment_id)
         artifacts = (local.parent / "mlruns" / experiment).as_uri() if local is not None else None
-        return Tracker(uri, client.create_experiment(experiment, artifacts)) if create else None
+        if not create:
+            return None
+        with _unless("RESOURCE_ALREADY_EXISTS"):  # made by another driver just now
+            return Tracker(uri, client.create_experiment(experiment, artifacts))
+        return connect(uri, experiment)
     except (MlflowException, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -348,6 +664,23 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
         raise InputError(
             f"MLFLOW_TRACKING_URI: cannot use {_redacted(uri)} ({reason}); start the server or correct the address"
         ) from error
+
+
+def _make_store(path: Path) -> None:
+    """Make MLflow's tables elsewhere and put them in place at once.
+
+    It takes seconds, and MLflow's own way leaves a file that can never be used again if it is killed in the middle, or
+    if two drivers do it together. Where this cannot be done, MLflow does it.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
+    with tempfile.TemporaryDirectory() as folder:
+        MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(f"{folder}/mlflow.db", part)
+            os.link(part, path)  # never replaces another driver's
+    with suppress(OSError):
+        part.unlink()
 
 
 def _redacted(uri: str) -> str:
@@ -372,32 +705,17 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _log_model(folder: Path, example: Any, output: Any) -> None:
-    """Log the model in `folder` so that it loads anywhere: our own code travels with it, pickle does not."""
-    import aecore
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on type hints that a loader module cannot follow
-        mlflow.pyfunc.log_model(
-            name=_MODEL,
-            loader_module="aecore.pyfunc",
-            data_path=str(folder),
-            code_paths=[str(Path(aecore.__file__).parent)],
-            pip_requirements=[f"{name}=={version(name)}" for name in _MODEL_NEEDS],
-            signature=mlflow.models.infer_signature(example, output),
-            input_example=example,
-        )
-
-
 @contextmanager
 def system_metrics(uri: str, run_id: str) -> Iterator[None]:
     """CPU, memory, disk, network and GPU of this node, while the block runs."""
     monitor = SystemMetricsMonitor(run_id, sampling_interval=_SYSTEM_SECONDS, resume_logging=True, tracking_uri=uri)
     monitor.start()
+    wait = 0.0
     try:
         yield
-    finally:
-        monitor.finish()
+        wait = _HURRY_SECONDS
+    finally:  # it asks MLflow once more, which may not answer
+        _within(wait, monitor.finish)
 
 
 def _git_commit() -> str:
@@ -425,8 +743,21 @@ def _user() -> str:
         return "unknown"
 
 
+def _me() -> str:
+    process = psutil.Process()
+    return f"{socket.gethostname()} {process.pid} {process.create_time()}"
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a driver of this machine has died; of other machines, nothing is known."""
+    host, pid, created = (owner + "  ").split(" ")[:3]
+    return host == socket.gethostname() and not _alive(int(pid), float(created))
+
+
 def _alive(pid: int, created: float) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - created) < 2  # a clock may have been set since
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < 2  # a clock may have been set since
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

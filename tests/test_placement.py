@@ -1,5 +1,6 @@
 """What a stage gets of a cluster, with the cluster's answers made up."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import ray
 from ray.core.generated import autoscaler_pb2
 
+from aecore.config import Fit
 from aecore.errors import InputError
-from pipelines.run import Resources, Share, share_of
+from pipelines.run import Resources, Share, checkpoints_of, share_of
+from pipelines.stage import Stage
 
 PROTO: Any = autoscaler_pb2  # generated, without hints
 
@@ -63,3 +66,20 @@ def test_what_no_node_has_is_refused(resources: dict[str, Any], message: str, cl
     cluster({"CPU": 2})
     with pytest.raises(InputError, match=message):
         share(**resources)
+
+
+def test_where_checkpoints_are_kept(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster({"CPU": 2})
+    monkeypatch.chdir(tmp_path)
+    stage, server = Stage("a", "stages.a", Fit()), "http://mlflow:5000"
+
+    def place(store: str, **resources: Any) -> str | None:
+        found = checkpoints_of(stage, store, share(**resources))
+        return found.place.removesuffix(f"/{stage.key}") if found else None
+
+    assert place("sqlite:////there/mlflow.db") == "/there/checkpoints"
+    assert place(server) == f"{tmp_path}/checkpoints"
+    assert place(server, storage_path="s3://bucket/x") == "s3://bucket/x"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert place(server) is None
+    assert place("sqlite:////there/mlflow.db") == "/there/checkpoints"

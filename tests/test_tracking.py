@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from aecore.config import Data, Experiment, Finetune, Fit
@@ -223,6 +224,43 @@ print("loaded", model.metadata.signature is not None, model.input_example.shape)
     assert done.stdout.strip() == "loaded True (4, 1, 8, 8)", done.stderr
     kept = {item.path for item in tracker.client.list_artifacts(run_id, "result")}
     assert kept == {"result/config.json", "result/weights.safetensors"}
+
+
+def test_a_model_is_logged_once_whatever_fails(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail = ["create_logged_model", "log_outputs", "log_model_artifacts"]
+
+    class LosesAnswers:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.client = MlflowClient(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            method = getattr(self.client, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                answer = method(*args, **kwargs)
+                if name in fail:
+                    fail.remove(name)
+                    raise ConnectionError("reset")
+                return answer
+
+            return call
+
+    graph, _ = small(seed=3)
+    assert graph.finetune is not None
+    top = parent(tracker, "one model")
+    monkeypatch.setattr("pipelines.tracking.MlflowClient", LosesAnswers)
+    monkeypatch.setattr("mlflow.MlflowClient", LosesAnswers)
+    monkeypatch.setattr("pipelines.tracking._FIRST_WAIT", 0.01)
+    run_here(graph.finetune, tracker._replace(patience=20.0), top)
+    assert fail == [] and capsys.readouterr().err.count("waiting for it") == 1
+    (run,) = runs(tracker, graph.finetune.key)
+    client = tracker.direct
+    (model,) = client.search_logged_models([tracker.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert str(model.status) == "READY" and model.experiment_id == tracker.experiment_id
+    outputs = client.get_run(run.info.run_id).outputs
+    assert outputs is not None and [output.model_id for output in outputs.model_outputs] == [model.model_id]
 
 
 def test_the_graph_folds_in_process_and_restores(tracker: Tracker) -> None:

@@ -1,0 +1,165 @@
+"""An MLflow that fails as it is told, and one in memory that is quick enough for hundreds of failures."""
+
+import itertools
+import random
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+
+HANG_SECONDS, NEXT_HANG_SECONDS = 0.05, 0.002
+
+
+class Schedule:
+    """Which calls fail, and how: by a seed, every n-th, and now and then several in a row."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.every = self.random.randint(2, 14)
+        self.kinds = self.random.sample(["refuse", "lose", "hang", "tear"], self.random.randint(1, 4))
+        self.outage = self.random.randint(1, 60), self.random.choice([0, 0, 3, 30])  # from which call on, and how many
+        self.calls = itertools.count(1)
+        self.failed = 0
+        self.hung = False
+        self.on = True
+
+    def next(self) -> str | None:
+        """What becomes of the next call."""
+        number = next(self.calls)
+        begin, length = self.outage
+        if not self.on or (number % self.every and not begin <= number < begin + length):
+            return None
+        self.failed += 1
+        return "refuse" if begin <= number < begin + length else self.random.choice(self.kinds)
+
+
+class Faulty:
+    """A client whose calls fail by a schedule: before they act, after, after a while, or with a file cut short."""
+
+    def __init__(self, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
+        self._client, self._schedule, self._folder = client, schedule, folder
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            fault = self._schedule.next()
+            if fault == "refuse":
+                raise MlflowException("API request failed with exception: connection refused")
+            if fault == "hang":
+                time.sleep(NEXT_HANG_SECONDS if self._schedule.hung else HANG_SECONDS)
+                self._schedule.hung = True
+                raise TimeoutError("timed out")
+            answer = method(*args, **kwargs)
+            if fault == "tear" and name == "log_artifacts":
+                self._tear(self._folder(args[0]))
+            elif fault in ("lose", "tear"):
+                raise ConnectionError("connection reset by peer")
+            return answer
+
+        return call
+
+    def _tear(self, folder: Path) -> None:
+        """One file is cut short, and nobody is told."""
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        file = self._schedule.random.choice(files)
+        file.write_bytes(file.read_bytes()[: self._schedule.random.randrange(file.stat().st_size)])
+
+
+class MemoryClient:
+    """What `pipelines.tracking` uses of an MlflowClient, kept in memory; only artifacts are files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.runs: dict[str, Any] = {}
+        self.models: dict[str, Any] = {}
+        self.lock = threading.RLock()
+
+    def folder(self, run_id: str) -> Path:
+        return self.root / run_id
+
+    def create_run(self, experiment_id: str, start_time: int | None = None, tags: dict[str, str] | None = None) -> Any:
+        run_id = uuid.uuid4().hex
+        info = SimpleNamespace(run_id=run_id, status="RUNNING", start_time=start_time)
+        data = SimpleNamespace(tags=dict(tags or {}), params={}, points={}, metrics={})
+        self.runs[run_id] = SimpleNamespace(info=info, data=data, inputs=None, outputs=None)
+        return self.runs[run_id]
+
+    def get_run(self, run_id: str) -> Any:
+        return self.runs[run_id]
+
+    def search_runs(self, experiment_ids: Sequence[str], condition: str, max_results: int = 1000) -> list[Any]:
+        def fits(run: Any) -> bool:
+            for part in condition.split(" and "):
+                field, operator, value = re.fullmatch(r"(\S+) (=|LIKE) '(.*)'", part).groups()  # type: ignore[union-attr]
+                name = field.removeprefix("tags.").strip("`")
+                found = run.info.status if field == "attributes.status" else run.data.tags.get(name)
+                if found is None or (operator == "=" and found != value):
+                    return False
+            return True
+
+        with self.lock:
+            return [run for run in self.runs.values() if fits(run)][:max_results]
+
+    def update_run(self, run_id: str, status: str) -> None:
+        self.runs[run_id].info.status = status
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.update_run(run_id, status)
+
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        self.runs[run_id].data.tags[key] = value
+
+    def log_batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Any = ()) -> None:
+        data = self.runs[run_id].data
+        for param in params:
+            assert data.params.setdefault(param.key, param.value) == param.value
+        data.tags |= {tag.key: tag.value for tag in tags}
+        for m in metrics:
+            data.points[m.key, m.timestamp, m.step, m.value] = m  # MLflow's identity of a point
+            data.metrics[m.key] = m.value
+
+    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
+        return [m for m in self.runs[run_id].data.points.values() if m.key == key]
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        shutil.copytree(local_dir, self.folder(run_id) / (artifact_path or ""), dirs_exist_ok=True)
+
+    def list_artifacts(self, run_id: str, path: str | None = None) -> list[Any]:
+        found = sorted((self.folder(run_id) / (path or "")).glob("*"))
+        return [SimpleNamespace(path=str(file.relative_to(self.folder(run_id)))) for file in found]
+
+    def download_artifacts(self, run_id: str, path: str, dst_path: str) -> str:
+        return str(shutil.copytree(self.folder(run_id) / path, Path(dst_path) / path, dirs_exist_ok=True))
+
+    def create_registered_model(self, name: str, tags: dict[str, str], description: str = "") -> Any:
+        with self.lock:
+            if name in self.models:
+                raise MlflowException("it exists", RESOURCE_ALREADY_EXISTS)
+            self.models[name] = SimpleNamespace(name=name, tags=dict(tags))
+            return self.models[name]
+
+    def get_registered_model(self, name: str) -> Any:
+        if name not in self.models:
+            raise MlflowException("there is none", RESOURCE_DOES_NOT_EXIST)
+        return self.models[name]
+
+    def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
+        self.get_registered_model(name).tags[key] = value
+
+    def search_registered_models(self, filter_string: str, max_results: int) -> list[Any]:
+        prefix = filter_string.removeprefix("name LIKE '").removesuffix("%'")
+        return [model for name, model in list(self.models.items()) if name.startswith(prefix)][:max_results]
+
+    def delete_registered_model(self, name: str) -> None:
+        with self.lock:
+            self.get_registered_model(name)
+            del self.models[name]
