@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from aecore.errors import TakenOverError
 from pipelines import tracking
@@ -274,11 +275,11 @@ def test_a_driver_that_comes_second_to_make_the_experiment_uses_it(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     first = connect(uri, "x")
-    look, seen = tracking.MlflowClient.get_experiment_by_name, []
+    look, seen = MlflowClient.get_experiment_by_name, []
 
     def blind(self: Any, name: str) -> Any:
         seen.append(name)
         return look(self, name) if len(seen) > 1 else None
 
-    monkeypatch.setattr(tracking.MlflowClient, "get_experiment_by_name", blind)
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", blind)
     assert connect(uri, "x") == first

@@ -47,9 +47,9 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_any_altered_or_missing_byte_is_noticed(tmp_path: Path) -> None:
-    save_weights(tmp_path, {"history": [1e-3, None], "name": "é", 3: {"a": float("inf")}}, {"a": np.arange(2.0)})
+    save_weights(tmp_path, {"history": [1e-3, None], "name": "é", "n": {"a": float("inf")}}, {"a": np.arange(2.0)})
     config, _ = load_weights(tmp_path)
-    assert config == {"history": [1e-3, None], "name": "é", "3": {"a": float("inf")}}
+    assert config == {"history": [1e-3, None], "name": "é", "n": {"a": float("inf")}}
     for file in sorted(tmp_path.iterdir()):
         raw = file.read_bytes()
         damaged = [raw[:length] for length in range(len(raw))] + [raw + b"\n", raw.replace(b"\n", b"\r\n") + b" "]
