@@ -19,13 +19,18 @@ HANG_SECONDS, NEXT_HANG_SECONDS = 0.05, 0.002
 
 
 class Schedule:
-    """Which calls fail, and how: by a seed, every n-th, and now and then several in a row."""
+    """Which calls fail, and how: by a seed, every n-th on average, and now and then several in a row.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        least, most: bounds of n.
+    """
+
+    def __init__(self, seed: int, least: int, most: int) -> None:
         self.random = random.Random(seed)
-        self.every = self.random.randint(2, 14)
+        self.every = self.random.randint(least, most)
+        self.next_one = self.random.randint(1, 2 * self.every)
         self.kinds = self.random.sample(["refuse", "lose", "hang", "tear"], self.random.randint(1, 4))
-        self.outage = self.random.randint(1, 60), self.random.choice([0, 0, 3, 30])  # from which call on, and how many
+        self.outage = self.random.randint(1, 60), self.random.choice([0, 0, 3, 12])  # from which call on, and how many
         self.calls = itertools.count(1)
         self.failed = 0
         self.hung = False
@@ -35,10 +40,16 @@ class Schedule:
         """What becomes of the next call."""
         number = next(self.calls)
         begin, length = self.outage
-        if not self.on or (number % self.every and not begin <= number < begin + length):
+        if not self.on:
             return None
+        if begin <= number < begin + length:
+            self.failed += 1
+            return "refuse"
+        if number < self.next_one:
+            return None
+        self.next_one = number + self.random.randint(1, 2 * self.every - 1)
         self.failed += 1
-        return "refuse" if begin <= number < begin + length else self.random.choice(self.kinds)
+        return self.random.choice(self.kinds)
 
 
 class Faulty:
