@@ -594,7 +594,8 @@ class _Recorder:
         self.ended.set()
         self.fresh.set()
         if self.thread is not None:
-            self.thread.join(_LOG_LAST_SECONDS)
+            interrupted = error[0] is not None and not issubclass(error[0], Exception)
+            self.thread.join(0.0 if interrupted else _LOG_LAST_SECONDS)
             self.points = list(self.points)  # should it still hang, what it logs too is the same point to MLflow
         if self.line:
             _say(self.line)

@@ -108,8 +108,9 @@ class Tracker(NamedTuple):
                 reason = " ".join(str(error).split())[:160]
                 left = began + self.patience - time.monotonic()
                 if left <= 0:
+                    waited = f"has not answered for {self.patience:g} s" if self.patience else "does not answer"
                     raise OutageError(
-                        f"MLflow at {_redacted(self.uri)} did not answer for {self.patience:g} s ({reason}); "
+                        f"MLflow at {_redacted(self.uri)} {waited} ({reason}); "
                         "the same command goes on from what is kept"
                     ) from error
             if not told:
@@ -544,9 +545,10 @@ class _Lease:
             if model.name == self.name:
                 continue
             owner, beat = model.tags.get("owner", ""), model.tags.get("beat", "")
-            if self.beats.get(model.name, ("", 0.0))[0] != beat:
-                self.beats[model.name] = beat, now
-            silent = now - self.beats[model.name][1] > _SILENT_SECONDS
+            last = self.beats.get(model.name)
+            if last is None or last[0] != beat:
+                last = self.beats[model.name] = beat, now
+            silent = now - last[1] > _SILENT_SECONDS
             forgotten = owner == _me() and model.name not in _held
             if silent or forgotten or _is_dead(owner):
                 self.tracker.wait_for(partial(_remove, self.tracker.direct, model.name))

@@ -247,7 +247,7 @@ def test_at_the_end_of_patience_the_place_is_told_and_nothing_is_trained_again(
     pipeline, tracker = Pipeline(0, tmp_path / "checkpoints", monkeypatch), Tracker("fake://", "0", patience=0.1)
     with pytest.raises(OutageError, match=r"^first is computed, and is kept in .*/checkpoints/\w+, but not") as error:
         pipeline.command(tracker)
-    assert "did not answer for 0.1 s (refused); the same command goes on" in str(error.value)
+    assert "has not answered for 0.1 s (refused); the same command goes on" in str(error.value)
     assert {run.info.status for run in memory.runs.values()} == {"FAILED"}
     down[0] = False
     pipeline.command(tracker)

@@ -225,6 +225,12 @@ def test_an_outage_is_no_silence(memory: MemoryClient, monkeypatch: pytest.Monke
     assert list(taker._others().values()) == ["elsewhere 1 1.0"]
 
 
+def test_a_lease_that_is_going_is_read_without_its_tags(memory: MemoryClient) -> None:
+    memory.create_registered_model("diabolo.lease.going.abc", {})
+    taker = tracking._Lease(Tracker("fake://", "0"), "going", "test")
+    assert taker._others() == {"diabolo.lease.going.abc": ""}
+
+
 def test_leases_that_this_process_has_forgotten_and_those_of_the_dead_are_removed(memory: MemoryClient) -> None:
     process = psutil.Process()
     lease(memory, "a", f"{socket.gethostname()} {process.pid} {process.create_time()}")
