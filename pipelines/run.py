@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, cast
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -41,6 +43,7 @@ LIVE_SECONDS = 30.0
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 _LOG_LAST_SECONDS = 5.0
 """How long the end of a stage waits for its last log."""
+_ADDRESS_SECONDS = 10.0
 _MOST_DEFAULT_CPUS = 8
 """Layers of usual size gain nothing from more threads."""
 
@@ -125,6 +128,7 @@ def compute(
         import ray
 
         start_ray()
+        check_reach(tracker.uri, resources.storage_path)
         read = [spec for stage in missing for s in (stage, *stage.parents()) if isinstance(spec := s.spec, LoadSpec)]
         streamed = any(spec.data.in_memory == "never" for spec in read)
         share = share_of(resources, streamed)._replace(study=study)
@@ -281,7 +285,11 @@ def open_store(create: bool = True, patience: float = 0.0) -> "Tracker | None":
 
 
 def start_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time."""
+    """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time.
+
+    Raises:
+        InputError: no cluster answers there.
+    """
     embedded = not os.environ.get("RAY_ADDRESS")
     if embedded:
         # the embedded cluster shares this environment; Ray would build each worker another one
@@ -296,11 +304,25 @@ def start_ray() -> None:
             {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
         )
         handler = signal.getsignal(signal.SIGTERM)
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         ray.init(logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
         if embedded:
             # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
             ray.remote(num_cpus=os.cpu_count() or 1)(_warm).remote()
+
+
+def _check_address(address: str) -> None:
+    """Whether anyone listens where a cluster is said to be: Ray itself would ask for minutes and then say little."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        if parts.port and parts.hostname:
+            socket.create_connection((parts.hostname, parts.port), timeout=_ADDRESS_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"RAY_ADDRESS: no answer from {address} ({error}); name HOST:PORT of a Ray head, or unset it for a Ray of "
+            "this job's own"
+        ) from error
 
 
 def _warm() -> None:

@@ -98,7 +98,7 @@ def test_a_submitted_job_runs_on_both_nodes_with_the_bits_of_one_process(world: 
 
 
 def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
-    job = ["jobs.train", "--pretrain.epochs", "1500", "--finetune", "null", "--network.widths", "[24,12]"]
+    job = ["jobs.train", "--pretrain.epochs", "500", "--finetune", "null", "--network.widths", "[24,12]"]
     client = JobSubmissionClient(world.nodes.dashboard, headers={"Authorization": f"Bearer {world.nodes.token}"})
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.submit", "--name", "stopped", "--", *job], cwd=ROOT, env=world.env, text=True,
@@ -109,7 +109,7 @@ def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
 
     def kept() -> bool:
         runs = tracker._search("tags.`mlflow.runName` = 'layer 1' and tags.attempts = '1'", 10)
-        return any(r.info.status == "FINISHED" and r.data.params["fit.epochs"] == "1500" for r in runs)
+        return any(r.info.status == "FINISHED" and r.data.params["fit.epochs"] == "500" for r in runs)
 
     while not kept():
         assert process.poll() is None and time.monotonic() < deadline
