@@ -29,9 +29,9 @@ class Train(Experiment):
     resources: Resources = Resources()
     plan: CliImplicitFlag[bool] = False
     """Print the stages, which are finished and which would run, and stop."""
-    figures: Path | None = None
+    figures: cli.Folder | None = None
     """Also write the figures into this folder."""
-    register_as: Annotated[str | None, Field(alias="register")] = None
+    register_as: Annotated[str | None, Field(alias="register", pattern=cli.NAME)] = None
     """Register the finetuned model under this name."""
 
     @property
@@ -50,7 +50,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     stages = graph.kept()
     key = fingerprint("train", [stage.key for stage in stages])
 
-    tracker = open_store(create=not settings.plan)
+    tracker = open_store(settings.resources, create=not settings.plan)
     if settings.plan:
         for stage in stages:
             found = tracker.find(stage.key) if tracker else None

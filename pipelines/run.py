@@ -103,6 +103,7 @@ def compute(
     if missing:
         import ray
 
+        refuse_what_is_not_here(resources)
         start_ray()
         share = share_of(resources)._replace(study=study)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
@@ -220,7 +221,7 @@ class Share(NamedTuple):
     """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
 
 
-def open_store(create: bool = True) -> "Tracker | None":
+def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
     """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
     and makes its tables.
 
@@ -228,9 +229,10 @@ def open_store(create: bool = True) -> "Tracker | None":
         None where there is no store yet and `create` is false.
 
     Raises:
-        InputError: the store cannot be reached.
+        InputError: the store cannot be reached, or Ray is about to start without what `resources` ask for.
     """
     if create and store_is_empty():
+        refuse_what_is_not_here(resources)
         start_ray()
     from pipelines.tracking import connect
 
@@ -276,13 +278,30 @@ def _nodes() -> list[dict[str, float]]:
     return [{"CPU": 0, **node} for node in max(up, may, key=len)]
 
 
-def share_of(resources: Resources) -> Share:
-    """What each stage gets of the cluster that Ray is connected to.
+def refuse_what_is_not_here(resources: Resources) -> None:
+    """Where Ray would be an embedded one, raise what `share_of` would once it had started."""
+    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        return
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpus = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        gpus = 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len(list(filter(None, visible.split(",")))))
+    share_of(resources, [{"CPU": os.cpu_count() or 1, "GPU": gpus}])
+
+
+def share_of(resources: Resources, nodes: list[dict[str, float]] | None = None) -> Share:
+    """What each stage gets of the cluster that Ray is connected to, or of these nodes.
 
     Raises:
         InputError: no node has what was asked for.
     """
-    nodes = _nodes()
+    nodes = nodes or _nodes()
     gpus = resources.gpus if resources.gpus is not None else min(1.0, max(node.get("GPU", 0) for node in nodes))
     fitting = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1]
     if not fitting:
