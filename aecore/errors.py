@@ -1,5 +1,6 @@
 """The two ways a run can end badly through no fault of the machine."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -7,7 +8,7 @@ class InputError(ValueError):
     """Bad configuration or bad data. The message is one line: what, where, and how to mend it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(public(message)))
 
 
 class DivergenceError(ArithmeticError):
@@ -20,9 +21,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def public(text: str) -> str:
+    """`text` without what an address in it may hold of secrets: user, password and query."""
+    return re.sub(r"(://[^\s?]*\?)[^\s'\"]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
+
+
 def shown(value: object, most: int = 80) -> str:
     """`value` as it is written in code, cut where it is longer than `most` characters."""
-    text = repr(value)
+    text = public(repr(value))
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

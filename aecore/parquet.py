@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from aecore.config import Data
-from aecore.errors import InputError, several, shown
+from aecore.errors import InputError, public, several, shown
 from aecore.specs import Facts, resolve_likelihood
 
 _LABELS = ("label", "labels", "target", "class", "y")
@@ -26,6 +26,7 @@ _MODES = {1: "L", 3: "RGB"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What Pillow may take encoded bytes for; some of the others start programs."""
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+_ALTERED = "{} is damaged, or was changed while the job ran; write it again or start again"
 _MOST_BYTES, _MOST_ROWS = 2**31, 2**22
 """Largest local set, as arrays, whose values are checked before a job starts: some seconds."""
 _DECODING = 16
@@ -81,7 +82,10 @@ def inspect(data: Data) -> Facts:
     if not rows:
         raise InputError(f"data.path: {data.path} has no rows; write some")
     columns = source.columns
-    file, row, head = next(_tables(source, columns.features, 1))
+    first = next(_tables(source, columns.features, 1), None)
+    if first is None:
+        raise InputError(f"data.path: {_ALTERED.format(data.path)}")
+    file, row, head = first
     x = _features(file, head, columns, row)
     if not x.size or x.ndim > 4:
         raise InputError(
@@ -168,6 +172,7 @@ def _parts(data: Data, facts: Facts) -> Iterator[Rows]:
     beyond = f"{kind} needs values in [0, 1]; rescale them or set --data.likelihood gaussian"
     wanted = [*columns.features, *filter(None, (columns.labels, columns.split))]
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // (4 * prod(facts.shape))))
+    count = 0
     for file, row, table in _tables(source, wanted, size):
         x = _features(file, table, columns, row, _MODES.get(facts.shape[0]))
         if x.shape[1:] != facts.shape:
@@ -181,11 +186,14 @@ def _parts(data: Data, facts: Facts) -> Iterator[Rows]:
             values, indices = _labels(file, table, columns.labels, row)
             numbers = [number.get(str(value), -1) for value in values]
             if -1 in numbers:
-                raise InputError(f"data.path: {file} was changed while the job ran; start it again")
+                raise InputError(f"data.path: {_ALTERED.format(file)}")
             y = np.array(numbers, np.int64)[indices]
         if columns.split:
             marks = _marks(file, table, row)
+        count += len(x)
         yield Rows(x, y, marks)
+    if count != facts.rows:
+        raise InputError(f"data.path: {_ALTERED.format(data.path)}")
 
 
 def _refuse(bad: np.ndarray, wrong: str, file: str, columns: Columns, row: int) -> None:
@@ -474,4 +482,4 @@ def _type(kind: pa.DataType) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+    return public(" ".join(str(error).split()))[:120]

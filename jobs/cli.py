@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from aecore.config import overlay
-from aecore.errors import InputError, printable, several, shown
+from aecore.errors import InputError, printable, public, several, shown
 
 ENVIRONMENT = "DIABOLO__"
 """`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
@@ -29,6 +29,13 @@ NAME = r"^\w[\w .-]*$"
 """What MLflow takes for a registered model's name, and a filter can quote."""
 
 S = TypeVar("S", bound=BaseModel)
+
+
+def without_secrets(config: Any) -> Any:
+    """A configuration as it may be kept: addresses in it without passwords and the like."""
+    if isinstance(config, dict):
+        return {key: without_secrets(value) for key, value in config.items()}
+    return public(config) if isinstance(config, str) else config
 
 
 def _is_no_file(path: Path) -> Path:
@@ -101,7 +108,7 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         last, report, code = "interrupted", {"status": "killed"}, 130
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
-        text = printable(" ".join(str(cause).split()))
+        text = printable(public(" ".join(str(cause).split())))
         if isinstance(cause, InputError):
             last, report, code = f"error: {text}", None, 2
         else:
@@ -130,7 +137,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(printable(f"warning: {' '.join(str(message).split())}"))
+    say(printable(public(f"warning: {' '.join(str(message).split())}")))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     with tracker.job_run(
         "compare", key, tags, study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
     ) as run_id:
-        tracker.client.log_dict(run_id, settings.model_dump(mode="json"), "study.json")
+        tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
         trials = ended.trials

@@ -63,7 +63,8 @@ def train(settings: Train) -> dict[str, Any] | None:
     where = {name: config["data"].pop(name) for name in ("root", "path")}
     with tracker.job_run("train", key, tags, config) as run_id:
         resources = settings.resources.model_dump(mode="json")
-        tracker.client.log_dict(run_id, {**config, "where": where, "resources": resources}, "experiment.json")
+        kept = cli.without_secrets({**config, "where": where, "resources": resources})
+        tracker.client.log_dict(run_id, kept, "experiment.json")
         tracker.log_data(run_id, experiment.data.name, facts)
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
         metrics = dict(outcomes["evaluate"].metrics)

@@ -17,7 +17,7 @@ from pipelines.tracking import Tracker, connect
 settings.register_profile(
     "suite", max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-settings.register_profile("long", settings.get_profile("suite"), max_examples=3000, derandomize=False)
+settings.register_profile("long", settings.get_profile("suite"), max_examples=1500, derandomize=False)
 settings.load_profile("suite")
 
 

@@ -110,6 +110,10 @@ TABLE: dict[str, Row] = {
     "address": settings(
         "data.path: cannot open nowhere://x ... check the address", "--data.name parquet --data.path nowhere://x"
     ),
+    "secrets in an address": settings(
+        "data.path: cannot open nowhere://***@x?*** (",
+        "--data.name parquet --data.path nowhere://me:secret@x?token=abc",
+    ),
     "line end in a path": Row(r"data.path: a\nb does not exist", "--data.name parquet --data.path a\nb"),
     # the columns
     "no images": rows(
@@ -471,7 +475,7 @@ def test_bad_input_is_told_in_one_line_before_ray_starts(
         run(parse(model, "test", args))
     line = str(error.value)
     assert says(line, row), line
-    assert line.isprintable() and len(line) < 500
+    assert line.isprintable() and len(line) < 500 and "secret" not in line and "token" not in line
     assert sorted(tmp_path.iterdir()) == before
 
 
