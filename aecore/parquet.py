@@ -101,7 +101,7 @@ def inspect(data: Data) -> Facts:
         if len(classes) < 2:
             raise InputError(f"column {columns.labels}: one class only ({classes[0]}); use --data.labels null")
     levels = 256 if x.dtype == np.uint8 else 0
-    digest.update(f"{columns.features} {columns.labels} {columns.split}".encode(errors="surrogatepass"))
+    digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
     return Facts(digest=digest.hexdigest(), shape=x.shape[1:], levels=levels, classes=classes, rows=rows)
 
 
@@ -135,7 +135,7 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     for part in _parts(data, facts):
         low, high = np.minimum(low, part.x.min(0)), np.maximum(high, part.x.max(0))
         hashes.append(np.array([hash(row.tobytes()) for row in part.x]))
-        bare.append(part._replace(x=part.x[:0]))
+        bare.append(part._replace(x=np.empty(0)))
     constant = _constant(low, high, facts.rows)
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
         names = source.columns.features
@@ -295,7 +295,9 @@ def _files(data: Data) -> tuple[pafs.FileSystem, list[str]]:
 
 def _open(filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
     try:
-        opened = pq.ParquetFile(file, filesystem=filesystem)
+        # buffers read ahead are kept to the end; only from far away they are worth it
+        far = not isinstance(filesystem, pafs.LocalFileSystem)
+        opened = pq.ParquetFile(file, filesystem=filesystem, pre_buffer=far)
         _ = opened.schema_arrow.names  # these are read as late as they are asked for
         return opened
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
