@@ -97,6 +97,8 @@ def inspect(data: Data) -> Facts:
         values: set[Any] = set()
         for file, row, table in _tables(source, [columns.labels], 1 << 16):
             values.update(_labels(file, table, columns.labels, row)[0])
+        if not values:
+            raise InputError(f"data.path: {_ALTERED.format(data.path)}")
         classes = tuple(str(value) for value in sorted(values))
         if len(classes) < 2:
             raise InputError(f"column {columns.labels}: one class only ({classes[0]}); use --data.labels null")
