@@ -21,6 +21,7 @@ from aecore.figures import (
     RED,
     SKY,
     bare,
+    legible,
     png,
     show,
     titled,
@@ -311,7 +312,7 @@ def codes_maps(trials: Sequence[Seen], classes: Sequence[str]) -> bytes | None:
         if known is None:
             axes.scatter(plane[:, 0], plane[:, 1], s=3, color=looks(trials)[row].colour, linewidths=0)
             continue
-        for number, name in enumerate(classes):
+        for number, name in enumerate(map(legible, classes)):
             points, colour = plane[known == number], CLASS_COLOURS[number % len(CLASS_COLOURS)]
             axes.scatter(points[:, 0], points[:, 1], s=3, color=colour, linewidths=0)
             if len(points):

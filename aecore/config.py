@@ -59,7 +59,7 @@ class Data(Frozen):
     def _path_belongs_to_parquet(self) -> Self:
         if self.name == "parquet" and not self.path:
             raise ValueError("data.path is missing: name a Parquet file, folder or URI")
-        if self.name != "parquet" and self.path:
+        if self.name != "parquet" and self.path is not None:
             raise ValueError(f"data.path belongs to data.name parquet, not {self.name}: add --data.name parquet")
         if self.name != "parquet" and self.in_memory == "never":
             raise ValueError(f"data.in_memory: never needs data.name parquet, {self.name} is held in memory; use auto")

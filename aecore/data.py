@@ -1,10 +1,11 @@
 """Data sets: named ones and your own Parquet, to arrays in three splits.
 
-`inspect` runs on the driver: a streamed pass that learns the digest, the shape and the classes and keeps nothing.
-`load` runs in a task: it reads the rows once, leaves uint8 as uint8, and splits them.
+`inspect` runs on the driver: streamed passes that learn the digest, the shape and the classes, check the values, and
+keep nothing. `load` runs in a task: it reads the rows once, leaves uint8 as uint8, and splits them.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,14 @@ import numpy as np
 from aecore import parquet
 from aecore.config import Data
 from aecore.errors import InputError
-from aecore.specs import Facts, resolve_likelihood, resolve_standardize
+from aecore.specs import Facts, resolve_standardize
 
 _SPLIT_SEED = 0
 """Splits belong to the data, not to the experiment: every seed and every variant sees the same ones."""
+
+
+_LEAST = float(np.finfo(np.float32).tiny)
+"""Spread of a feature whose reciprocal float32 still holds."""
 
 
 class Split(NamedTuple):
@@ -48,7 +53,8 @@ class _Torchvision(NamedTuple):
     files: tuple[str, ...]
     shape: tuple[int, ...]
     classes: tuple[str, ...]
-    rows: int
+    rows: tuple[int, int]
+    """Of training and of test."""
 
 
 def _idx(folder: str, stems: Iterable[str]) -> tuple[str, ...]:
@@ -61,25 +67,27 @@ _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt"
 _KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 _OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SETS = {
-    "mnist": _Torchvision("MNIST", _idx("MNIST", ("train", "t10k")), _GREY, _DIGITS, 70_000),
-    "fashion_mnist": _Torchvision("FashionMNIST", _idx("FashionMNIST", ("train", "t10k")), _GREY, _CLOTHES, 70_000),
-    "kmnist": _Torchvision("KMNIST", _idx("KMNIST", ("train", "t10k")), _GREY, _KANA, 70_000),
+    "mnist": _Torchvision("MNIST", _idx("MNIST", ("train", "t10k")), _GREY, _DIGITS, (60_000, 10_000)),
+    "fashion_mnist": _Torchvision(
+        "FashionMNIST", _idx("FashionMNIST", ("train", "t10k")), _GREY, _CLOTHES, (60_000, 10_000)
+    ),
+    "kmnist": _Torchvision("KMNIST", _idx("KMNIST", ("train", "t10k")), _GREY, _KANA, (60_000, 10_000)),
     # the balanced split: digits and letters, those whose two cases look alike merged (Cohen et al. 2017)
     "emnist": _Torchvision(
         "EMNIST",
         _idx("EMNIST", ("emnist-balanced-train", "emnist-balanced-test")),
         _GREY,
         tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"),
-        131_600,
+        (112_800, 18_800),
     ),
     "cifar10": _Torchvision(
         "CIFAR10",
         tuple(f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")),
         (3, 32, 32),
         _OBJECTS,
-        60_000,
+        (50_000, 10_000),
     ),
-    "svhn": _Torchvision("SVHN", ("train_32x32.mat", "test_32x32.mat"), (3, 32, 32), _DIGITS, 99_289),
+    "svhn": _Torchvision("SVHN", ("train_32x32.mat", "test_32x32.mat"), (3, 32, 32), _DIGITS, (73_257, 26_032)),
 }
 
 
@@ -87,8 +95,9 @@ def inspect(data: Data) -> Facts:
     """Digest, shape and classes of a data set, downloading it first where that is needed.
 
     Raises:
-        InputError: the data are missing, unreadable, or not of the form that the README describes.
+        InputError: the data are missing, unreadable, not of the form that the README describes, or cannot be split.
     """
+    y = marks = hashes = None
     if data.name == "parquet":
         facts = parquet.inspect(data)
     elif data.name == "digits":
@@ -98,12 +107,25 @@ def inspect(data: Data) -> Facts:
         files = [data.root / name for name in named.files]
         if not all(file.is_file() for file in files):
             _download(data, named)
-        facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=named.rows)
+        facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=sum(named.rows))
+        marks = np.repeat(["train", "test"], named.rows)
     if data.labels is None:
         facts = facts.model_copy(update={"classes": ()})
     for field, size in (("validation", data.validation), ("test", data.test)):
         if size >= facts.rows:
             raise InputError(f"data.{field}: {size:g} rows asked for, the data have {facts.rows}; ask for fewer")
+    if data.name == "parquet":
+        found = parquet.survey(data, facts)
+        if found is None:
+            return facts
+        hashes, y, marks = found
+    train, _, test = _split(data, facts, y, marks, facts.rows)
+    if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
+        warnings.warn(
+            f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so that the test rewards "
+            "memory too; drop the copies",
+            stacklevel=2,
+        )
     return facts
 
 
@@ -124,24 +146,10 @@ def load(data: Data, facts: Facts) -> Arrays:
         x, y, marks = _load_torchvision(data, _SETS[data.name])
     if data.labels is None:
         y = None
-    check_range(data, facts, x)
     train, validation, test = (
-        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, y, marks, len(x))
+        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, facts, y, marks, len(x))
     )
     return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
-
-
-def check_range(data: Data, facts: Facts, x: np.ndarray) -> None:
-    """Whether the likelihood can hold of the rows x.
-
-    Raises:
-        InputError: it needs values in [0, 1] and these are not.
-    """
-    if resolve_likelihood(data, facts) != "gaussian" and not facts.levels and not (x.min() >= 0 and x.max() <= 1):
-        raise InputError(
-            f"data.likelihood: bernoulli needs values in [0, 1], these reach from {x.min():g} to {x.max():g}; "
-            "rescale them or set --data.likelihood gaussian"
-        )
 
 
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,16 +166,19 @@ def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.
         mean, count = mean + apart * len(values) / total, total
     spread = np.sqrt(squares / count)
     # a constant feature carries nothing: left at zero instead of divided by zero
-    return mean.astype(np.float32), (1 / np.where(spread > 0, spread, 1)).astype(np.float32)
+    return mean.astype(np.float32), (1 / np.where(spread > _LEAST, spread, 1)).astype(np.float32)
 
 
 def _split(
-    data: Data, y: np.ndarray | None, marks: np.ndarray | None, rows: int
+    data: Data, facts: Facts, y: np.ndarray | None, marks: np.ndarray | None, rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers of train, validation and test.
 
     Args:
         marks: what the data say of each row ("train", "validation", "test"), or None.
+
+    Raises:
+        InputError: a split would be empty, or training would have fewer rows than there are classes.
     """
     everything = np.arange(rows)
     if marks is None:
@@ -184,6 +195,12 @@ def _split(
         train, validation = cut(train, y, data.validation, "data.validation")
     if data.limit is not None and data.limit < len(train):
         _, train = cut(train, y, data.limit, "data.limit")
+    if len(train) < max(2, len(facts.classes)):
+        raise InputError(
+            f"data: of {rows} rows {len(train)} are left to train on, fewer than "
+            f"{f'the {len(facts.classes)} classes' if facts.classes else 'two'}; bring more, or cut off fewer "
+            f"(data.test, data.validation, data.limit){', or --data.labels null' if facts.classes else ''}"
+        )
     return train, validation, test
 
 

@@ -11,11 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from aecore.errors import printable
+
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, "#B8A900", "#8C8C8C", "#6A3D9A")
 """Okabe & Ito's, its yellow darkened to be seen on white, with a grey and a violet to make ten."""
+_MOST_LETTERS = 24
+"""Of a class's name."""
 
 
 def png(figure: Figure) -> bytes:
@@ -36,6 +40,12 @@ def show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
     if limit is not None:
         picture = picture / (2 * limit) + 0.5
     axes.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def legible(name: str) -> str:
+    """A class's name, which comes from the data, as text of a figure: one short line, no part of it mathematics."""
+    text = printable(name)
+    return (text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…").replace("$", r"\$")
 
 
 def bare(axes: Axes) -> None:
@@ -157,7 +167,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
         axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, linewidths=0)
     else:
         labels = labels[: len(codes)]
-        for number, name in enumerate(classes):
+        for number, name in enumerate(map(legible, classes)):
             own = points[labels == number]
             if not len(own):
                 continue
@@ -218,6 +228,7 @@ def activations(codes: np.ndarray, most: int = 200) -> bytes:
 
 def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
     """Counts of (true, predicted) pairs."""
+    classes = [legible(name) for name in classes]
     wrong = table - np.diag(np.diag(table))
     title = f"{np.trace(table) / table.sum():.2%} of {table.sum()} test rows right"
     if wrong.sum():

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """Base of every config: immutable, no unknown keys, the docstring under a field is its `--help`."""
+    """Base of every config: immutable, no unknown keys, finite numbers, the docstring under a field is its `--help`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Unhashed:

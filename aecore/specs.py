@@ -12,6 +12,8 @@ from aecore.errors import InputError
 from aecore.fingerprint import Frozen
 from aecore.variants import Variant
 
+_MOST_WEIGHTS = 2**33
+"""Of a layer: with their gradients and Adam's two means, more than any device holds."""
 REVISION = 1
 """Part of every stage's key: raise it when a change in this package alters what a stage returns."""
 
@@ -233,6 +235,11 @@ def layer_specs(
         code_shape: Shape = (width,)
         if kind == "conv":
             assert isinstance(network, Conv)
+            if network.stride > max(network.kernel, *shape[1:]):
+                raise InputError(
+                    f"network.stride: {network.stride} leaps over the {shape[1]} x {shape[2]} input of layer "
+                    f"{number}; use a smaller one"
+                )
             if network.kernel > min(shape[1:]):
                 raise InputError(
                     f"network.kernel: {network.kernel} is larger than the {shape[1]} x {shape[2]} input of layer "
@@ -242,6 +249,13 @@ def layer_specs(
             sides = [(side + 2 * padding - network.kernel) // network.stride + 1 for side in shape[1:]]
             code_shape = (width, *sides)
             conv = {"kernel": network.kernel, "stride": network.stride, "padding": padding}
+        levels = facts.levels if likelihood == "categorical" and not specs else 0
+        weights = width * max(1, levels) * (shape[0] * conv["kernel"] ** 2 if conv else prod(shape))
+        if weights > _MOST_WEIGHTS:
+            raise InputError(
+                f"network.{'widths' if number <= len(network.widths) else 'dense'}: {width} units make {weights:.1e} "
+                f"weights of layer {number}, more than any device holds; use fewer"
+            )
         specs.append(
             LayerSpec(
                 kind=kind,
@@ -251,7 +265,7 @@ def layer_specs(
                 # codes of a sigmoid layer lie in (0, 1) and are fitted by cross-entropy (Vincent et al. 2010, sec. 2)
                 likelihood=likelihood if not specs else "bernoulli" if below == "sigmoid" else "gaussian",
                 out_activation="linear" if below == "sigmoid" else below,
-                levels=facts.levels if likelihood == "categorical" and not specs else 0,
+                levels=levels,
                 dropout=network.dropout,
                 normalization=network.normalization,
                 tied=network.tied,

@@ -13,7 +13,7 @@ import numpy as np
 
 from aecore import parquet
 from aecore.config import Data
-from aecore.data import Arrays, Split, check_range, scaling
+from aecore.data import Arrays, Split, scaling
 from aecore.errors import InputError
 from aecore.parquet import Piece
 from aecore.specs import Facts
@@ -181,7 +181,6 @@ def _placed(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[
     """The rows of a piece, some megabytes at a time, and the number of each one's split."""
     first = piece.first
     for x, y, marks in parquet.read(data, facts, piece):
-        check_range(data, facts, x)
         yield Split(x, y), _place(shares, first, len(x), marks)
         first += len(x)
 

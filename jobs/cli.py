@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -11,21 +12,41 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from aecore.config import overlay
-from aecore.errors import InputError, OutageError, TakenOverError
+from aecore.errors import InputError, OutageError, TakenOverError, printable, public, several, shown
 from pipelines.stage import submission_id
 
 ENVIRONMENT = "DIABOLO__"
 """`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
 
+NAME = r"^\w[\w .-]*$"
+"""What MLflow takes for a registered model's name, and a filter can quote."""
+
 S = TypeVar("S", bound=BaseModel)
+
+
+def without_secrets(config: Any) -> Any:
+    """A configuration as it may be kept: addresses in it without passwords and the like."""
+    if isinstance(config, dict):
+        return {key: without_secrets(value) for key, value in config.items()}
+    return public(config) if isinstance(config, str) else config
+
+
+def _is_no_file(path: Path) -> Path:
+    if found := next((p for p in (path, *path.parents) if p.is_file()), None):
+        raise ValueError(f"figures: {found} is a file; name a folder")
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_is_no_file)]
+"""Where files are written; made where it is missing."""
 
 
 class _Sources(BaseSettings):
@@ -88,7 +109,7 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         last, report, code = "interrupted", {"status": "killed"}, 130
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
-        text = " ".join(str(cause).split())
+        text = printable(public(" ".join(str(cause).split())))
         if isinstance(cause, InputError):
             last, report, code = f"error: {text}", None, 2
         elif isinstance(cause, OutageError | TakenOverError):
@@ -119,7 +140,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {message}")
+    say(printable(public(f"warning: {' '.join(str(message).split())}")))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -127,7 +148,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"recipe {path}: {error.strerror}; name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such day
         raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())}); mend it") from None
     if not isinstance(recipe, dict | None):
         raise InputError(f"recipe {path}: holds a {type(recipe).__name__}; write `field: value` lines")
@@ -156,7 +177,7 @@ def _nearest(settings: type[BaseModel], path: str) -> str:
             rest = path.split(".")[len(good) + 1 :]
             if match:
                 return f"the nearest is {'.'.join([*good, match[0], *rest])}"
-            return f"there are {', '.join('.'.join([*good, name]) for name in fields)}"
+            return f"there are {several(['.'.join([*good, name]) for name in fields])}"
         good.append(part)
     return "see --help"
 
@@ -166,12 +187,19 @@ def _option_error(settings: type[BaseModel], text: str) -> str:
     if text.startswith("unrecognized arguments: --"):
         option = text.split()[2].removeprefix("--").split("=")[0]
         return f"--{option}: unknown option; {_nearest(settings, option)}"
+    if found := re.match('error parsing value for field "(.*)" from source "(Cli|Env)', text):
+        name = f"--{found[1]}" if found[2] == "Cli" else f"{ENVIRONMENT}{found[1].upper()}"
+        return f"{name}: not a value for all of it; set its fields one by one, or write it as JSON"
     return f"{text}; see --help"
 
 
 def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
     """One line of pydantic's first error: path, what is wrong, what was given."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # of what a union's members say, our own words say more than their types
+    first = next(
+        (e for e in errors if e["type"] == "value_error" and e["loc"][:-1] == errors[0]["loc"][:-1]), errors[0]
+    )
     parts: list[str] = []
     models: list[type[BaseModel]] = [settings]
     for part in map(str, first["loc"]):
@@ -191,7 +219,7 @@ def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, got {shown(first['input'])}"
 
 
 def _kinds(model: type[BaseModel]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 Variants x settings x seeds, measured alike: parallel trials on Ray Tune, one tree in MLflow, a report with verdicts.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
 from aecore.data import inspect
+from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
 from pipelines.run import Resources, open_store
@@ -34,7 +36,7 @@ class Compare(Study):
     resources: Resources = Resources()
     plan: CliImplicitFlag[bool] = False
     """Print the trials, which are finished and which would run, and stop."""
-    figures: Path | None = None
+    figures: cli.Folder | None = None
     """Also write the report and its figures into this folder."""
 
     @property
@@ -46,11 +48,13 @@ class Compare(Study):
 def compare(settings: Compare) -> dict[str, Any] | None:
     """Run the study; the report for the last line of stdout, None for a plan."""
     study = settings.study
+    if settings.resources.workers > 1:
+        raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
     facts = inspect(study.base.data)
     members = expand(study, facts, settings.resources.numerics)
     # one run a study: more seeds or another row are added to it
     key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
-    tracker = open_store(create=not settings.plan, patience=settings.resources.mlflow_patience)
+    tracker = open_store(settings.resources, create=not settings.plan)
     if settings.plan:
         common = {stage.key for stage in shared(members)}
         for m in members:
@@ -68,7 +72,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     with tracker.job_run(
         "compare", key, tags, study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
     ) as run_id:
-        tracker.client.log_dict(run_id, settings.model_dump(mode="json"), "study.json")
+        tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
         trials = ended.trials
@@ -80,9 +84,11 @@ def compare(settings: Compare) -> dict[str, Any] | None:
             "budget": f"{study.budget.epochs} passes over the training rows per trial",
         }
         with tempfile.TemporaryDirectory() as temporary:
-            folder = settings.figures or Path(temporary)
-            written = report.write(trials, study.name, described, facts.classes, folder, study.choose_metric)
-            tracker.log_folder(run_id, folder, "report")
+            written = report.write(trials, study.name, described, facts.classes, Path(temporary), study.choose_metric)
+            # not from the user's folder: whatever else lies there is no artifact
+            tracker.log_folder(run_id, Path(temporary), "report")
+            if settings.figures:
+                shutil.copytree(temporary, settings.figures, dirs_exist_ok=True)
         metrics = {f"{row}/{name}": value for name, means in written.means.items() for row, value in means.items()}
         tracker.log_summary(run_id, metrics, {})
     if settings.figures:
@@ -107,7 +113,7 @@ def _print_table(written: "Report") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=110)
+    console = Console(width=110, markup=False)  # rows are called as the study says
     shown = [
         name
         for name in ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
@@ -118,7 +124,7 @@ def _print_table(written: "Report") -> None:
         table.add_row(row, *(f"{written.means[name].get(row, float('nan')):.4f}" for name in shown))
     console.print(table)
     for name, verdict in written.verdicts.items():
-        console.print(f"{name}: {verdict}", highlight=False, markup=False)
+        console.print(f"{name}: {verdict}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ class Train(Experiment):
     resources: Resources = Resources()
     plan: CliImplicitFlag[bool] = False
     """Print the stages, which are finished and which would run, and stop."""
-    figures: Path | None = None
+    figures: cli.Folder | None = None
     """Also write the figures into this folder."""
-    register_as: Annotated[str | None, Field(alias="register")] = None
+    register_as: Annotated[str | None, Field(alias="register", pattern=cli.NAME)] = None
     """Register the finetuned model under this name."""
 
     @property
@@ -50,7 +50,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     stages = graph.kept()
     key = fingerprint("train", [stage.key for stage in stages])
 
-    tracker = open_store(create=not settings.plan, patience=settings.resources.mlflow_patience)
+    tracker = open_store(settings.resources, create=not settings.plan)
     if settings.plan:
         kept = "read from disk each epoch" if graph.experiment.data.in_memory == "never" else "held in memory"
         print(f"{'data':18} {facts.rows:,} rows of {facts.shape}, {kept} (data.in_memory {experiment.data.in_memory})")
@@ -65,7 +65,8 @@ def train(settings: Train) -> dict[str, Any] | None:
     where = {name: config["data"].pop(name) for name in ("root", "path")}
     with tracker.job_run("train", key, tags, config) as run_id:
         resources = settings.resources.model_dump(mode="json")
-        tracker.client.log_dict(run_id, {**config, "where": where, "resources": resources}, "experiment.json")
+        kept = cli.without_secrets({**config, "where": where, "resources": resources})
+        tracker.client.log_dict(run_id, kept, "experiment.json")
         tracker.log_data(run_id, experiment.data.name, facts)
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
         metrics = dict(outcomes["evaluate"].metrics)

@@ -127,6 +127,7 @@ def compute(
     if missing:
         import ray
 
+        refuse_what_is_not_here(resources)
         start_ray()
         check_reach(tracker.uri, resources.storage_path)
         read = [spec for stage in missing for s in (stage, *stage.parents()) if isinstance(spec := s.spec, LoadSpec)]
@@ -257,18 +258,16 @@ class Share(NamedTuple):
     """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
 
 
-def open_store(create: bool = True, patience: float = 0.0) -> "Tracker | None":
+def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
     """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
     and makes its tables.
-
-    Args:
-        patience: seconds for which an MLflow that does not answer is waited for, once it has answered.
 
     Returns:
         None where there is no store yet and `create` is false.
 
     Raises:
-        InputError: the store cannot be reached, or lies in a folder that is thrown away.
+        InputError: the store cannot be reached, or lies in a folder that is thrown away; or Ray is about to start
+            without what `resources` ask for.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if submission_id() and (not uri or (uri.startswith("sqlite:") and not uri.startswith("sqlite:////"))):
@@ -277,11 +276,12 @@ def open_store(create: bool = True, patience: float = 0.0) -> "Tracker | None":
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
     if create and store_is_empty():
+        refuse_what_is_not_here(resources)
         start_ray()
     from pipelines.tracking import connect
 
     tracker = connect(create=create)
-    return tracker and tracker._replace(patience=patience)
+    return tracker and tracker._replace(patience=resources.mlflow_patience)
 
 
 def start_ray() -> None:
@@ -381,8 +381,25 @@ def check_reach(store: str, storage_path: str | None) -> None:
         )
 
 
-def share_of(resources: Resources, streamed: bool = False) -> Share:
-    """What each stage gets of the cluster that Ray is connected to.
+def refuse_what_is_not_here(resources: Resources) -> None:
+    """Where Ray would be an embedded one, raise what `share_of` would once it had started."""
+    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        return
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpus = pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        gpus = 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len(list(filter(None, visible.split(",")))))
+    share_of(resources, nodes=[{"CPU": os.cpu_count() or 1, "GPU": gpus}])
+
+
+def share_of(resources: Resources, streamed: bool = False, nodes: list[dict[str, float]] | None = None) -> Share:
+    """What each stage gets of the cluster that Ray is connected to, or of these nodes.
 
     Args:
         streamed: a CPU is left, where there is more than one, for those who read the data.
@@ -390,7 +407,7 @@ def share_of(resources: Resources, streamed: bool = False) -> Share:
     Raises:
         InputError: no node has what was asked for.
     """
-    nodes = _nodes()
+    nodes = nodes or _nodes()
     gpus = resources.gpus if resources.gpus is not None else min(1.0, max(node.get("GPU", 0) for node in nodes))
     fitting = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1]
     if not fitting:

@@ -5,6 +5,7 @@ from math import prod
 from typing import NamedTuple
 
 from aecore.config import Experiment, Fit
+from aecore.errors import InputError
 from aecore.specs import (
     EvaluateSpec,
     Facts,
@@ -53,6 +54,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     code_activation = variant.code_activation if unsupervised else None
     specs = tuple(layer_specs(experiment.network, experiment.data, facts, code_activation))
     _warn_of_identity(experiment, specs)
+    _check_batches(experiment, facts)
     data = load_stage(experiment, facts)
 
     layers: list[Stage] = []
@@ -107,6 +109,20 @@ def _inputs(data: Stage, layers: list[Stage]) -> dict[str, Stage | tuple[Stage, 
 def _with_dropout(specs: tuple[LayerSpec, ...], fit: Fit, network: float) -> tuple[LayerSpec, ...]:
     dropout = network if fit.dropout is None else fit.dropout
     return tuple(spec.model_copy(update={"dropout": dropout}) for spec in specs)
+
+
+def _check_batches(experiment: Experiment, facts: Facts) -> None:
+    """Whether an epoch has steps to take, and more than one."""
+    rows = min(facts.rows, experiment.data.limit or facts.rows)  # at most: the splits are cut by a task
+    for name, fit in (("pretrain", experiment.pretrain), ("finetune", experiment.finetune)):
+        if fit is not None and fit.batch_size == 1 and experiment.network.normalization == "batch":
+            raise InputError(f"{name}.batch_size: one row has no batch statistics; use 2 or normalization layer")
+        if fit is not None and fit.batch_size > rows:
+            warnings.warn(
+                f"{name}.batch_size: {fit.batch_size} is more than the {rows} rows there are, so that an epoch is one "
+                "step; use a smaller one",
+                stacklevel=2,
+            )
 
 
 def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
-from aecore.config import Dense, Experiment, Finetune, Fit, overlay
-from aecore.errors import InputError
+from aecore.config import Conv, Dense, Experiment, Finetune, Fit, overlay
+from aecore.errors import InputError, shown
 from aecore.fingerprint import Frozen, fingerprint
 from aecore.specs import (
     Facts,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
     from pipelines.tracking import Tracker
 
+_ROW = r"\w[\w .:-]{0,99}"
+"""What MLflow takes in a metric's name."""
 _OVERRIDES = {"variant", "network", "pretrain", "finetune", "settings"}
 _JUDGE = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)
@@ -126,6 +129,8 @@ class Study(Frozen):
         if self.base.finetune is not None and self.base.finetune.task == "classify":
             raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
         for row, override in self.variants.items():
+            if not re.fullmatch(_ROW, row):
+                raise ValueError(f"variants.{row}: metrics bear a row's name; use letters, digits, spaces and . - _ :")
             if row in REFERENCES:
                 raise ValueError(f"variants.{row}: a reference of this name is there unasked; choose another name")
             if unknown := set(override) - _OVERRIDES:
@@ -135,14 +140,28 @@ class Study(Frozen):
                 )
         if self.scheduler == "asha" and self.choose == "probe":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)} has one twice; name each once")
         spaces = [self.space(row) for row in self.variants]
+        for name, values in (item for space in spaces for item in space.items()):
+            if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune)\.", name):
+                raise ValueError(
+                    f"settings.{name}: only fields of variant, network, pretrain and finetune are searched"
+                )
+            if name.endswith((".epochs", ".task")):
+                raise ValueError(f"settings.{name}: equal for all trials; budget.epochs sets what each may spend")
+            if values == []:
+                raise ValueError(f"settings.{name}: no values to try; list some, or leave it out")
         if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):
             raise ValueError("search: a grid needs lists of values, not ranges; list them or use random or optuna")
         return self
 
     def space(self, row: str) -> Settings:
         """What is searched in a row."""
-        return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
+        try:
+            return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
+        except ValidationError as error:
+            raise ValueError(_told(f"variants.{row}.settings", error)) from None
 
     @property
     def choose_metric(self) -> str:
@@ -234,26 +253,37 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
             nested = {part: nested}
         values = overlay(values, nested)
     try:
-        layers = len(values["network"]["widths"]) + len(values["network"].get("dense", ()))
-        epochs = study.budget.epochs
-        if values["pretrain"] is not None:
-            each = max(1, epochs // (2 * layers))
-            if epochs <= each * layers:
-                raise InputError(
-                    f"budget.epochs: {epochs} leave row {row} with its {layers} layers no epoch for the whole; "
-                    f"allow at least {layers + 1}"
-                )
-            epochs -= each * layers
-            own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
-            fit = {k: v for k, v in values["finetune"].items() if k != "task"}
-            values["pretrain"] = {**fit, **own, "epochs": each}
-        values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
-        return Experiment.model_validate({**values, "control": False, "seed": seed})
+        network = Experiment.model_validate(values).network
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(
-            f"variants.{row}.{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise InputError(_told(f"variants.{row}", error)) from None
+    if values["finetune"] is None:
+        raise InputError(f"variants.{row}.finetune: null, but each row is trained as a whole; leave it out")
+    layers = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
+    epochs = study.budget.epochs
+    if values["pretrain"] is not None:
+        each = max(1, epochs // (2 * layers))
+        if epochs <= each * layers:
+            raise InputError(
+                f"budget.epochs: {epochs} leave row {row} with its {layers} layers no epoch for the whole; "
+                f"allow at least {layers + 1}"
+            )
+        epochs -= each * layers
+        own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
+        own |= {k.removeprefix("pretrain."): v for k, v in settings.items() if k.startswith("pretrain.")}
+        fit = {k: v for k, v in values["finetune"].items() if k != "task"}
+        values["pretrain"] = {**fit, **own, "epochs": each}
+    values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
+    return Experiment.model_validate({**values, "control": False, "seed": seed})
+
+
+def _told(place: str, error: ValidationError) -> str:
+    """One line of the first error, with the names of fields that lead to it."""
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "value_error"), found[0])
+    if first["type"] == "value_error":
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+    path = ".".join([place, *map(str, first["loc"])])
+    return f"{path}: {first['msg']}, got {shown(first['input'])}"
 
 
 def member(
@@ -350,8 +380,6 @@ def run(
     Args:
         parent: the study's MLflow run.
     """
-    if resources.workers > 1:
-        raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
     members = expand(study, facts, resources.numerics)
     job = _Job(study, facts, tracker, parent, resources)
     done: set[str] = set()

@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from aecore.config import Experiment, Finetune, Fit
 from aecore.data import Arrays, Split, inspect, load
 from aecore.specs import Facts
 from pipelines.tracking import Tracker, connect
+
+settings.register_profile(
+    "suite", max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("long", settings.get_profile("suite"), max_examples=1500, derandomize=False)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import yaml
 from aecore.config import Conv, Experiment
 from aecore.errors import InputError
 from aecore.variants import Denoising
-from jobs.cli import parse
+from jobs.cli import parse, without_secrets
 from jobs.compare import Compare
 from jobs.train import Train
 from pipelines.study import experiment_of
@@ -130,6 +130,14 @@ def test_top_level_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DIABOLO__SEEED", "1")
     with pytest.raises(InputError, match="DIABOLO__SEEED: unknown environment variable; the nearest is seed"):
         settings()
+
+
+def test_what_is_kept_of_a_configuration_has_no_secrets() -> None:
+    kept = without_secrets(
+        {"a": {"path": "s3://key:pass/word@bucket/x?token=1", "n": 3}, "b": "mail@host", "c": "/a@b"}
+    )
+    assert kept == {"a": {"path": "s3://***@bucket/x?***", "n": 3}, "b": "mail@host", "c": "/a@b"}
+    assert str(InputError("s3://a:b@c/d is gone, 'gs://e?f=g' too")) == "s3://***@c/d is gone, 'gs://e?***' too"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from aecore import parquet
 from aecore.config import Data
 from aecore.data import Arrays, inspect, load
 from aecore.errors import InputError
@@ -86,7 +87,8 @@ def test_standardised_on_the_training_rows_alone(tmp_path: Path) -> None:
 
 
 def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
-    _, arrays = read(tmp_path, {"a": np.arange(ROWS), "b": np.full(ROWS, 7.0), "label": LABELS})
+    with pytest.warns(UserWarning, match=r"1 of 2 features never vary and carry nothing \(the first: b\)"):
+        _, arrays = read(tmp_path, {"a": np.arange(ROWS), "b": np.full(ROWS, 7.0), "label": LABELS})
     assert (((arrays.train.x - arrays.shift) * arrays.scale)[:, 1] == 0).all()
 
 
@@ -130,6 +132,15 @@ def test_a_folder_is_one_set_and_names_do_not_matter(tmp_path: Path) -> None:
     assert local == facts[0]
 
 
+def test_copies_of_training_rows_in_the_test_are_counted(tmp_path: Path) -> None:
+    copied = [*IMAGES[:-3], *IMAGES[:3]]
+    marks = ["train"] * 20 + ["validation"] * 8 + ["test"] * 12
+    with pytest.warns(UserWarning, match="3 of the 12 test rows are equal to training rows"):
+        read(tmp_path, {"image": [png(i) for i in copied], "split": marks})
+    with pytest.warns(UserWarning, match=r"\d+ of the 8 test rows are equal to training rows"):
+        read(tmp_path, {"image": [png(i) for i in (*IMAGES[:20], *IMAGES[:20])]})
+
+
 VECTOR_COLUMN = WAYS["vectors"][0]
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no features": ({"label": LABELS, "name": ["x"] * ROWS}, {}, "no column of images, vectors or numbers"),
@@ -157,6 +168,36 @@ def test_bad_parquet_is_told_in_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, columns, **fields)
     assert "\n" not in str(error.value)
+
+
+LATE = ["not an image", "sizes differ", "not finite", "strange split", "no training rows", "beyond [0, 1]"]
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_task_says_the_same_of_what_the_driver_leaves_to_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, fields, message = BAD[case]
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    data = Data.model_validate({"name": "parquet", "path": str(tmp_path / "data.parquet"), **fields})
+    with pytest.raises(InputError, match=message) as early:
+        inspect(data)
+    monkeypatch.setattr(parquet, "_MOST_BYTES", 0)
+    facts = inspect(data)
+    with pytest.raises(InputError) as late:
+        load(data, facts)
+    assert str(late.value) == str(early.value)
+
+
+def test_a_file_that_changes_while_the_job_runs(tmp_path: Path) -> None:
+    facts, _ = read(tmp_path, {"x": VECTOR_COLUMN, "label": LABELS})
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"x": VECTOR_COLUMN, "label": [n % 3 for n in range(ROWS)]}), file)
+    with pytest.raises(InputError, match="was changed while the job ran"):
+        load(Data(name="parquet", path=str(file)), facts)
+    pq.write_table(pa.table({"x": VECTOR_COLUMN, "label": LABELS})[1:], file)
+    with pytest.raises(InputError, match="was changed while the job ran"):
+        load(Data(name="parquet", path=str(file)), facts)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,17 @@ def test_failures_come_first_and_markup_is_text(tmp_path: Path) -> None:
     assert list(frame.status[[4, 6]]) == ["failed", "stopped"] and np.isnan(frame["probe/accuracy"][4])
 
 
+def test_nothing_that_comes_from_outside_is_markup(tmp_path: Path) -> None:
+    evil = "</td><script>\"'><img src=x onerror=1>"
+    trials = [
+        trial(row, seed, settings={evil: value}) for row in (evil, "plain") for value in (evil, 0.1) for seed in (0, 1)
+    ]
+    trials[-1] = trials[-1]._replace(status="failed", error=evil, run_id=evil)
+    page = write(trials, evil, {evil: evil}, [evil] * 10, tmp_path, "val/probe_accuracy").files[0].read_text()
+    assert evil in html.unescape(page) and "onerror=1>" not in page
+    assert not re.search(r"<script|<img src=[^\"]|'><img", page)
+
+
 def test_nothing_finished(tmp_path: Path) -> None:
     files = write(
         [trial("plain", 0, status="failed", error="no")], "None", {}, (), tmp_path, "val/probe_accuracy"

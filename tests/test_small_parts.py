@@ -152,6 +152,15 @@ def test_confusion_figure(classes: int) -> None:
     assert min(size(figures.confusion(table, [f"class {n}" for n in range(classes)]))) > 500
 
 
+HOSTILE = ("$\\frac$", "$", "a\nb", "\x1b[31m", "\u202e", "<script>", "x" * 500, "")
+
+
+def test_names_of_classes_are_text_in_figures() -> None:
+    assert min(size(figures.confusion(np.eye(8, dtype=np.int64) * 90 + 1, HOSTILE))) > 500
+    assert min(size(figures.codes_map(RNG.normal(size=(60, 2)), np.arange(60) % 8, HOSTILE, "test"))) > 500
+    assert [figures.legible(name) for name in HOSTILE[:4]] == [r"\$\frac\$", r"\$", r"a\nb", r"\x1b[31m"]
+
+
 @pytest.mark.parametrize("codes", [RNG.normal(size=(64, 300)), np.zeros((64, 5)), np.eye(64)])
 def test_activations_grids_and_triptychs(codes: np.ndarray) -> None:
     assert size(figures.activations(codes))[0] > 700

@@ -44,7 +44,7 @@ def numbers(stream: Stream, split: str) -> list[int]:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and chunks of a few rows, as large sets have them of many."""
     monkeypatch.setattr("aecore.parquet._PIECE_BYTES", 300 * 32)
-    monkeypatch.setattr("aecore.parquet._CHUNK_BYTES", 100 * 32)
+    monkeypatch.setattr("aecore.parquet._BATCH_BYTES", 100 * 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -72,9 +72,10 @@ def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
-    data = write(tmp_path / "set", marks=["train"] * 3000).model_copy(update={"test": 1e-9})
+    data = write(tmp_path / "set", marks=["train"] * 3000)
+    facts = inspect(data)
     with pytest.raises(InputError, match="no row is left for test"):
-        opened(data)
+        open_stream(data.model_copy(update={"test": 1e-9}), facts)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -59,7 +59,7 @@ class Sparse(Objective):
         k = ceil(self.k * units) if self.k < 1 else int(self.k)
         if k > units:
             raise InputError(f"variant.k: {k} codes kept of the {units} that layer {number} has; keep fewer")
-        return layer.model_copy(update={"top_k": k, "top_k_encoding": min(units, round(self.alpha * k))})
+        return layer.model_copy(update={"top_k": k, "top_k_encoding": round(min(units, self.alpha * k))})
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
         code = model.encode(x)

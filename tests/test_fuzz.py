@@ -1,0 +1,317 @@
+"""Made-up settings and made-up Parquet: whatever comes in, a command goes on or says one line.
+
+The examples are the same in each run; `--hypothesis-profile=long` tries others, as many as some minutes allow.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import BaseModel
+
+from aecore.config import Data, Experiment
+from aecore.data import inspect, load
+from aecore.errors import InputError
+from aecore.specs import Facts
+from jobs.cli import parse
+from jobs.compare import Compare
+from jobs.train import Train
+from pipelines.stacked import build
+from pipelines.study import expand
+
+FACTS = [
+    Facts(digest="0", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797),
+    Facts(digest="1", shape=(3, 32, 32), levels=256, classes=("a", "b"), rows=300),
+    Facts(digest="2", shape=(1,), levels=0, classes=(), rows=20),
+]
+ODD = [
+    "", "null", "[1", "{}", "[]", "{a: b}", "nan", "inf", "-inf", "1e400", "-1", "0", "1", "2", "0.5", "1.5", "true",
+    "\n", "\x1b[31m", "\u202e", "a" * 300, "9" * 30, "1_0", "0x1f", "digits", "parquet", "conv", "dense", "sparse",
+    "topk", "kl", "plain", "denoising", "contractive", "variational", "batch", "sigmoid", "relu", "bernoulli",
+    "categorical", "reconstruct", "classify", "auto", "[4, 2]", "[64]", "[100000000000]", "random", "optuna", "asha",
+    "probe", "bf16", "name", "../name",
+]  # fmt: skip
+SCALARS = st.one_of(
+    st.sampled_from(ODD), st.none(), st.booleans(), st.integers(), st.integers(-3, 70), st.floats(), st.floats(0, 2),
+    st.text(max_size=20), st.dates(), st.binary(max_size=5),
+)  # fmt: skip
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def survives(attempt: Callable[[], Any]) -> Any:
+    """What it returns; or None where it ends with an `InputError`, of one line that says where."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return attempt()
+        except InputError as error:
+            text = str(error)
+            assert text.isprintable() and len(text) < 2000 and (":" in text or ";" in text), text
+            return None
+
+
+def paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields, of all kinds of a union."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{field.alias or name}")
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found += paths(inner, f"{prefix}{field.alias or name}.")
+    return found
+
+
+def nested(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Dotted names as a tree."""
+    made: dict[str, Any] = {}
+    for path, value in fields:
+        *parents, last = path.split(".")
+        inner = made
+        for parent in parents:
+            below = inner.get(parent)
+            if not isinstance(below, dict):
+                below = inner[parent] = {}
+            inner = below
+        inner[last] = value
+    return made
+
+
+def trees(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
+    """Recipes of some fields with values good and bad."""
+    return st.lists(st.tuples(st.sampled_from(paths(model)), ANYTHING), max_size=5).map(nested)
+
+
+def options(model: type[BaseModel]) -> st.SearchStrategy[list[str]]:
+    """Command lines; real ones hold no NUL, and `--help` is no input."""
+    names = st.sampled_from(paths(model)) | st.text(max_size=8)
+    values = st.sampled_from(ODD) | st.text(max_size=20) | st.floats().map(str) | st.integers().map(str)
+    pairs = st.lists(st.tuples(names, values), max_size=4)
+    lines = pairs.map(lambda found: [word.replace("\0", "") for n, value in found for word in (f"--{n}", value)])
+    return lines.filter(lambda line: not any(word.startswith("-h") or "--help".startswith(word[:3]) for word in line))
+
+
+OWN = [path for path in paths(Experiment) if path.split(".")[0] in ("network", "variant", "pretrain", "finetune")]
+SPACES = st.dictionaries(
+    st.sampled_from(OWN) | st.text(max_size=8),
+    st.lists(SCALARS, min_size=1, max_size=2)
+    | st.fixed_dictionaries({"low": SCALARS, "high": SCALARS, "log": st.booleans()}),
+    max_size=1,
+)
+DIFFERENCES = st.lists(st.tuples(st.sampled_from(OWN), SCALARS), max_size=2).map(nested)
+VARIANTS = st.dictionaries(
+    st.sampled_from(["plain", "a b", "pca", "../x", "<b>", ""]) | st.text(max_size=4),
+    DIFFERENCES | st.tuples(DIFFERENCES, SPACES).map(lambda found: {**found[0], "settings": found[1]}) | ANYTHING,
+    min_size=1,
+    max_size=2,
+)
+STUDIES = st.one_of(
+    trees(Compare),
+    st.fixed_dictionaries({"variants": VARIANTS}),
+    st.fixed_dictionaries({"settings": SPACES, "search": st.sampled_from(["grid", "random", "optuna"])}),
+)
+
+
+def written(folder: Path, recipe: dict[str, Any]) -> str:
+    file = folder / "recipe.yaml"
+    file.write_bytes(yaml.safe_dump(recipe, allow_unicode=True).encode(errors="surrogatepass"))
+    return str(file)
+
+
+def graph(settings: Train | Compare, facts: Facts) -> list[str]:
+    """Keys of all that would run."""
+    if isinstance(settings, Train):
+        return [stage.key for stage in build(settings.experiment, facts, settings.resources.numerics).kept()]
+    assume(len(settings.seeds) < 10)
+    return [member.stage.key for member in expand(settings.study, facts, settings.resources.numerics)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@given(recipe=trees(Train), facts=st.sampled_from(FACTS))
+def test_recipes_of_a_training(recipe: dict[str, Any], facts: Facts, folder: Path) -> None:
+    survives(lambda: graph(parse(Train, "test", [written(folder, recipe)]), facts))
+
+
+@given(recipe=STUDIES, facts=st.sampled_from(FACTS))
+def test_recipes_of_a_study(recipe: dict[str, Any], facts: Facts, folder: Path) -> None:
+    survives(lambda: graph(parse(Compare, "test", [written(folder, recipe)]), facts))
+
+
+@given(args=st.one_of(*(st.tuples(st.just(command), options(command)) for command in (Train, Compare))))
+def test_command_lines(args: tuple[type[Train] | type[Compare], list[str]]) -> None:
+    survives(lambda: graph(parse(args[0], "test", args[1]), FACTS[0]))
+
+
+def png(pixels: np.ndarray, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+RNG = np.random.default_rng(0)
+IMAGES = [png(RNG.integers(0, 256, (6, 5), dtype=np.uint8), form) for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF")]
+IMAGES += [png(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)), png(np.full((2, 2), 9, np.uint16)), b"", b"no"]
+WORDS = ["train", "test", "validation", "val", "cat", "dog", "", "\n", "$\\frac$", "<b>"]
+
+NUMBERS = [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_()]
+FLAT = [
+    *NUMBERS, pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.binary(3), pa.null(), pa.date32(),
+    pa.timestamp("us"), pa.time64("us"), pa.decimal128(5, 2), pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.int64()), pa.duration("s"),
+]  # fmt: skip
+FIELDS = ["bytes", "path", "a", ""]
+TYPES = st.recursive(
+    st.sampled_from(FLAT),
+    lambda inner: st.one_of(
+        inner.map(pa.list_), inner.map(pa.large_list),
+        st.builds(pa.list_, inner, st.integers(1, 3)),  # of size 0 Arrow aborts in writing
+        st.dictionaries(st.sampled_from(FIELDS), inner, min_size=1, max_size=2).map(lambda f: pa.struct([*f.items()])),
+        st.builds(pa.map_, st.just(pa.string()), inner),
+    ),
+    max_leaves=3,
+)  # fmt: skip
+TENSORS = st.builds(
+    lambda kind, shape, turned: pa.fixed_shape_tensor(
+        kind, shape, permutation=list(range(len(shape)))[::-1] if turned else None
+    ),
+    st.sampled_from(NUMBERS), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans(),
+)  # fmt: skip
+
+
+def values(kind: pa.DataType, missing: bool) -> st.SearchStrategy[Any]:
+    """Python values that an array of this type can be made of, with nulls at any depth if `missing`."""
+    made: st.SearchStrategy[Any]
+    if pa.types.is_dictionary(kind):
+        made = values(kind.value_type, False)
+    elif pa.types.is_boolean(kind):
+        made = st.booleans()
+    elif pa.types.is_integer(kind):
+        most = 2 ** (kind.bit_width - 1) - 1
+        made = st.integers(0 if "u" in str(kind) else -most, most) | st.integers(0, 3)
+    elif pa.types.is_floating(kind):
+        made = st.floats(0, 1, width=16) | st.floats(width=kind.bit_width)
+        made = made.map(np.float16) if pa.types.is_float16(kind) else made
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        made = st.sampled_from(WORDS)
+    elif pa.types.is_fixed_size_binary(kind):
+        made = st.just(b"abc")
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        made = st.sampled_from(IMAGES)
+    elif pa.types.is_decimal(kind):
+        made = st.decimals(-9, 9, places=2)
+    elif pa.types.is_date(kind):
+        made = st.dates()
+    elif pa.types.is_timestamp(kind):
+        made = st.datetimes()
+    elif pa.types.is_time(kind):
+        made = st.times()
+    elif pa.types.is_duration(kind):
+        made = st.integers(0, 9)
+    elif pa.types.is_map(kind):
+        made = st.lists(st.tuples(st.sampled_from(WORDS), values(kind.item_type, missing)), max_size=2)
+    elif pa.types.is_struct(kind):
+        made = st.fixed_dictionaries({field.name: values(field.type, missing) for field in kind})
+    elif pa.types.is_fixed_size_list(kind):
+        made = st.lists(values(kind.value_type, missing), min_size=kind.list_size, max_size=kind.list_size)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        made = st.lists(values(kind.value_type, missing), min_size=2, max_size=2 + missing)
+    else:
+        made = st.none()
+    return st.one_of(made, made, made, st.none()) if missing else made
+
+
+@st.composite
+def columns(draw: st.DrawFn, rows: int) -> pa.Array:
+    kind = draw(TYPES | TENSORS | st.sampled_from(FLAT))
+    stored = kind.storage_type if isinstance(kind, pa.FixedShapeTensorType) else kind
+    few = draw(st.lists(values(stored, draw(st.booleans())), min_size=1, max_size=4))
+    array = pa.array([few[n * n % len(few)] for n in range(rows)], stored)
+    return pa.ExtensionArray.from_storage(kind, array) if kind is not stored else array
+
+
+NAMES = st.sampled_from(["image", "x", "label", "y", "split", "a.b", "a", "", "\n", "\x1b[31m", "__index_level_0__"])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> pa.Table:
+    rows = draw(st.integers(0, 30) | st.just(24))
+    names = draw(st.lists(NAMES | st.text(max_size=4), max_size=4, unique=draw(st.booleans())))
+    arrays = [draw(columns(rows)) for _ in names]
+    if draw(st.booleans()):  # some that can be learnt from
+        names.append("f")
+        arrays.append(pa.array(np.arange(rows) + 0.5))
+    return pa.table(arrays, names=names)
+
+
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "column": NAMES,
+        "labels": st.none() | NAMES,
+        "validation": st.sampled_from([1, 3, 40, 0.9]),
+        "test": st.sampled_from([1, 30]),
+        "limit": st.integers(1, 40),
+        "likelihood": st.sampled_from(["bernoulli", "continuous_bernoulli", "categorical"]),
+        "standardize": st.booleans(),
+    },
+)
+
+
+def read(path: Path, choices: dict[str, Any]) -> None:
+    data = Data.model_validate({"name": "parquet", "path": str(path), **choices})
+    facts = survives(lambda: inspect(data))
+    if facts is None:
+        return
+    built = survives(lambda: build(Experiment(data=data), facts, Train().resources.numerics))
+    if built is None:
+        return
+    arrays = load(built.experiment.data, facts)  # what the driver has let pass can be read
+    for split in arrays[:3]:
+        x = (split.x - arrays.shift) * arrays.scale
+        assert len(x) and x.shape[1:] == facts.shape and x.dtype == np.float32 and np.isfinite(x).all()
+        assert (split.y is not None) == bool(facts.classes)
+        assert split.y is None or (split.y.min() >= 0 and split.y.max() < len(facts.classes))
+
+
+@given(table=tables(), choices=CHOICES)
+def test_parquet(table: pa.Table, choices: dict[str, Any], folder: Path) -> None:
+    file = folder / "table.parquet"
+    try:
+        pq.write_table(table, file, row_group_size=16)
+    except (pa.ArrowException, ValueError):
+        assume(False)
+    read(file, choices)
+
+
+WHOLE = pa.table({"image": (IMAGES[:1] + IMAGES[1:2]) * 12, "label": ["cat", "dog", "cow"] * 8, "f": np.arange(24.0)})
+
+
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6), end=st.floats(0, 1) | st.just(1.0)
+)
+@example(changes=[(0.7950528819435065, 1)], end=1.0)  # a column of fewer rows than the footer says
+def test_damaged_parquet(changes: list[tuple[float, int]], end: float, folder: Path) -> None:
+    file = folder / "damaged.parquet"
+    pq.write_table(WHOLE, file, compression="none", use_dictionary=False, column_encoding="PLAIN")
+    raw = bytearray(file.read_bytes())
+    for place, value in changes:
+        raw[int(place * (len(raw) - 1))] = value
+    file.write_bytes(raw[: int(end * len(raw))])
+    read(file, {})
