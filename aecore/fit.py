@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
@@ -24,6 +25,8 @@ Report = Callable[[int, dict[str, float]], None]
 """Called once an epoch with its number, from 1, and its metrics."""
 
 _PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
+_CHECK_STEPS = 100
+"""Between two looks at the terms where looking waits for the device."""
 
 
 class Fitted(NamedTuple):
@@ -72,7 +75,9 @@ def fit(
             numbers are those of an unbroken run, to the bit on one CPU worker. Epochs of before are reported again.
 
     Raises:
-        DivergenceError: a term was not finite in some epoch.
+        DivergenceError: a term was not finite; on CPU at that very step, on other devices some steps later.
+        MemoryError: not even half a batch fits. One that does not fit is cut in two, whose gradients are added up, for
+            the rest of the fit; `parts` in the history says so.
     """
     normalised = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
     n = len(train) if isinstance(train, Shuffled) else len(train[0])
@@ -83,6 +88,7 @@ def fit(
     history: list[dict[str, float]] = []
     best: tuple[float, float] | None = None
     best_epoch, best_weights, plateau = 0, {}, _Plateau()
+    parts, saved = 1, ""
 
     kept = checkpoints.load() if checkpoints is not None else None
     if kept is not None:
@@ -90,6 +96,7 @@ def fit(
         history, best_epoch, plateau = state["history"], state["best_epoch"], _Plateau(*state["plateau"])
         best = state["best"][0], state["best"][1]
         best_weights = _unpack(tensors, model, optimizer, shuffle)
+        parts, saved = state["parts"], f"; epoch {len(history)} is kept in {checkpoints.place}" if checkpoints else ""
         for number, past in enumerate(history, 1):
             report(number, past)
     if team.rank:
@@ -109,12 +116,18 @@ def fit(
                 rate = spec.lr * _schedule(spec, epoch - 1 + min(step / steps, 1)) * plateau.scale
                 optimizer.zero_grad()
                 if share:
-                    with autocast():
-                        losses = step_terms(*batch)
-                    loss = reduce(add, losses.values())
-                    (loss * share if team.size > 1 else loss).backward()
+                    weight = share if team.size > 1 else 1.0
+                    losses: Terms = {}
+                    while not losses:
+                        try:
+                            losses = _backward(step_terms, batch, weight, autocast, parts)
+                        except (MemoryError, RuntimeError) as error:
+                            parts = _fewer_rows(error, parts, len(batch[0]))
+                            optimizer.zero_grad()
                     rows += len(batch[0])
                     _add(totals, losses, len(batch[0]))
+                    if device.type == "cpu" or step % _CHECK_STEPS == 0:
+                        _check(totals, f"in epoch {epoch}, batch {step + 1}", saved)
                 optimizer.gather(team)
                 if spec.clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
@@ -127,9 +140,9 @@ def fit(
             if measure is not None:
                 scores |= validate(measure, sums=True)
             metrics |= {f"val/{name}": value for name, value in scores.items()}
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise DivergenceError(f"{name} is {value} in epoch {epoch}: lower the learning rate or set clip")
+            _check(metrics, f"in epoch {epoch}", saved)
+            if parts > 1:
+                metrics["parts"] = parts
             metrics["lr"], metrics["seconds"], metrics["time"] = rate, time.perf_counter() - began, time.time()
             history.append(metrics)
             report(epoch, metrics)
@@ -143,8 +156,9 @@ def fit(
             # the last one serves a result that is lost on its way to where results are kept
             last = epoch == spec.epochs or (spec.patience is not None and epoch - best_epoch >= spec.patience)
             if checkpoints is not None and (next(due) or (last and team.rank == 0)):
-                state = {"history": history, "best": best, "best_epoch": best_epoch, "plateau": plateau}
+                state = {"history": history, "best": best, "best_epoch": best_epoch, "plateau": plateau, "parts": parts}
                 checkpoints.save(epoch, state, _pack(model, optimizer, shuffle, best_weights))
+                saved = f"; epoch {epoch} is kept in {checkpoints.place}"
     model.load_state_dict(best_weights)
     model.eval()
     return Fitted(history, best_epoch)
@@ -248,6 +262,40 @@ def _unpack(
     if "rng.cuda" in tensors and optimizer.steps.is_cuda:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
     return {n.removeprefix("best."): value.to(device) for n, value in tensors.items() if n.startswith("best.")}
+
+
+def _backward(
+    terms: Callable[..., Terms], batch: tuple[Tensor, ...], weight: float, autocast: Callable, parts: int
+) -> Terms:
+    """Add the gradients of a batch, taken in so many parts, times `weight`; the terms of the whole batch."""
+    found: Terms = {}
+    for part in zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True) if parts > 1 else (batch,):
+        with autocast():
+            losses = terms(*part)
+        share = len(part[0]) / len(batch[0])
+        loss = reduce(add, losses.values())
+        (loss * (weight * share) if weight * share != 1 else loss).backward()
+        found = {n: value.detach() * share + found.get(n, 0) for n, value in losses.items()} if parts > 1 else losses
+    return found
+
+
+def _fewer_rows(error: Exception, parts: int, rows: int) -> int:
+    """Into how many parts batches are cut after `error`, which is raised again where it is not memory that lacks."""
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    if parts > 1 or rows < 2:
+        raise MemoryError(f"out of memory with {rows // parts} rows at once; lower batch_size or the widths") from error
+    torch.cuda.empty_cache()
+    warnings.warn(f"out of memory with batches of {rows} rows: cut in two from here on", stacklevel=3)
+    return 2
+
+
+def _check(values: Mapping[str, Tensor | float], where: str, saved: str) -> None:
+    """Raise for the first value that is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            name = name if "/" in name else f"train/{name}"
+            raise DivergenceError(f"{name} is {float(value)} {where}: lower the learning rate or set clip{saved}")
 
 
 def _add(totals: dict[str, Tensor], values: Terms, weight: int) -> None:

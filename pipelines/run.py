@@ -73,7 +73,7 @@ class Resources(Frozen):
     compile: bool = False
     """Compile the training step with torch.compile; its start-up takes half a minute."""
     retries: NonNegativeInt = 3
-    """Times a stage is computed again after its worker or node was lost."""
+    """Times a stage is computed again after its worker or node was lost, or a connection failed."""
     mlflow_patience: NonNegativeFloat = 600.0
     """Seconds to wait for an MLflow that does not answer; then the job fails, and what it computed is kept in its
     checkpoints. Training itself never waits."""
@@ -458,6 +458,8 @@ def _submit(
             "num_cpus": 0 if team else share.cpus if stage.kept else 1,
             "num_gpus": share.gpus if stage.kept and not team else 0,
             "max_retries": share.retries,
+            # the network's faults pass; what is wrong with data, mathematics or a disk does not
+            "retry_exceptions": [ConnectionError, TimeoutError],
         }
         store = tracker.uri, tracker.experiment_id
         # in a list, references stay references

@@ -13,6 +13,9 @@ from aecore.config import Experiment, Finetune, Fit
 from aecore.data import Arrays, Split, inspect, load
 from aecore.specs import Facts
 from pipelines.tracking import Tracker, connect
+from tests.nodes import ray_nodes
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile(
     "suite", max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -71,3 +74,11 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
 def quick() -> Experiment:
     """The digits experiment in a second."""
     return Experiment(pretrain=Fit(epochs=2), finetune=Finetune(epochs=2))
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a Ray that this module's jobs share: each is spared the seconds that starting one takes."""
+    with ray_nodes(tmp_path_factory.mktemp("ray"), os.cpu_count() or 1) as nodes:
+        names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
+        yield {"RAY_ADDRESS": nodes.gcs, "PYTHONPATH": str(ROOT), **{name: nodes.env[name] for name in names}}

@@ -39,9 +39,9 @@ def runs(folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+def first(tmp_path_factory: pytest.TempPathFactory, head: dict[str, str]) -> tuple[Path, Done]:
     folder = tmp_path_factory.mktemp("study")
-    done = compare(folder, SHARING, "--figures", "out")
+    done = compare(folder, SHARING, "--figures", "out", **head)
     assert done.code == 0, done.err
     return folder, done
 
@@ -98,18 +98,18 @@ def test_the_same_study_again_computes_nothing(first: tuple[Path, Done], tmp_pat
         assert done.report[name] == before.report[name]
 
 
-def test_a_seed_more_computes_that_seed(first: tuple[Path, Done]) -> None:
+def test_a_seed_more_computes_that_seed(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, before = first
     plan = compare(folder, SHARING, "--seeds", "[0,1]", "--plan")
     assert [("seed=0" in line) == ("finished" in line) for line in plan.out.splitlines()] == [True] * 12
-    done = compare(folder, SHARING, "--seeds", "[0,1]")
+    done = compare(folder, SHARING, "--seeds", "[0,1]", **head)
     # PCA itself has no seed
     assert done.report["stages"]["restored"] == before.report["stages"]["computed"]
     assert done.report["stages"]["computed"] == before.report["stages"]["computed"] - 1
     assert done.report["run_id"] == before.report["run_id"]
 
 
-def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path) -> None:
+def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path, head: dict[str, str]) -> None:
     study = {
         **SHARING,
         "variants": {
@@ -120,7 +120,7 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path) -> None:
         "search": "optuna",
         "budget": {"epochs": 4, "settings": 2},
     }
-    done = compare(tmp_path, study, "--figures", "out")
+    done = compare(tmp_path, study, "--figures", "out", **head)
     assert done.code == 0, done.err
     # two settings with the first seed, the best with the other; PCA and random weights twice each
     assert done.report["trials"] == {"finished": 7, "stopped": 0, "failed": 2}
@@ -136,14 +136,14 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path) -> None:
     assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
 
 
-def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path) -> None:
+def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path, head: dict[str, str]) -> None:
     rates = [round(10 ** (-5 + step * 4 / 7), 9) for step in (3, 1, 6, 0, 7, 4, 2, 5)]
     study = {**SHARING, "variants": {"plain": {}}, "settings": {"finetune.lr": rates}, "budget": {"epochs": 16}}
     tables = {}
     for scheduler in ("none", "asha"):
         folder = tmp_path / scheduler
         folder.mkdir()
-        done = compare(folder, study, "--scheduler", scheduler, "--figures", "out")
+        done = compare(folder, study, "--scheduler", scheduler, "--figures", "out", **head)
         assert done.code == 0, done.err
         table = pd.read_csv(folder / "out" / "results.csv")
         tables[scheduler] = table[table["row"] == "plain"].set_index("settings.finetune.lr")

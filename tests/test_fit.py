@@ -1,5 +1,6 @@
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from aecore.checkpoint import Checkpoints
 from aecore.config import Fit, Precision
 from aecore.data import Arrays
 from aecore.errors import DivergenceError
@@ -165,11 +167,54 @@ def test_clipping_bounds_the_step(vectors: Arrays) -> None:
 def test_a_term_that_is_not_finite_stops_with_its_name(vectors: Arrays) -> None:
     model = Affine(8, 2)
     rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
-    with pytest.raises(DivergenceError, match="train/penalty is nan in epoch 1"):
+    with pytest.raises(DivergenceError, match="train/penalty is nan in epoch 1, batch 1: lower the learning rate"):
         fit(
             model, lambda x: {**model.terms(x), "penalty": model.encoder.weight.sum() * math.nan}, *rows,
             Fit(epochs=2, batch_size=400), seed=0, device=CPU,
         )  # fmt: skip
+
+
+def test_divergence_names_the_step_and_what_is_kept(vectors: Arrays, tmp_path: Path) -> None:
+    model, steps = Affine(8, 2), [0]
+
+    def terms(x: Tensor) -> Terms:
+        steps[0] += model.training
+        return {name: value * (math.inf if steps[0] == 11 else 1) for name, value in model.terms(x).items()}
+
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
+    place = Checkpoints(str(tmp_path / "kept"), 0.0)
+    said = rf"train/reconstruction is inf in epoch 3, batch 3: .*; epoch 2 is kept in {place.place}"
+    with pytest.raises(DivergenceError, match=said):
+        fit(model, terms, *rows, Fit(epochs=9, batch_size=100), seed=0, device=CPU, checkpoints=place)
+    assert steps[0] == 11 and place.load() is not None
+
+
+def test_a_batch_that_does_not_fit_is_cut_in_two(vectors: Arrays) -> None:
+    spec = Fit(epochs=3, batch_size=100)
+    whole, before = run(vectors, spec)
+    rows = [(torch.tensor(split.x),) for split in (vectors.train, vectors.validation)]
+
+    def fitted(most: int) -> tuple[Affine, Fitted]:
+        torch.manual_seed(0)
+        model = Affine(8, 2)
+
+        def terms(x: Tensor) -> Terms:
+            if model.training and len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return model.terms(x)
+
+        return model, fit(model, terms, rows[0], rows[1], spec, seed=0, device=CPU)
+
+    with pytest.warns(UserWarning, match="out of memory with batches of 100 rows: cut in two"):
+        model, after = fitted(60)
+    assert [epoch["parts"] for epoch in after.history] == [2, 2, 2] and "parts" not in before.history[0]
+    assert after.history[-1]["train/loss"] == pytest.approx(before.history[-1]["train/loss"], rel=1e-5)
+    assert torch.allclose(model.encoder.weight, whole.encoder.weight, atol=1e-5)
+    with (
+        pytest.warns(UserWarning, match="cut in two"),
+        pytest.raises(MemoryError, match="out of memory with 50 rows at once; lower batch_size or the widths"),
+    ):
+        fitted(40)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])

@@ -116,11 +116,12 @@ def test_standardised_as_in_memory(tmp_path: Path) -> None:
 
 
 def images(path: Path, digits: tuple[Facts, Arrays]) -> Data:
-    """Digits as Parquet, four times over."""
+    """Digits as Parquet, four times over, each time of another shade."""
     rows = [digits[1].train, digits[1].validation, digits[1].test]
-    x, y = np.concatenate([r.x for r in rows] * 4), np.concatenate([r.y for r in rows if r.y is not None] * 4)
+    x = np.concatenate([r.x for r in rows])
+    x, y = np.concatenate([15 * x + n for n in range(4)]), np.concatenate([r.y for r in rows if r.y is not None] * 4)
     kind = pa.fixed_shape_tensor(pa.uint8(), (8, 8))
-    column = pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays((15 * x[:, 0]).ravel(), 64))
+    column = pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(x[:, 0].ravel(), 64))
     pq.write_table(pa.table({"image": column, "label": y}), path, row_group_size=700)
     return Data(name="parquet", path=str(path))
 

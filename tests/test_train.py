@@ -131,18 +131,20 @@ def test_the_same_again_computes_nothing_and_starts_no_ray(first: tuple[Path, Do
     assert done.seconds < 20  # 6 s on a quiet machine
 
 
-def test_a_changed_finetuning_runs_alone_on_restored_layers(first: tuple[Path, Done]) -> None:
+def test_a_changed_finetuning_runs_alone_on_restored_layers(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, before = first
-    done = train(folder, *QUICK, "--finetune.lr", "5e-4", "--control", "false")
+    done = train(folder, *QUICK, "--finetune.lr", "5e-4", "--control", "false", **head)
     assert done.code == 0, done.err
     assert done.report["stages"] == {"computed": 2, "restored": 3}
     assert done.report["run_id"] != before.report["run_id"]
     assert "layer 3: restored" in done.err and "data" not in done.report["metrics"]
 
 
-def test_two_empty_folders_give_the_same_bits(first: tuple[Path, Done], tmp_path: Path) -> None:
+def test_another_folder_and_a_shared_ray_give_the_same_bits(
+    first: tuple[Path, Done], tmp_path: Path, head: dict[str, str]
+) -> None:
     folder, _ = first
-    assert train(tmp_path, *QUICK, "--control", "false").code == 0
+    assert train(tmp_path, *QUICK, "--control", "false", **head).code == 0
     ours, theirs = store(folder), store(tmp_path)
     for name, run in stage_runs(theirs).items():
         one, two = ours.restore(stage_runs(ours)[name].info.run_id), theirs.restore(run.info.run_id)
@@ -177,9 +179,9 @@ def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> 
     assert again.report["stages"] == {"computed": 2, "restored": 3}
 
 
-def test_a_crash_ends_failed(first: tuple[Path, Done]) -> None:
+def test_a_crash_ends_failed(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, _ = first
-    done = train(folder, *QUICK, "--pretrain.lr", "1e30", "--control", "false")
+    done = train(folder, *QUICK, "--pretrain.lr", "1e30", "--control", "false", **head)
     assert done.code == 1 and done.report["status"] == "failed"
     assert "DivergenceError" in done.err.splitlines()[-1]
     tracker = store(folder)
@@ -194,7 +196,7 @@ def test_asking_for_a_gpu_that_no_node_has(tmp_path: Path) -> None:
     assert "resources.gpus: 7 asked for a stage, the largest node has" in done.err.splitlines()[-1]
 
 
-def test_hugging_face_images_train_and_evaluate(tmp_path: Path) -> None:
+def test_hugging_face_images_train_and_evaluate(tmp_path: Path, head: dict[str, str]) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -207,13 +209,13 @@ def test_hugging_face_images_train_and_evaluate(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": column, "label": digits.target}), tmp_path / "digits.parquet")
     done = train(
         tmp_path, "--data.name", "parquet", "--data.path", "digits.parquet", "--finetune.epochs", "20",
-        "--pretrain.epochs", "5", "--control", "false",
+        "--pretrain.epochs", "5", "--control", "false", **head,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.report["metrics"]["test/accuracy"] > 0.8
 
 
-def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Path) -> None:
+def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Path, head: dict[str, str]) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 600)
     features = np.eye(3)[labels] @ rng.normal(size=(3, 12)) * 3 + rng.normal(size=(600, 12))
@@ -223,26 +225,26 @@ def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Pa
     })  # fmt: skip
     pq.write_table(table, tmp_path / "trees.parquet")
     args = ["--data.name", "parquet", "--data.path", str(tmp_path / "trees.parquet"), "--network.widths", "[8, 4]"]
-    done = train(tmp_path, *args, "--control", "false", "--pretrain.epochs", "10", "--finetune.epochs", "20")
+    done = train(tmp_path, *args, "--control", "false", "--pretrain.epochs", "10", "--finetune.epochs", "20", **head)
     assert done.code == 0, done.err
     assert done.report["metrics"]["test/accuracy"] > 0.9
 
 
-def test_without_labels_it_reconstructs(first: tuple[Path, Done]) -> None:
+def test_without_labels_it_reconstructs(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, _ = first
-    done = train(folder, *QUICK, "--data.labels", "null", "--control", "true")
+    done = train(folder, *QUICK, "--data.labels", "null", "--control", "true", **head)
     assert done.code == 0, done.err
     assert {"test/reconstruction_mse", "control/reconstruction_mse"} <= set(done.report["metrics"])
     assert "test/accuracy" not in done.report["metrics"]
 
 
-def test_two_workers_train_what_one_trains(tmp_path: Path) -> None:
+def test_two_workers_train_what_one_trains(tmp_path: Path, head: dict[str, str]) -> None:
     small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune", "null")
     metrics = {}
     for workers in ("1", "2"):
         folder = tmp_path / workers
         folder.mkdir()
-        done = train(folder, *small, "--resources.cpus", "1", "--resources.workers", workers)
+        done = train(folder, *small, "--resources.cpus", "1", "--resources.workers", workers, **head)
         assert done.code == 0, done.err
         tracker = store(folder)
         runs = stage_runs(tracker)
