@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import jobs.train
+from jobs import cli
+from pipelines.run import Outcome, Resources, run_here
+from pipelines.stage import Stage
 from pipelines.tracking import Tracker, connect
 
 QUICK = ("--pretrain.epochs", "5", "--finetune.epochs", "10")
@@ -62,6 +67,29 @@ def stage_runs(tracker: Tracker) -> dict[str, Any]:
 def is_kept(tracker: Tracker, name: str) -> bool:
     run = stage_runs(tracker).get(name)
     return run is not None and run.info.status == "FINISHED"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The command in this process, from the parsing of its arguments to its report: its stages without Ray."""
+
+    def compute(
+        stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
+    ) -> dict[str, Outcome]:
+        made: dict[str, Any] = {}
+        results = [run_here(stage, tracker, parent, done=made) for stage in stages]
+        runs = [tracker.find(stage.key) or "" for stage in stages]
+        return {s.name: Outcome(run, r.metrics, False) for s, run, r in zip(stages, runs, results, strict=True)}
+
+    def run(*args: str) -> dict[str, Any]:
+        report = jobs.train.train(cli.parse(jobs.train.Train, "python -m jobs.train", list(args)))
+        assert report is not None
+        return report
+
+    monkeypatch.setattr(jobs.train, "compute", compute)
+    monkeypatch.setattr("pipelines.run.start_ray", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +181,9 @@ def test_another_folder_and_a_shared_ray_give_the_same_bits(
 
 
 def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "jobs.train", "--pretrain.epochs", "40", "--finetune.epochs", "3000"]
+    # without the control, which needs no layer and may take the CPUs first
+    short = ["--pretrain.epochs", "40", "--control", "false"]
+    line = [sys.executable, "-m", "jobs.train", *short, "--finetune.epochs", "3000"]
     out, err = tmp_path / "out", tmp_path / "err"
     with (
         out.open("w") as stdout,
@@ -174,7 +204,7 @@ def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> 
     assert top.info.status == "KILLED"
     assert {run.info.status for run in stage_runs(tracker).values()} <= {"FINISHED", "KILLED"}
     assert stage_runs(tracker)["layer 3"].info.status == "FINISHED"
-    again = train(tmp_path, "--pretrain.epochs", "40", "--finetune.epochs", "3", "--control", "false")
+    again = train(tmp_path, *short, "--finetune.epochs", "3")
     assert again.code == 0, again.err
     assert again.report["stages"] == {"computed": 2, "restored": 3}
 
@@ -196,7 +226,7 @@ def test_asking_for_a_gpu_that_no_node_has(tmp_path: Path) -> None:
     assert "resources.gpus: 7 asked for a stage, the largest node has" in done.err.splitlines()[-1]
 
 
-def test_hugging_face_images_train_and_evaluate(tmp_path: Path, head: dict[str, str]) -> None:
+def test_hugging_face_images_train_and_evaluate(tmp_path: Path, here: Callable[..., dict[str, Any]]) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -207,15 +237,16 @@ def test_hugging_face_images_train_and_evaluate(tmp_path: Path, head: dict[str, 
         structs.append({"bytes": buffer.getvalue(), "path": None})
     column = pa.array(structs, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({"image": column, "label": digits.target}), tmp_path / "digits.parquet")
-    done = train(
-        tmp_path, "--data.name", "parquet", "--data.path", "digits.parquet", "--finetune.epochs", "20",
-        "--pretrain.epochs", "5", "--control", "false", **head,
+    report = here(
+        "--data.name", "parquet", "--data.path", "digits.parquet", "--finetune.epochs", "20", "--pretrain.epochs", "5",
+        "--control", "false",
     )  # fmt: skip
-    assert done.code == 0, done.err
-    assert done.report["metrics"]["test/accuracy"] > 0.8
+    assert report["metrics"]["test/accuracy"] > 0.8
 
 
-def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Path, head: dict[str, str]) -> None:
+def test_vectors_with_string_labels_and_no_split_train_and_evaluate(
+    tmp_path: Path, here: Callable[..., dict[str, Any]]
+) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 600)
     features = np.eye(3)[labels] @ rng.normal(size=(3, 12)) * 3 + rng.normal(size=(600, 12))
@@ -225,36 +256,32 @@ def test_vectors_with_string_labels_and_no_split_train_and_evaluate(tmp_path: Pa
     })  # fmt: skip
     pq.write_table(table, tmp_path / "trees.parquet")
     args = ["--data.name", "parquet", "--data.path", str(tmp_path / "trees.parquet"), "--network.widths", "[8, 4]"]
-    done = train(tmp_path, *args, "--control", "false", "--pretrain.epochs", "10", "--finetune.epochs", "20", **head)
+    report = here(*args, "--control", "false", "--pretrain.epochs", "10", "--finetune.epochs", "20")
+    assert report["metrics"]["test/accuracy"] > 0.9
+
+
+def test_without_labels_it_reconstructs(here: Callable[..., dict[str, Any]]) -> None:
+    metrics = here(*QUICK, "--data.labels", "null", "--control", "true")["metrics"]
+    assert {"test/reconstruction_mse", "control/reconstruction_mse"} <= set(metrics)
+    assert "test/accuracy" not in metrics
+
+
+def test_two_workers_train_what_one_trains(
+    tmp_path: Path, head: dict[str, str], here: Callable[..., dict[str, Any]]
+) -> None:
+    small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune", "null", "--resources.cpus", "1")
+    here(*small)
+    team = tmp_path / "team"
+    team.mkdir()
+    done = train(team, *small, "--resources.workers", "2", **head)
     assert done.code == 0, done.err
-    assert done.report["metrics"]["test/accuracy"] > 0.9
-
-
-def test_without_labels_it_reconstructs(first: tuple[Path, Done], head: dict[str, str]) -> None:
-    folder, _ = first
-    done = train(folder, *QUICK, "--data.labels", "null", "--control", "true", **head)
-    assert done.code == 0, done.err
-    assert {"test/reconstruction_mse", "control/reconstruction_mse"} <= set(done.report["metrics"])
-    assert "test/accuracy" not in done.report["metrics"]
-
-
-def test_two_workers_train_what_one_trains(tmp_path: Path, head: dict[str, str]) -> None:
-    small = ("--network.widths", "[16]", "--pretrain.epochs", "3", "--finetune", "null")
-    metrics = {}
-    for workers in ("1", "2"):
-        folder = tmp_path / workers
-        folder.mkdir()
-        done = train(folder, *small, "--resources.cpus", "1", "--resources.workers", workers, **head)
-        assert done.code == 0, done.err
-        tracker = store(folder)
-        runs = stage_runs(tracker)
-        metrics[workers] = {
-            metric: [point.value for point in tracker.client.get_metric_history(runs["layer 1"].info.run_id, metric)]
-            for metric in ("train/loss", "val/loss")
-        }
-        assert "layer 1: epoch 1" in done.err
-    for metric, curve in metrics["1"].items():
-        assert len(curve) == 3 and metrics["2"][metric] == pytest.approx(curve, rel=1e-4)
+    assert "layer 1: epoch 1" in done.err
+    for metric in ("train/loss", "val/loss"):
+        alone, together = (
+            [p.value for p in at.client.get_metric_history(stage_runs(at)["layer 1"].info.run_id, metric)]
+            for at in (store(tmp_path), store(team))
+        )
+        assert len(alone) == 3 and together == pytest.approx(alone, rel=1e-4)
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(tmp_path: Path) -> None:
