@@ -110,7 +110,9 @@ class MemoryClient:
     def search_runs(self, experiment_ids: Sequence[str], condition: str, max_results: int = 1000) -> list[Any]:
         def fits(run: Any) -> bool:
             for part in condition.split(" and "):
-                field, operator, value = re.fullmatch(r"(\S+) (=|LIKE) '(.*)'", part).groups()  # type: ignore[union-attr]
+                match = re.fullmatch(r"(\S+) (=|LIKE) '(.*)'", part)
+                assert match is not None, part
+                field, operator, value = match.groups()
                 name = field.removeprefix("tags.").strip("`")
                 found = run.info.status if field == "attributes.status" else run.data.tags.get(name)
                 if found is None or (operator == "=" and found != value):

@@ -5,8 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class Row(NamedTuple):
     files: Any = None
     """By name: a table, bytes, or what a YAML file holds; a table alone is data.parquet."""
     command: str = "train"
-    environment: dict[str, str] = {}  # noqa: RUF012
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 def settings(says: str, args: str, **environment: str) -> Row:

@@ -47,20 +47,19 @@ class World(NamedTuple):
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     with mlflow_server(folder / "mlflow") as uri, ray_nodes(folder / "ray", 1, 1) as nodes:
-        env = {
-            **nodes.env, "RAY_API_SERVER_ADDRESS": nodes.dashboard, "MLFLOW_TRACKING_URI": uri,
-            "RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "0",
-        }  # fmt: skip
-        deadline = time.monotonic() + 60
-        while sum(node["stateSnapshot"]["state"] == "ALIVE" for node in alive(nodes)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        yield World(nodes, uri, env)
+        await_nodes(nodes, 2)
+        yield World(nodes, uri, {**nodes.env, "RAY_API_SERVER_ADDRESS": nodes.dashboard, "MLFLOW_TRACKING_URI": uri})
 
 
-def alive(nodes: Nodes) -> list[dict[str, Any]]:
-    table = json.loads(nodes.ask("/api/v0/nodes"))["data"]["result"]["result"]
-    return [{"stateSnapshot": {"state": row["state"]}} for row in table]
+def await_nodes(nodes: Nodes, count: int) -> None:
+    """Until so many nodes are up."""
+    deadline = time.monotonic() + 60
+    while True:
+        table = json.loads(nodes.ask("/api/v0/nodes"))["data"]["result"]["result"]
+        if sum(row["state"] == "ALIVE" for row in table) >= count:
+            return
+        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes.nodes)
+        time.sleep(0.5)
 
 
 def stages_of(tracker: Tracker, run_id: str) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
     assert process.returncode == 130, out + err
     (top,) = tracker._search("tags.`ray.submission_id` = 'stopped'", 10)
     assert top.info.status == "KILLED" and not tracker._search("attributes.status = 'RUNNING'", 10)
-    again = world.submit("--name", "stopped", "--", *job[:1], *job[1:])
+    again = world.submit("--name", "stopped", "--", *job)
     assert again.returncode == 0, again.stdout + again.stderr
     report = json.loads(again.stdout.splitlines()[-1])
     assert report["run_id"] == top.info.run_id and report["stages"] == {"computed": 2, "restored": 1}
@@ -172,11 +171,8 @@ def test_a_folder_that_only_one_node_has_is_no_storage_path(world: World) -> Non
     folder = world.nodes.folder / "mine"
     folder.mkdir()
     hidden = f'mount -t tmpfs none {folder} && exec "$@"'
-    node = world.nodes.add(1, "unshare", "-m", "sh", "-c", hidden, "sh")
-    deadline = time.monotonic() + 60
-    while sum(one["stateSnapshot"]["state"] == "ALIVE" for one in alive(world.nodes)) < 3:
-        assert time.monotonic() < deadline and node.poll() is None
-        time.sleep(0.5)
+    world.nodes.add(1, "unshare", "-m", "sh", "-c", hidden, "sh")
+    await_nodes(world.nodes, 3)
     done = world.submit("--", "jobs.train", "--resources.storage_path", str(folder), "--seed", "7")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "resources.storage_path:" in done.stdout and "is another folder on" in done.stdout

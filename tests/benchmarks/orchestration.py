@@ -58,7 +58,7 @@ def main() -> None:
                 profile.disable()
                 each = 1000 * (time.perf_counter() - began) / count
             spent = {name: 0.0 for name in PARTS}
-            for (file, _, function), row in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+            for (file, _, function), row in vars(pstats.Stats(profile))["stats"].items():
                 for name, functions in PARTS.items():
                     if function in functions and ("pipelines" in file or "ray/_private/worker" in file):
                         spent[name] += 1000 * row[3] / count
