@@ -184,10 +184,10 @@ def pieces(data: Data, facts: Facts) -> tuple[Piece, ...]:
 
 def marks(data: Data, piece: Piece) -> np.ndarray | None:
     """What the set says of the split of each row of a piece ("train", "validation", "test"), or None."""
-    source = _source(data)
-    if source.columns.split is None:
+    filesystem, columns = _of_piece(data, piece)
+    if columns.split is None:
         return None
-    tables = _batches(source.filesystem, piece.file, [_SPLIT], 1 << 16, piece.groups, piece.row)
+    tables = _batches(filesystem, piece.file, [_SPLIT], 1 << 16, piece.groups, piece.row)
     return np.concatenate([_marks(piece.file, table, row) for row, table in tables])
 
 
@@ -197,15 +197,15 @@ def read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
     Raises:
         InputError: a value that cannot be used, told with its file, column and row.
     """
-    source = _source(data)
-    columns, number = source.columns, {name: n for n, name in enumerate(facts.classes)}
+    filesystem, columns = _of_piece(data, piece)
+    number = {name: n for n, name in enumerate(facts.classes)}
     kind = resolve_likelihood(data, facts)
     bounded = not facts.levels and kind.endswith("bernoulli")
     beyond = f"{kind} needs values in [0, 1]; rescale them or set --data.likelihood gaussian"
     wanted = [*columns.features, *filter(None, (columns.labels, columns.split))]
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // (4 * prod(facts.shape))))
     file, count = piece.file, 0
-    for row, table in _batches(source.filesystem, file, wanted, size, piece.groups, piece.row):
+    for row, table in _batches(filesystem, file, wanted, size, piece.groups, piece.row):
         x = _features(file, table, columns, row, _MODES.get(facts.shape[0]))
         if x.shape[1:] != facts.shape:
             raise InputError(f"{file} row {row}: shape {x.shape[1:]}, the first row has {facts.shape}; make them equal")
@@ -337,13 +337,21 @@ def _batches(
         raise InputError(f"{file} row {row}: cannot be read ({_line(error)}); write the file again") from error
 
 
+def _of_piece(data: Data, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
+    """What a piece is read with; the set's other files, of which there may be thousands, are not looked at."""
+    assert data.path is not None
+    filesystem, _ = _filesystem(data.path)
+    return filesystem, _columns(data, _open(filesystem, piece.file).schema_arrow)
+
+
+def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
+
+
 def _files(data: Data) -> tuple[pafs.FileSystem, list[str]]:
     assert data.path is not None
     try:
-        if "://" in data.path:
-            filesystem, path = pafs.FileSystem.from_uri(data.path)
-        else:
-            filesystem, path = pafs.LocalFileSystem(), data.path
+        filesystem, path = _filesystem(data.path)
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return filesystem, [path]

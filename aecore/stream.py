@@ -4,6 +4,7 @@ Which rows train, validate and test is drawn from each row's number, so that a p
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import prod
@@ -104,7 +105,8 @@ def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> 
             yield _take(rows, own)
 
 
-class Shuffled(NamedTuple):
+@dataclass(frozen=True)
+class Shuffled:
     """The training rows of a stream, a worker's part of them, in another order each epoch.
 
     Pieces come in random order; rows are shuffled within windows of 32 MB. Sorted data therefore want row groups far
