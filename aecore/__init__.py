@@ -2,3 +2,8 @@
 
 Nothing here knows of Ray or MLflow; a stage is a plain function of (spec, inputs).
 """
+
+import os
+
+# Arrow's own pool keeps some 100 MB a process of what was freed; read when pyarrow is imported, inherited by workers
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

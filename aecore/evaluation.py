@@ -109,10 +109,12 @@ def _test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
 def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
     """Squared error a feature, over all test rows."""
     total, values = 0.0, 0
+    size = scoring_rows(next(iter(stack)).spec)
     for rows in _test_rows(data, run):
-        x = metrics.over_batches(prepare, rows.x, run.device)
-        total += metrics.reconstruction_mse(x, _over(stack.reconstruct, x, stack)) * x.numel()
-        values += x.numel()
+        for start in range(0, len(rows.x), size):  # as floats, a chunk and all made of it would be hundreds of MB
+            x = metrics.over_batches(prepare, rows.x[start : start + size], run.device)
+            total += metrics.reconstruction_mse(x, _over(stack.reconstruct, x, stack)) * x.numel()
+            values += x.numel()
     return total / values
 
 

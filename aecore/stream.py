@@ -164,6 +164,7 @@ class Shuffled:
             for start in range(0, whole, size):
                 yield _take(rows, shuffled[start : min(start + size, whole)])
             held = [_take(rows, shuffled[whole:])]
+            parquet.give_back()
 
 
 def _shares(data: Data, marked: np.ndarray, rows: int) -> Shares:

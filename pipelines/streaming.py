@@ -10,7 +10,7 @@ from aecore.data import Split
 from aecore.parquet import Piece
 from aecore.stream import Read
 
-_BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**27
+_BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**26
 """Of one block, and of all that are read ahead of training."""
 
 

@@ -56,13 +56,15 @@ def run(path: Path, folder: Path) -> dict[str, float]:
             text=True,
             env={**environ(), "PYTHONPATH": str(root)},
         )
-        rss = pss = 0
+        rss = pss = training = 0
         while process.poll() is None:
             with suppress(psutil.Error):
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 memory = [memory_of(member) for member in family]
                 rss = max(rss, sum(m[0] for m in memory))
                 pss = max(pss, sum(m[1] for m in memory))
+                if any("layer" in member.name() for member in family):
+                    training = max(training, sum(m[0] for m in memory))
             time.sleep(1)
     assert process.stdout is not None
     if process.returncode:
@@ -70,8 +72,8 @@ def run(path: Path, folder: Path) -> dict[str, float]:
     report = json.loads(process.stdout.read().splitlines()[-1])
     layer = next(x for x in (folder / "log.txt").read_text().splitlines() if "layer 1: done after" in x)
     return {
-        "rss": rss / 1e9, "pss": pss / 1e9, "layer": float(layer.split()[-2]), "job": time.monotonic() - began,
-        "mse": report["metrics"]["test/reconstruction_mse"],
+        "rss": rss / 1e9, "training": training / 1e9, "pss": pss / 1e9, "layer": float(layer.split()[-2]),
+        "job": time.monotonic() - began, "mse": report["metrics"]["test/reconstruction_mse"],
     }  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def memory_of(process: psutil.Process) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", nargs="+", type=float, default=[1, 2, 4], help="of pixels")
-    print("  GB       rows   layer, s   s a GB   job, s   peak RSS, GB   peak PSS, GB   test mse")
+    print("  GB       rows   layer, s   s a GB   job, s   peak RSS, GB   of it training   peak PSS, GB   test mse")
     for size in parser.parse_args().gigabytes:
         with tempfile.TemporaryDirectory(prefix="diabolo_streaming") as temporary:
             rows = round(size * 1e9 / (SIDE * SIDE * CHANNELS))
@@ -103,7 +105,7 @@ def main() -> None:
             f = run(path, folder)
             print(
                 f"{size:4g} {rows:10,} {f['layer']:10.1f} {f['layer'] / size:8.1f} {f['job']:8.1f} {f['rss']:14.2f} "
-                f"{f['pss']:14.2f} {f['mse']:10.4f}", flush=True,
+                f"{f['training']:16.2f} {f['pss']:14.2f} {f['mse']:10.4f}", flush=True,
             )  # fmt: skip
 
 
