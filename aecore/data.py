@@ -119,6 +119,7 @@ def inspect(data: Data) -> Facts:
         if found is None:
             return facts
         hashes, y, marks = found
+        parquet.give_back()
     train, _, test = _split(data, facts, y, marks, facts.rows)
     if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
         warnings.warn(

@@ -114,6 +114,9 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
             last, report, code = f"error: {text}", None, 2
         elif isinstance(cause, OutageError | TakenOverError):
             last, report, code = f"error: {text}", {"status": "failed"}, 1
+        elif isinstance(cause, OSError):  # a disk that is full or read-only, a folder that vanished, a lost connection
+            last = f"error: {text}; mend that, and the same command goes on from what is kept"
+            report, code = {"status": "failed"}, 1
         else:
             traceback.print_exception(error)
             last, report, code = f"error: {type(cause).__name__}: {text[:300]}", {"status": "failed"}, 1

@@ -5,6 +5,7 @@ that is the commit, and what has it is restored instead of computed. A job is on
 wait out an outage, and each may be given twice, since an answer may be lost on its way.
 """
 
+import errno
 import itertools
 import json
 import logging
@@ -398,6 +399,8 @@ class StageRun:
     def _upload(self, folder: str) -> None:
         """Upload, and read back what counts: a torn upload may not become a result."""
         hasty = self.tracker._replace(patience=0.0)
+        if not Path(folder, _FOLDER).is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
         hasty.direct.log_artifacts(self.run_id, folder)
         try:
             hasty._download(self.run_id)
@@ -598,6 +601,8 @@ def _may_pass(error: Exception) -> bool:
     if code is not None:
         return code >= 500 or code in (408, 429)
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return False
+    if getattr(error, "errno", None) == errno.EROFS:
         return False
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK
 

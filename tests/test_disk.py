@@ -1,0 +1,99 @@
+"""A disk that is full or read-only, and temporary files that vanish: one line, and nothing that is half written."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.train
+from jobs import cli
+from pipelines import tracking
+from pipelines.run import Outcome, Resources, run_here
+from pipelines.stage import Stage
+from pipelines.tracking import Tracker, connect
+
+QUICK = [
+    "--network.widths",
+    "[8]",
+    "--pretrain.epochs",
+    "1",
+    "--finetune",
+    "null",
+    "--control",
+    "false",
+    "--resources.mlflow_patience",
+    "1",
+]
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/weights.safetensors")
+
+
+def read_only(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/store/artifacts")
+
+
+def vanish(folder: Path, *_: Any, **__: Any) -> None:
+    shutil.rmtree(folder.parent)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], Any]:
+    """`jobs.train` to its last line, in this process: exit code, report, stderr."""
+
+    def compute(
+        stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
+    ) -> dict[str, Outcome]:
+        made: dict[str, Any] = {}
+        results = [run_here(stage, tracker, parent, done=made) for stage in stages]
+        runs = [tracker.find(stage.key) or "" for stage in stages]
+        return {s.name: Outcome(run, r.metrics, False) for s, run, r in zip(stages, runs, results, strict=True)}
+
+    class Exit(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Exit(code)
+
+    monkeypatch.setattr(jobs.train, "compute", compute)
+    monkeypatch.setattr("pipelines.run.start_ray", lambda: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> tuple[int, dict[str, Any], str]:
+        with pytest.raises(Exit) as ended:
+            cli.main("train", lambda: jobs.train.train(cli.parse(jobs.train.Train, "python -m jobs.train", QUICK)))
+        out, err = capsys.readouterr()
+        return ended.value.args[0], json.loads(out.splitlines()[-1]), err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [(full, "No space left on device"), (read_only, "Read-only file system"), (vanish, "No such file or directory")],
+)
+def test_a_commit_that_the_disk_refuses_ends_in_one_line_and_leaves_nothing(
+    fault: Callable[..., None], told: str, job: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(tracking, "save_weights", fault)
+        broken.setattr(cli.signal, "signal", lambda *_: None)
+        code, report, err = job()
+    assert (code, report["status"]) == (1, "failed")
+    assert "Traceback" not in err and told in err.splitlines()[-1] and "same command goes on" in err.splitlines()[-1]
+    tracker = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    assert tracker is not None
+    runs = tracker._search("", 100)
+    assert runs and {run.info.status for run in runs} == {"FAILED"}
+    assert all(not tracker.client.list_artifacts(run.info.run_id, "result") for run in runs)
+    code, report, err = job()
+    assert (code, report["status"]) == (0, "finished"), err
+    assert {run.info.status for run in tracker._search("", 100)} == {"FINISHED"}
+    assert len(tracker._search("", 100)) == len(runs) + 1  # the stage behind the one that failed
