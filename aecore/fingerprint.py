@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Frozen(BaseModel):
@@ -21,6 +23,11 @@ class Frozen(BaseModel):
 
 class Unhashed:
     """Marks a config field that says where or how, never what: `root: Annotated[Path, Unhashed()]`."""
+
+
+class Later:
+    """Marks a field that came later than others: at its default it is not hashed, so that older results keep their
+    keys."""
 
 
 def canonical(value: Any) -> Any:
@@ -39,8 +46,7 @@ def canonical(value: Any) -> Any:
             return int(value) if value.is_integer() else value
         case BaseModel():
             fields = type(value).model_fields.items()
-            hashed = [name for name, field in fields if not any(isinstance(m, Unhashed) for m in field.metadata)]
-            return {name: canonical(getattr(value, name)) for name in hashed}
+            return {name: canonical(getattr(value, name)) for name, field in fields if _is_hashed(value, name, field)}
         case Mapping():
             if not all(isinstance(key, str) for key in value):
                 raise TypeError("cannot fingerprint a mapping with keys that are not strings")
@@ -52,6 +58,11 @@ def canonical(value: Any) -> Any:
     )
 
 
+def _is_hashed(value: BaseModel, name: str, field: FieldInfo) -> bool:
+    marks = {type(mark) for mark in field.metadata}
+    return Unhashed not in marks and not (Later in marks and getattr(value, name) == field.default)
+
+
 def fingerprint(*parts: Any) -> str:
     """SHA-256 (64 hex digits) of the canonical JSON of `parts`.
 
@@ -60,6 +71,13 @@ def fingerprint(*parts: Any) -> str:
     """
     text = json.dumps([canonical(part) for part in parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def row_ids(x: np.ndarray) -> np.ndarray:
+    """A number (rows,) uint64 of each row of x (rows, *shape), of its values alone: copies have the same."""
+    x = np.ascontiguousarray(x + np.float32(0) if x.dtype == np.float32 else x)  # no negative zeros
+    digests = (hashlib.blake2b(row, digest_size=8).digest() for row in x.reshape(len(x), math.prod(x.shape[1:])))
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def derive_seed(seed: int, *role: str | int) -> int:

@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 
 from aecore.config import Data
 from aecore.errors import InputError, public, several, shown
+from aecore.fingerprint import row_ids
 from aecore.specs import Facts, resolve_likelihood
 
 _LABELS = ("label", "labels", "target", "class", "y")
@@ -132,7 +133,7 @@ def load(data: Data, facts: Facts) -> Rows:
 
 
 def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None] | None:
-    """The checks of `load` in one pass that keeps no features: a hash of each row's (rows,), and labels and marks.
+    """The checks of `load` in one pass that keeps no features: each row's `row_ids` (rows,), and labels and marks.
 
     Returns:
         None where it is left to `load`, in a task: far away, or too large to be read twice.
@@ -148,7 +149,7 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     bare, hashes, low, high = [], [], np.array(np.inf), np.array(-np.inf)
     for part in _parts(data, facts):
         low, high = np.minimum(low, part.x.min(0)), np.maximum(high, part.x.max(0))
-        hashes.append(np.array([hash(row.tobytes()) for row in part.x]))
+        hashes.append(row_ids(part.x))
         bare.append(part._replace(x=np.empty(0)))
     constant = _constant(low, high, facts.rows)
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
