@@ -14,7 +14,7 @@ from aecore.variants import Variant
 
 _MOST_WEIGHTS = 2**33
 """Of a layer: with their gradients and Adam's two means, more than any device holds."""
-REVISION = 1
+REVISION = 2
 """Part of every stage's key: raise it when a change in this package alters what a stage returns."""
 
 MEMORY_BYTES = 2**31
@@ -81,6 +81,8 @@ class FinetuneSpec(Frozen):
     numerics: Numerics
     labels: int | None = None
     """Labelled training rows, stratified (classify only); None is all."""
+    served: bool = True
+    """The result is a model to be served, with what that needs: see `stages.finetune`."""
 
 
 class ReferenceSpec(Frozen):

@@ -29,6 +29,7 @@ _RESIDENT_BYTES = 2**30
 """Largest set kept on the device as the floats that a layer reads."""
 _SCORED_VALUES = 2**25
 """Most outputs of a batch that is scored at once."""
+_BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 
 
 class Run(NamedTuple):
@@ -75,6 +76,15 @@ def finetune(
 
     `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
+
+    Returns:
+        A result with the model in `weights` and, behind `prepare.`, its preprocessing. Where it is to be served, also
+
+        - `autoencoder.*`, its layers in the config's `autoencoder`: what a classifier was finetuned from, since it has
+          no decoder of its own;
+        - `reference.*` of at most 2,000 validation rows, what new data are compared with: `error` (rows,) of
+          reconstruction, squared, a feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,) of
+          what the first layer reads.
     """
     began = time.perf_counter()
     if spec.labels is not None:
@@ -120,7 +130,37 @@ def finetune(
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
+    config["autoencoder"] = None
+    if not spec.served:
+        return Result(config, weights, summary)
+    autoencoder: Stack | None = net
+    if supervised:
+        before = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
+        autoencoder = Stack(before).to(run.device) if before else None
+    if supervised and autoencoder is not None:
+        config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
+        weights |= {f"autoencoder.{name}": value for name, value in _weights(autoencoder).items()}
+    found = _reference(model, autoencoder, prepare, held(data).validation, run.device)
+    weights |= {f"reference.{name}": value for name, value in found.items()}
     return Result(config, weights, summary, example=held(data).train.x[:4])
+
+
+def _reference(
+    model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split, device: torch.device
+) -> Weights:
+    """What a model makes of some of the rows that it was chosen by."""
+    drawn = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
+    x = metrics.over_batches(prepare, rows.x[drawn], device)
+    model.eval()
+    found = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
+    with torch.no_grad():
+        found["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
+        if autoencoder is not None:
+            autoencoder.eval()
+            parts = x.split(scoring_rows(autoencoder.first.spec))
+            found["error"] = torch.cat([metrics.row_errors(part, autoencoder.reconstruct(part)) for part in parts])
+    label = {} if rows.y is None else {"label": rows.y[drawn]}
+    return {name: value.cpu().numpy() for name, value in found.items()} | label
 
 
 def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result:
@@ -156,6 +196,17 @@ def build_stack(result: Result) -> Stack:
     stack = Stack([Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]])
     _load(stack, result.weights)
     return stack
+
+
+def build_autoencoder(result: Result) -> Stack | None:
+    """The autoencoder of the model that `finetune` returned: itself, or what the classifier was finetuned from."""
+    if result.config["task"] == "reconstruct":
+        return build_stack(result)
+    if not (layers := result.config["autoencoder"]):
+        return None
+    prefix = "autoencoder."
+    weights = {name.removeprefix(prefix): v for name, v in result.weights.items() if name.startswith(prefix)}
+    return build_stack(Result({"layers": layers}, weights, {}))
 
 
 def build_classifier(result: Result) -> Classifier:
@@ -226,7 +277,7 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
 
 def scoring_rows(spec: LayerSpec) -> int:
     """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
-    return max(1, min(2048, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
+    return max(1, min(_BATCH_ROWS, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
 
 
 def _weights(module: nn.Module) -> Weights:

@@ -255,7 +255,7 @@ class Share(NamedTuple):
     folder: str = ""
     """The driver's, where Ray is embedded and so on the same disk."""
     study: bool = False
-    """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
+    """Many short stages for a comparison: without Ray Train's start-up."""
 
 
 def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
@@ -523,9 +523,7 @@ def _execute(
                 result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result
-        if share.study:
-            record = record._replace(result=replace(result, example=None))
-        elif result.example is not None:
+        if result.example is not None:
             from aecore.pyfunc import Model
 
             record = record._replace(served=Model(result).predict(result.example))

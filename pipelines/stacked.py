@@ -38,11 +38,12 @@ class Stacked(NamedTuple):
         return [*self.layers, *(stage for stage in rest if stage is not None)]
 
 
-def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str = "") -> Stacked:
+def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str = "", served: bool = True) -> Stacked:
     """The graph of an experiment; nothing runs.
 
     Args:
         label: what the names of the stages begin with.
+        served: whether what is finetuned is a model to be served.
 
     Raises:
         InputError: the experiment does not fit its data.
@@ -79,7 +80,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
             layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
             variant=variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
-            seed=experiment.seed, numerics=numerics,
+            seed=experiment.seed, numerics=numerics, served=served,
         )  # fmt: skip
         finetune = Stage(f"{label}finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
