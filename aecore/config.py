@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from aecore.fingerprint import Frozen, Later, Unhashed
+from aecore.fingerprint import Frozen, Unhashed
 from aecore.variants import Plain, Variant
 
 Activation = Literal["relu", "sigmoid", "tanh", "gelu", "elu", "linear"]
@@ -42,7 +42,7 @@ class Data(Frozen):
     """Training rows set aside to choose by: a share below 1, else a number of rows."""
     test: Annotated[float, Field(gt=0)] = 0.2
     """Rows set aside for the one final test where the data bring no test split: a share below 1, else a number."""
-    split: Annotated[Literal["drawn", "content"], Later()] = "drawn"
+    split: Literal["drawn", "content"] = "drawn"
     """Rows that the data do not mark are cut at random, stratified by label (drawn), or by a hash of their own values
     (content): a row and its copies then stay in their split however the data grow."""
     limit: PositiveInt | None = None

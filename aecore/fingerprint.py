@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from pydantic.fields import FieldInfo
 
 
 class Frozen(BaseModel):
@@ -23,11 +22,6 @@ class Frozen(BaseModel):
 
 class Unhashed:
     """Marks a config field that says where or how, never what: `root: Annotated[Path, Unhashed()]`."""
-
-
-class Later:
-    """Marks a field that came later than others: at its default it is not hashed, so that older results keep their
-    keys."""
 
 
 def canonical(value: Any) -> Any:
@@ -46,7 +40,8 @@ def canonical(value: Any) -> Any:
             return int(value) if value.is_integer() else value
         case BaseModel():
             fields = type(value).model_fields.items()
-            return {name: canonical(getattr(value, name)) for name, field in fields if _is_hashed(value, name, field)}
+            hashed = [name for name, field in fields if not any(isinstance(m, Unhashed) for m in field.metadata)]
+            return {name: canonical(getattr(value, name)) for name in hashed}
         case Mapping():
             if not all(isinstance(key, str) for key in value):
                 raise TypeError("cannot fingerprint a mapping with keys that are not strings")
@@ -56,11 +51,6 @@ def canonical(value: Any) -> Any:
     raise TypeError(
         f"cannot fingerprint a {type(value).__qualname__}: pass numbers, strings, lists, mappings or pydantic models"
     )
-
-
-def _is_hashed(value: BaseModel, name: str, field: FieldInfo) -> bool:
-    marks = {type(mark) for mark in field.metadata}
-    return Unhashed not in marks and not (Later in marks and getattr(value, name) == field.default)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -141,6 +141,23 @@ class LoadSpec(Frozen):
     facts: Facts
 
 
+class ContestSpec(Frozen):
+    """Identity of a contest of two models on the same rows."""
+
+    metric: Literal["accuracy", "reconstruction"]
+    facts: Facts
+    data: Data
+
+
+class DriftSpec(Frozen):
+    """Identity of a comparison of new rows with those that a model was trained on."""
+
+    classes: tuple[str, ...]
+    """Names of the new rows' classes."""
+    threshold: float
+    """Effect size from which on a difference is drift: the largest gap between two distributions, from 0 to 1."""
+
+
 def resolve_likelihood(data: Data, facts: Facts) -> LikelihoodKind:
     """The reconstruction term that `auto` stands for."""
     if data.likelihood != "auto":

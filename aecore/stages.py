@@ -4,7 +4,7 @@ Each takes a hashed spec and the results of the stages it stands on, and returns
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -226,6 +226,11 @@ def build_prepare(result: Result) -> Prepare:
 def held(data: Arrays | Stream) -> Arrays:
     """The rows that lie in memory: all, or the sample of a larger set."""
     return data.sample if isinstance(data, Stream) else data
+
+
+def all_test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
+    """Also of a larger set, in chunks."""
+    return run.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]
 
 
 def prepared(data: Arrays | Stream, device: torch.device) -> Prepare:

@@ -70,6 +70,13 @@ _NETWORK = {"azure", "boto3", "botocore", "google", "urllib3"}
 T = TypeVar("T")
 
 
+class Version(NamedTuple):
+    """A version of a registered model."""
+
+    number: str
+    tags: dict[str, str]
+
+
 class LostResultError(Exception):
     """A finished stage's artifacts are gone or altered."""
 
@@ -329,7 +336,7 @@ class Tracker(NamedTuple):
         assert outputs is not None, "a finished finetuning has a model"
         return f"models:/{outputs.model_outputs[0].model_id}"
 
-    def register(self, name: str, uri: str) -> str:
+    def register(self, name: str, uri: str, tags: Mapping[str, str] | None = None) -> str:
         """Register a logged model under `name`; the version, which is the same if it was registered before."""
         mlflow.set_tracking_uri(self.uri)
 
@@ -339,7 +346,40 @@ class Tracker(NamedTuple):
                     return str(known.version)
             return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
 
-        return self.wait_for(look_then_register)
+        number = self.wait_for(look_then_register)
+        for tag, value in (tags or {}).items():
+            self.client.set_model_version_tag(name, number, tag, value)
+        return number
+
+    def version(self, name: str, alias: str) -> Version | None:
+        """The version of a registered model that has this alias, if there is one."""
+        try:
+            found = self.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return Version(str(found.version), dict(found.tags))
+
+    def set_alias(self, name: str, alias: str, number: str) -> None:
+        """Let an alias name this version, and no other any more."""
+        self.client.set_registered_model_alias(name, alias, number)
+
+    def runs(self, tags: Mapping[str, str], status: str = "FINISHED", limit: int = 1000) -> list[Run]:
+        """Runs with all of these tags, the newest first."""
+        conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+        return self._search(" and ".join([*conditions, f"attributes.status = '{status}'"]), limit)
+
+    @contextmanager
+    def lease(self, key: str, what: str) -> Iterator[Callable[[], None]]:
+        """The right to do something, one driver's at a time; gives what raises a TakenOverError when it is lost."""
+        lease = _Lease(self, key, what)
+        lease.take()
+        try:
+            yield lease.check
+        finally:
+            lease.end()
+            _within(_HURRY_SECONDS, partial(self.wait_for, lease.remove))
 
     def _search(self, condition: str, limit: int) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))

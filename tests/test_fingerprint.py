@@ -31,10 +31,6 @@ def test_unhashed_fields_do_not_matter_and_others_do() -> None:
     assert fingerprint(Data(limit=5)) != fingerprint(Data())
 
 
-def test_a_field_that_came_later_forks_no_key_at_its_default() -> None:
-    assert "split" not in canonical(Data()) and canonical(Data(split="content"))["split"] == "content"
-
-
 def test_ids_are_of_values_alone() -> None:
     x = np.array([[1, 0], [2, 3], [1, -0.0]], np.float32)
     assert row_ids(x)[0] == row_ids(x)[2] != row_ids(x)[1]
