@@ -62,7 +62,7 @@ def contest(
             _, *interval = gain(better)
             names = ("difference", "difference_low", "difference_high")
             found |= {prefix + name: value for name, value in zip(names, interval, strict=True)}
-    config = {"facts": spec.facts.model_dump(mode="json"), "split": spec.data.split, "test": spec.data.test}
+    config = {"facts": spec.facts.model_dump(mode="json"), "split": spec.split, "test": spec.test}
     return Result(config, {"ids": ids}, found)
 
 

@@ -146,7 +146,9 @@ class ContestSpec(Frozen):
 
     metric: Literal["accuracy", "reconstruction"]
     facts: Facts
-    data: Data
+    split: str
+    test: float
+    """How the test rows were cut."""
 
 
 class DriftSpec(Frozen):

@@ -69,10 +69,12 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
 
 
 def finetune(
-    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None
-) -> Result:
+    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None,
+    parent: Result | None = None,
+) -> Result:  # fmt: skip
     """Train all weights together, starting from exactly those of the pretrained `layers`, or of a `stack` that was
-    trained as a whole, or from random ones where there are none.
+    trained as a whole, or from those of a `parent`, finetuned another day, whose head is taken over where the classes
+    are the same; or from random ones where there are none.
 
     `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
@@ -101,7 +103,12 @@ def finetune(
             _load(layer, result.weights)
         if stack is not None:
             _load(net, stack.weights)
-        model = (head or net).to(run.device)
+        model = head or net
+        if parent is not None:
+            own, same = model.state_dict(), parent.config["classes"] == list(spec.classes)
+            given = {name: torch.tensor(value) for name, value in parent.weights.items() if name in own}
+            model.load_state_dict(own | {n: v for n, v in given.items() if same or not n.startswith("head.")})
+        model = model.to(run.device)
 
         def classify(x: Tensor, labels: Tensor) -> Terms:
             return {"cross_entropy": F.cross_entropy(model(read(x)).float(), labels)}
@@ -135,8 +142,12 @@ def finetune(
         return Result(config, weights, summary)
     autoencoder: Stack | None = net
     if supervised:
-        before = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
-        autoencoder = Stack(before).to(run.device) if before else None
+        if parent is not None:
+            autoencoder = build_autoencoder(parent)
+        else:
+            before = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
+            autoencoder = Stack(before) if before else None
+        autoencoder = autoencoder and autoencoder.to(run.device)
     if supervised and autoencoder is not None:
         config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
         weights |= {f"autoencoder.{name}": value for name, value in _weights(autoencoder).items()}

@@ -258,9 +258,9 @@ class Share(NamedTuple):
     """Many short stages for a comparison: without Ray Train's start-up."""
 
 
-def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
+def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
     """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
-    and makes its tables.
+    and makes its tables, unless `ready` is false.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -275,7 +275,7 @@ def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    if create and store_is_empty():
+    if create and ready and store_is_empty():
         refuse_what_is_not_here(resources)
         start_ray()
     from pipelines.tracking import connect

@@ -1,6 +1,7 @@
 """The recipe: an experiment and the facts about its data, to a chain of stages."""
 
 import warnings
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -96,6 +97,14 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     if control is not None:
         evaluate_control = evaluation("evaluate control", [], control, pictures=False)
     return Stacked(experiment, data, tuple(layers), finetune, evaluate, control, evaluate_control)
+
+
+def from_parent(graph: Stacked, parent: Stage) -> Stacked:
+    """The same experiment without pretraining: its finetuning starts from the weights of another day's."""
+    assert graph.finetune is not None
+    finetune = replace(graph.finetune, inputs={"data": graph.data, "parent": parent})
+    evaluate = replace(graph.evaluate, inputs={"data": graph.data, "finetuned": finetune})
+    return graph._replace(layers=(), finetune=finetune, evaluate=evaluate, control=None, evaluate_control=None)
 
 
 def load_stage(experiment: Experiment, facts: Facts) -> Stage:

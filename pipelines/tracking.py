@@ -347,8 +347,10 @@ class Tracker(NamedTuple):
             return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
 
         number = self.wait_for(look_then_register)
+        known = self.client.get_model_version(name, number).tags if tags else {}
         for tag, value in (tags or {}).items():
-            self.client.set_model_version_tag(name, number, tag, value)
+            if tag not in known:  # who registers first says what it is
+                self.client.set_model_version_tag(name, number, tag, value)
         return number
 
     def version(self, name: str, alias: str) -> Version | None:
