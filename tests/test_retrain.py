@@ -23,8 +23,8 @@ from pipelines.stage import Stage
 from pipelines.tracking import Tracker, connect
 
 QUICK = (
-    "--data.name", "parquet", "--data.path", "digits", "--network.widths", "[32, 16]", "--pretrain.epochs", "5",
-    "--finetune.epochs", "10", "--model", "digits",
+    "--data.name", "parquet", "--data.path", "digits", "--network.widths", "[32, 16]", "--pretrain.epochs", "10",
+    "--finetune.epochs", "30", "--finetune.lr", "5e-3", "--model", "digits",
 )  # fmt: skip
 
 
