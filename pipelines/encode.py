@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.encoding import Work, Worker, whole
 from aecore.parquet import filesystem_of
@@ -39,8 +39,7 @@ def write(
 
     Args:
         result: the model.
-        workers: None takes as many as the cluster holds.
-        gpus: of each worker; None takes one where the cluster has any.
+        workers, gpus: see `pipelines.streaming.each`.
 
     Raises:
         InputError: the output is another job's, or a row cannot be used.
@@ -51,16 +50,10 @@ def write(
     if there:
         say(f"{len(there)} of {len(pieces)} files are there already")
     if missing:
-        import ray
-
         start_ray()
         check_reach(store, work.output, "output")
-        cluster = ray.cluster_resources()
-        gpus = min(1.0, cluster.get("GPU", 0.0)) if gpus is None else gpus
-        most = max(1, int(cluster.get("GPU", 0) / gpus if gpus else cluster.get("CPU", 1)))
-        make = partial(_worker, work, ray.put(result))
         said = time.monotonic()
-        for done in each(make, missing, min(workers or most, most), gpus):
+        for done in each(partial(Worker, work), result, missing, workers, gpus):
             fresh, began, ended = fresh + done.rows, min(began, done.began), max(ended, done.ended)
             if time.monotonic() - said > _SAY_SECONDS:
                 said = time.monotonic()
@@ -70,12 +63,6 @@ def write(
     assert not left and rows == work.rows, f"{len(left)} files are missing"
     _write_manifest(work, rows, len(pieces))
     return Encoded(rows, fresh, len(pieces), max(0.0, ended - began))
-
-
-def _worker(work: Work, result: Any) -> Worker:
-    import ray
-
-    return Worker(work, ray.get(result))
 
 
 def _write_manifest(work: Work, rows: int, files: int) -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from aecore.errors import InputError
 from aecore.parquet import Piece
 from aecore.stream import Read
 
+T = TypeVar("T")
 _BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**27
 """Of one block, and of all that are read ahead of training."""
 
@@ -51,26 +52,38 @@ class Done(NamedTuple):
     """Unix time, seconds."""
 
 
-def each(make: Callable[[], Callable[[int], int]], numbers: Sequence[int], workers: int, gpus: float) -> Iterator[Done]:
-    """Have each number worked on by one of so many workers, each with one CPU and so many GPUs; in the order they end.
+def each(
+    make: Callable[[T], Callable[[int], int]], given: T, numbers: Sequence[int], workers: int | None, gpus: float | None
+) -> Iterator[Done]:
+    """Have each number worked on by one of several workers, each with one CPU and one thread; in the order they end.
 
     Args:
-        make: what a worker is, made once in its own process: takes a number, and returns how many rows it had.
+        make: what a worker is, made of `given` once in its own process: takes a number, returns how many rows it had.
+        workers: at most as many as the cluster holds, which is what None takes.
+        gpus: of each worker; None takes one where the cluster has any.
 
     Raises:
-        InputError: of a worker.
+        InputError: of a worker; or the cluster has no such GPU.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
     _set_up(preserve_order=False)
 
+    cluster = ray.cluster_resources()
+    all_gpus = cluster.get("GPU", 0.0)
+    gpus = min(1.0, all_gpus) if gpus is None else gpus
+    if gpus > all_gpus:
+        raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
+    most = max(1, int(all_gpus / gpus if gpus else cluster.get("CPU", 1)))
+    shared = ray.put(given)
+
     class Worker:
         def __init__(self) -> None:
             import torch
 
             torch.set_num_threads(1)
-            self.work = make()
+            self.work = make(ray.get(shared))
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
             number, began, error, rows = numbers[int(batch["id"][0])], time.time(), "", 0
@@ -81,7 +94,7 @@ def each(make: Callable[[], Callable[[int], int]], numbers: Sequence[int], worke
             return {"done": [[number, rows, began, time.time()]], "error": [error]}
 
     jobs = ray.data.range(len(numbers), override_num_blocks=len(numbers))
-    pool = ActorPoolStrategy(size=min(workers, len(numbers)))
+    pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)))
     done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
         for (number, rows, began, ended), error in zip(batch["done"], batch["error"], strict=True):
