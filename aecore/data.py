@@ -107,20 +107,9 @@ def inspect(data: Data) -> Facts:
     Raises:
         InputError: the data are missing, unreadable, not of the form that the README describes, or cannot be split.
     """
-    y = marks = ids = None
-    if data.name == "parquet":
-        facts = parquet.inspect(data)
-    elif data.name == "digits":
-        facts = Facts(digest=_digest([_digits_file()]), shape=(1, 8, 8), levels=17, classes=_DIGITS, rows=1_797)
-    else:
-        named = _SETS[data.name]
-        files = [data.root / name for name in named.files]
-        if not all(file.is_file() for file in files):
-            _download(data, named)
-        facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=sum(named.rows))
-        marks = np.repeat(["train", "test"], named.rows)
-    if data.labels is None:
-        facts = facts.model_copy(update={"classes": ()})
+    y = ids = None
+    facts = identify(data)
+    marks = np.repeat(["train", "test"], _SETS[data.name].rows) if data.name in _SETS else None
     for field, size in (("validation", data.validation), ("test", data.test)):
         if size >= facts.rows:
             raise InputError(f"data.{field}: {size:g} rows asked for, the data have {facts.rows}; ask for fewer")
@@ -141,11 +130,44 @@ def inspect(data: Data) -> Facts:
     return facts
 
 
+def identify(data: Data) -> Facts:
+    """What `inspect` learns, of data that need not be fit to train on.
+
+    Raises:
+        InputError: the data are missing, unreadable, or not of the form that the README describes.
+    """
+    if data.name == "parquet":
+        facts = parquet.inspect(data)
+    elif data.name == "digits":
+        facts = Facts(digest=_digest([_digits_file()]), shape=(1, 8, 8), levels=17, classes=_DIGITS, rows=1_797)
+    else:
+        named = _SETS[data.name]
+        files = [data.root / name for name in named.files]
+        if not all(file.is_file() for file in files):
+            _download(data, named)
+        facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=sum(named.rows))
+    return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
+
+
 def load(data: Data, facts: Facts) -> Arrays:
     """Read and split the rows; standardisation is fitted on the training rows alone.
 
     Raises:
         InputError: a row cannot be read, or a split would be empty.
+    """
+    x, y, marks = rows(data, facts)
+    ids = row_ids(x) if data.split == "content" else None
+    train, validation, test = (
+        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, facts, y, marks, ids, len(x))
+    )
+    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+
+
+def rows(data: Data, facts: Facts) -> parquet.Rows:
+    """All rows in their order.
+
+    Raises:
+        InputError: a row cannot be read.
     """
     if data.name == "parquet":
         x, y, marks = parquet.load(data, facts)
@@ -156,13 +178,7 @@ def load(data: Data, facts: Facts) -> Arrays:
         x, y, marks = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64), None
     else:
         x, y, marks = _load_torchvision(data, _SETS[data.name])
-    if data.labels is None:
-        y = None
-    train, validation, test = (
-        Split(x[rows], None if y is None else y[rows])
-        for rows in _split(data, facts, y, marks, row_ids(x) if data.split == "content" else None, len(x))
-    )
-    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+    return parquet.Rows(x, None if data.labels is None else y, marks)
 
 
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

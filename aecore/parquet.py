@@ -164,10 +164,10 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     return np.concatenate(hashes), *_joined(bare)
 
 
-def pieces(data: Data, facts: Facts) -> tuple[Piece, ...]:
-    """The set in pieces of some 16 MB of values, or of one row group where that is larger."""
+def pieces(data: Data, facts: Facts, size: int = _PIECE_BYTES) -> tuple[Piece, ...]:
+    """The set in pieces of so many bytes of values, or of one row group where that is larger."""
     source = _source(data)
-    most = max(1, _PIECE_BYTES // (prod(facts.shape) * (1 if facts.levels else 4)))
+    most = max(1, size // (prod(facts.shape) * (1 if facts.levels else 4)))
     found: list[Piece] = []
     first = 0
     for file in source.files:
@@ -341,18 +341,19 @@ def _batches(
 def _of_piece(data: Data, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
     """What a piece is read with; the set's other files, of which there may be thousands, are not looked at."""
     assert data.path is not None
-    filesystem, _ = _filesystem(data.path)
+    filesystem, _ = filesystem_of(data.path)
     return filesystem, _columns(data, _open(filesystem, piece.file).schema_arrow)
 
 
-def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """Where a path or URI lies, and its path there."""
     return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
 
 
 def _files(data: Data) -> tuple[pafs.FileSystem, list[str]]:
     assert data.path is not None
     try:
-        filesystem, path = _filesystem(data.path)
+        filesystem, path = filesystem_of(data.path)
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return filesystem, [path]

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from aecore import metrics, stages
+from aecore import generation, metrics, stages
 from aecore.networks import Classifier, Stack
 from aecore.specs import LayerSpec
 from aecore.storage import Result, load_weights
@@ -54,6 +54,20 @@ class Model:
             own = code if self.autoencoder is self.net else self.autoencoder.encode(x)
             found["reconstruction_mse"] = metrics.row_errors(x, self.autoencoder.mean(own))
         return found
+
+    def decode(self, code: np.ndarray) -> np.ndarray:
+        """Reconstructions (rows, *shape) of codes (rows, units), as the data set holds them; of an autoencoder."""
+        assert isinstance(self.net, Stack)
+        shape = self.net.code_shape
+        with torch.inference_mode():
+            parts = torch.tensor(code, device=self.device).view(-1, *shape).split(self.batch)
+            return torch.cat([self.prepare.inverse(self.net.mean(part)) for part in parts]).cpu().numpy()
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Rows (count, *shape) as the data set holds them, drawn from the prior of a variational autoencoder."""
+        assert isinstance(self.net, Stack)
+        with torch.inference_mode():
+            return self.prepare.inverse(generation.samples(self.net, count, seed)).cpu().numpy()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
         """Columns `code`, of a classifier `prediction` and `probability` of that class, of an autoencoder (a classifier

@@ -341,8 +341,11 @@ def _nodes() -> list[dict[str, float]]:
     return [{"CPU": 0, **node} for node in max(up, may, key=len)]
 
 
-def check_reach(store: str, storage_path: str | None) -> None:
+def check_reach(store: str, storage_path: str | None, field: str = "resources.storage_path") -> None:
     """Whether all nodes of the cluster can write to the store and to where checkpoints go.
+
+    Args:
+        field: the setting that names the second, for the message.
 
     Raises:
         InputError: one of them is a file of a single machine.
@@ -373,10 +376,10 @@ def check_reach(store: str, storage_path: str | None) -> None:
             ]
             blind = [n["NodeManagerHostname"] for n, found in zip(nodes, ray.get(seen), strict=True) if not found]
     except OSError as error:
-        raise InputError(f"resources.storage_path: cannot write to {folder} ({error.strerror}); move it") from None
+        raise InputError(f"{field}: cannot write to {folder} ({error.strerror}); move it") from None
     if blind:
         raise InputError(
-            f"resources.storage_path: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
+            f"{field}: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
             "file system that all nodes mount, or a URI such as s3://BUCKET/diabolo"
         )
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,8 +29,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import mlflow
 import psutil
+import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -45,11 +47,12 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; whoever can wait longer does so itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # it would run what a file says
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
 
-_FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
+_FOLDER, _FIGURES, _MODEL, _LOADER = "result", "figures", "model", "aecore.pyfunc"
 _STOPPED = "stopped.epoch"
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
@@ -75,6 +78,19 @@ class Version(NamedTuple):
 
     number: str
     tags: dict[str, str]
+
+
+class Registered(NamedTuple):
+    """A version of a registered model."""
+
+    uri: str
+    """models:/NAME/VERSION."""
+    digest: str
+    """SHA-256 of its files."""
+    result: Result
+    """Of the finetuning that made it."""
+    model_id: str | None
+    """MLflow's own name for it."""
 
 
 class LostResultError(Exception):
@@ -310,8 +326,10 @@ class Tracker(NamedTuple):
         """Upload everything in `folder` to `place` among the run's artifacts."""
         self.client.log_artifacts(run_id, str(folder), place)
 
-    def log_data(self, run_id: str, name: str, facts: Facts, context: str = "training") -> None:
-        """Record which data a run read."""
+    def log_data(
+        self, run_id: str, name: str, facts: Facts, context: str = "training", model_id: str | None = None
+    ) -> None:
+        """Record which data a run read, and with which model."""
         inputs = self.client.get_run(run_id).inputs
         if inputs and inputs.dataset_inputs:
             return
@@ -320,7 +338,8 @@ class Tracker(NamedTuple):
             name=name, digest=facts.digest[:36], source_type="local", source=json.dumps({"digest": facts.digest}),
             profile=json.dumps(profile),
         )  # fmt: skip
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        models = [LoggedModelInput(model_id)] if model_id else None
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Final metrics and tags of a job; a metric that stands there already is not logged twice."""
@@ -382,6 +401,51 @@ class Tracker(NamedTuple):
         finally:
             lease.end()
             _within(_HURRY_SECONDS, partial(self.wait_for, lease.remove))
+
+    def load_model(self, uri: str) -> Registered:
+        """A registered model by models:/NAME@ALIAS or models:/NAME/VERSION. Only safetensors and JSON are read.
+
+        Raises:
+            InputError: there is none, it was altered, or `aecore.pyfunc` is not what made it.
+        """
+        found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+        if not found:
+            raise InputError(
+                f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        name, alias, number = found.groups()
+        client = self.client
+        try:
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise InputError(
+                f"model: {_redacted(self.uri)} has no {uri}; jobs.train --register NAME makes a version, and "
+                "jobs.retrain a champion"
+            ) from None
+        mlflow.set_tracking_uri(self.uri)
+        exact = f"models:/{name}/{version.version}"
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                folder = Path(self.wait_for(partial(mlflow.artifacts.download_artifacts, exact, dst_path=temporary)))
+                flavor = yaml.safe_load((folder / "MLmodel").read_text())["flavors"].get("python_function", {})
+                if flavor.get("loader_module") != _LOADER:
+                    raise InputError(
+                        f"model: {uri} was not made by jobs.train, and is not unpickled; name one that was"
+                    )
+                config, weights = load_weights(folder / flavor["data"])
+                digest = json.loads((folder / flavor["data"] / "config.json").read_text())["sha256"]
+            except (OSError, ValueError, KeyError, MlflowException, yaml.YAMLError) as error:
+                if isinstance(error, InputError):
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                raise InputError(f"model: {uri} is lost or was altered ({reason}); register it again") from error
+        source = version.source or ""
+        model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
+        return Registered(exact, digest, Result(config, weights, {}), model_id)
 
     def _search(self, condition: str, limit: int) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))
@@ -471,7 +535,7 @@ class StageRun:
                 name=_MODEL,
                 model_id=model.model_id,
                 run_id=None if linked else self.run_id,  # links it to the run
-                loader_module="aecore.pyfunc",
+                loader_module=_LOADER,
                 data_path=str(folder),
                 code_paths=[str(Path(aecore.__file__).parent)],
                 pip_requirements=[f"{name}=={version(name)}" for name in _MODEL_NEEDS],

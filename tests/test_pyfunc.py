@@ -24,13 +24,15 @@ def trained(digits: tuple[Facts, Arrays]) -> dict[str, Any]:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, Variational(), epochs=2)
-    run, given = stages.Run(), {"data": arrays, "layers": layers}
+    run = stages.Run()
     return {
         "layers": layers,
-        "classify": stages.finetune(tuning(specs), run, **given),
+        "classify": stages.finetune(tuning(specs), run, data=arrays, layers=layers),
         "reconstruct": stages.finetune(tuning(specs, "reconstruct", epochs=20), run, data=arrays),
         "bare": stages.finetune(tuning(specs), run, data=arrays),
-        "unserved": stages.finetune(tuning(specs).model_copy(update={"served": False}), run, **given),
+        "unserved": stages.finetune(
+            tuning(specs).model_copy(update={"served": False}), run, data=arrays, layers=layers
+        ),
     }
 
 
@@ -74,6 +76,7 @@ def test_an_autoencoder_is_its_own(trained: dict[str, Any], digits: tuple[Facts,
 def test_the_reference_is_of_validation_rows(trained: dict[str, Any], digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
     x, y = arrays.validation
+    assert y is not None
     for name in ("classify", "reconstruct", "bare"):
         result = trained[name]
         table, kept = Model(result).measure(x), result.weights
