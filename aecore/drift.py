@@ -10,6 +10,7 @@ from scipy import stats
 
 from aecore import figures, metrics
 from aecore.data import Arrays
+from aecore.errors import printable
 from aecore.fingerprint import row_ids
 from aecore.pyfunc import Model
 from aecore.specs import DriftSpec
@@ -164,7 +165,7 @@ def as_csv(table: list[dict[str, Any]]) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {row['class']}"
+    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {printable(row['class'])[:40]}"
 
 
 def _means(add: Any, x: np.ndarray, reference: Weights, count: int) -> None:

@@ -91,10 +91,10 @@ def run(settings: Retrain) -> dict[str, Any] | None:
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    found = report["metrics"]
-    table = Table("", "all test rows", "frozen", "newest", title=f"{report['status']}: {report['reason']}")
-    table.title_justify = "left"
+    found, title = report["metrics"], Text(f"{report['status']}: {report['reason']}")
+    table = Table("", "all test rows", "frozen", "newest", title=title, title_justify="left")
     models = [f"{who}/{what}" for what in ("accuracy", "reconstruction") for who in ("champion", "challenger")]
     for row in ("rows", *models, "difference", "difference_low", "difference_high"):
         values = [found.get(prefix + row) for prefix in ("", "frozen/", "newest/")]

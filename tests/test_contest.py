@@ -254,6 +254,9 @@ def test_effects_are_what_they_are_called() -> None:
     assert table["unknown classes", "all"]["drifted"]
     assert ("error", "ash") in table and ("error", "oak") not in table
     assert "unknown classes 0.10" in words([table["unknown classes", "all"]], 3000)
+    assert words([{"quantity": "error", "class": "\x1b[31m", "effect": 0.5}], 9).endswith(
+        r"rows: error of \x1b[31m 0.50"
+    )
     a, b = rng.normal(size=50), rng.normal(0.7, size=40)
     signs_of = np.sign(b[:, None] - a[None])
     assert cliff(b, a) == pytest.approx(signs_of.mean())
