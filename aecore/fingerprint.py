@@ -66,7 +66,9 @@ def fingerprint(*parts: Any) -> str:
 def row_ids(x: np.ndarray) -> np.ndarray:
     """A number (rows,) uint64 of each row of x (rows, *shape), of its values alone: copies have the same."""
     x = np.ascontiguousarray(x + np.float32(0) if x.dtype == np.float32 else x)  # no negative zeros
-    digests = (hashlib.blake2b(row, digest_size=8).digest() for row in x.reshape(len(x), math.prod(x.shape[1:])))
+    digests = (
+        hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in x.reshape(len(x), math.prod(x.shape[1:]))
+    )
     return np.frombuffer(b"".join(digests), "<u8")
 
 

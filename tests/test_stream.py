@@ -9,11 +9,11 @@ import pytest
 
 from aecore import evaluation, stages
 from aecore.config import Data, Dense, Experiment, Finetune, Fit
-from aecore.data import Arrays, Split, inspect, load
+from aecore.data import SPLITS, Arrays, Split, inspect, load
 from aecore.errors import InputError
 from aecore.specs import Facts, MeasureSpec, Numerics, resolve_in_memory
 from aecore.storage import Result
-from aecore.stream import SPLITS, Shuffled, Stream, in_turn, open_stream
+from aecore.stream import Shuffled, Stream, in_turn, open_stream
 from pipelines.stacked import Stacked, build
 
 
