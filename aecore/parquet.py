@@ -164,10 +164,10 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     return np.concatenate(hashes), *_joined(bare)
 
 
-def pieces(data: Data, facts: Facts, size: int = _PIECE_BYTES) -> tuple[Piece, ...]:
-    """The set in pieces of so many bytes of values, or of one row group where that is larger."""
+def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:
+    """The set in pieces of so many bytes of values, 16 MB by default, or of one row group where that is larger."""
     source = _source(data)
-    most = max(1, size // (prod(facts.shape) * (1 if facts.levels else 4)))
+    most = max(1, (size or _PIECE_BYTES) // (prod(facts.shape) * (1 if facts.levels else 4)))
     found: list[Piece] = []
     first = 0
     for file in source.files:

@@ -465,10 +465,10 @@ def test_bad_data_are_posted_too(champion: Path) -> None:
 
 @pytest.mark.long
 def test_forty_retrainings_with_other_seeds_promote_two_at_most(champion: Path, here: Here) -> None:
-    status = [here("--logical-date", f"2027-{1 + n // 28:02}-{1 + n % 28:02}", "--seed", str(n + 1))
-              ["status"] for n in range(40)]  # fmt: skip
+    days = [date(2027, 1, 1) + timedelta(n) for n in range(40)]
+    status = [here("--logical-date", str(when), "--seed", str(n))["status"] for n, when in enumerate(days, 1)]
     print(status.count("promoted"), "of", len(status), "promoted")
-    assert status.count("promoted") <= 2 and set(status) == {"kept", "promoted"}
+    assert status.count("promoted") <= 2 and status.count("kept") + status.count("promoted") == 40
 
 
 @pytest.mark.long
