@@ -27,7 +27,7 @@ CRONS = {
     "5 0 * * mon,THU": "Mon,Thu *-*-* 00:05:00",
     "0 23 * * 5-7": "Sun,Fri,Sat *-*-* 23:00:00",
     "0 3 1 * *": "*-*-01 03:00:00",
-    "0 3 */10 2 *": "*-02-01,11,21 03:00:00",
+    "0 3 */10 2 *": "*-02-01,11,21,31 03:00:00",
     "59 23 31 jan-mar/2 *": "*-01,03-31 23:59:00",
     "0 4 29 2 *": "*-02-29 04:00:00",
     "0 4 * * */3": "Sun,Wed,Sat *-*-* 04:00:00",
@@ -112,7 +112,8 @@ def ran(folder: Path) -> list[str]:
     """What is to be run, today."""
     day, digest = date.today(), hashlib.sha256(b"My digits").hexdigest()[:6]
     return [
-        "-m", "jobs.submit", "--address", "http://head:8265", "--once", "--name", f"retrain-my-digits-{digest}-{day}", "--",
+        "-m", "jobs.submit", "--address", "http://head:8265", "--once", "--name",
+        f"retrain-my-digits-{digest}-{day}", "--",
         "jobs.retrain", "our recipe.yaml", "--model", "My digits", "--logical-date", f"{day}", "http://mlflow:5000/a%20b",
         str(folder),
     ]  # fmt: skip
