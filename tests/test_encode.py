@@ -29,6 +29,7 @@ from pipelines.run import run_here
 from pipelines.stacked import build
 from pipelines.streaming import Done
 from pipelines.tracking import Tracker
+from tests.benchmarks import encoding as bench
 from tests.test_tracking import parent, small
 from tests.test_train import clean
 
@@ -287,3 +288,19 @@ def test_an_altered_model_is_refused(here: Here, tracker: Tracker) -> None:
             here("--model", "models:/vae/1")
     finally:
         (folder / "weights.safetensors").write_bytes(whole)
+
+
+@pytest.mark.long
+def test_a_killed_job_goes_on(mnist_root: Path, tmp_path: Path) -> None:
+    """With its two workers on Ray, as tests/benchmarks/encoding.py does it with figures."""
+    data = Data(name="mnist", root=mnist_root)
+    x = rows(data, identify(data)).x[:60_000]
+    bench.write(tmp_path / "set.parquet", x, 1)
+    weights = bench.train(mnist_root, tmp_path)
+    output = tmp_path / "codes"
+    files = bench.killed(tmp_path / "set.parquet", output, tmp_path)
+    assert 0 < files < 6
+    report, _ = bench.watched(bench.encoding(tmp_path / "set.parquet", output), tmp_path)
+    assert report["rows"]["all"] == 60_000 and 0 < report["rows"]["made"] < 60_000
+    ids, difference = bench.compared(output, weights, x)
+    assert ids == 60_000 and difference < 1e-6
