@@ -1,6 +1,9 @@
 """`jobs.encode`: one row out for each row in, whatever happens on the way, and only by the model that was named."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +32,8 @@ from pipelines.run import run_here
 from pipelines.stacked import build
 from pipelines.streaming import Done
 from pipelines.tracking import Tracker
+from tests.benchmarks import encoding as bench
+from tests.nodes import BIN, free_port, running, wait_for
 from tests.test_tracking import parent, small
 from tests.test_train import clean
 
@@ -233,7 +238,7 @@ def test_what_is_refused(args: tuple[str, ...], message: str, here: Here, tmp_pa
 
 def test_output_of_another_model_or_other_data_is_refused(here: Here, tmp_path: Path) -> None:
     here(*CLASSIFIER)
-    for other in ([*AUTOENCODER], [*CLASSIFIER, "--data.labels", "auto"]):
+    for other in (["--model", "models:/vae/1"], [*CLASSIFIER, "--data.labels", "auto"]):
         with pytest.raises(InputError, match=r"out/part-00000\d.parquet is of another job .*name another --output"):
             here(*other)
         assert here.made == []
@@ -247,7 +252,7 @@ def test_a_bad_row_is_named_and_the_rest_waits_for_it(here: Here, tmp_path: Path
     data = write(tmp_path / "hole.parquet", pa.array(lists(x), KIND))
     with pytest.raises(InputError, match=r"hole\.parquet column x row 650"):
         here(*AUTOENCODER, *data)
-    assert here.made == [0, 1, 2, 3] and len(list(here.folder.glob("part-*"))) == 3
+    assert here.made == [0, 1, 2] and len(list(here.folder.glob("part-*"))) == 2
 
 
 PICKLED = """
@@ -287,3 +292,41 @@ def test_an_altered_model_is_refused(here: Here, tracker: Tracker) -> None:
             here("--model", "models:/vae/1")
     finally:
         (folder / "weights.safetensors").write_bytes(whole)
+
+
+@pytest.mark.long
+def test_a_killed_job_goes_on(mnist_root: Path, tmp_path: Path) -> None:
+    """With its two workers on Ray, as tests/benchmarks/encoding.py does it with figures."""
+    data = Data(name="mnist", root=mnist_root)
+    x = rows(data, identify(data)).x[:60_000]
+    bench.write(tmp_path / "set.parquet", x, 1)
+    weights = bench.train(mnist_root, tmp_path)
+    output = tmp_path / "codes"
+    files = bench.killed(tmp_path / "set.parquet", output, tmp_path)
+    assert 0 < files < 6
+    report, _ = bench.watched(bench.encoding(tmp_path / "set.parquet", output), tmp_path)
+    assert report["rows"]["all"] == 60_000 and 0 < report["rows"]["made"] < 60_000
+    ids, difference = bench.compared(output, weights, x)
+    assert ids == 60_000 and difference < 1e-6
+
+
+@pytest.mark.long
+def test_the_readme_serves_the_same_columns(
+    models: dict[str, Result], tracker: Tracker, tmp_path: Path
+) -> None:  # fmt: skip
+    """The two lines of the README, as they stand there but for the port and the name."""
+    block = (ROOT / "README.md").read_text().split("The same columns by HTTP")[1].split("\n\n")[1]
+    serve, curl = re.sub(r"^    ", "", block, flags=re.MULTILINE).split("\n", 1)
+    port = free_port()
+    command = (
+        serve.removeprefix("uv run ").replace("models:/digits/1", "models:/classifier/1").replace("5001", str(port))
+    )
+    env = {**clean(), "MLFLOW_TRACKING_URI": tracker.uri, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with running(shlex.split(command), tmp_path / "log", env, tmp_path):
+        wait_for(f"http://127.0.0.1:{port}/ping", tmp_path / "log", 120)
+        done = subprocess.run(curl.replace("5001", str(port)), shell=True, capture_output=True, text=True, check=True)
+    (row,) = json.loads(done.stdout)["predictions"]
+    direct = Model(models["classifier"]).predict(DIGITS[:1]).iloc[0]
+    assert list(row) == list(direct.index) and row["prediction"] == direct["prediction"]
+    assert np.allclose(row["code"], direct["code"], atol=1e-6)
+    assert row["reconstruction_mse"] == pytest.approx(direct["reconstruction_mse"], abs=1e-6)

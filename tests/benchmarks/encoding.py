@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from aecore.config import Data
 from aecore.data import identify, rows
 from aecore.pyfunc import Model
-from aecore.storage import load_weights
+from aecore.storage import Result, load_weights
 from tests.benchmarks.streaming import environ, memory_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,6 @@ def plain(path: str, weights: str, output: str) -> None:
     import torch
 
     from aecore.stages import build_autoencoder, build_classifier, build_prepare
-    from aecore.storage import Result
 
     result = Result(*load_weights(Path(weights)), {})
     net, prepare = build_classifier(result).eval(), build_prepare(result)
@@ -116,6 +115,22 @@ def encoding(path: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def train(root: Path, folder: Path) -> Path:
+    """Register a model of MNIST in a store of its own; the folder of its weights."""
+    recipe = ["jobs.train", "--data.name", "mnist", "--data.root", str(root), *NETWORK.split()]
+    watched([*recipe, "--register", "mnist"], folder)
+    (found,) = (path.parent for path in (folder / "mlruns").rglob("data/result/config.json"))
+    return found
+
+
+def compared(output: Path, weights: Path, x: np.ndarray) -> tuple[int, float]:
+    """Distinct ids, and by how much codes differ at most from those of the model called directly."""
+    table = pq.read_table(output).sort_by("id")
+    direct = Model(Result(*load_weights(weights), {})).measure(x)["code"]
+    codes = table["code"].combine_chunks().flatten().to_numpy().reshape(direct.shape)
+    return len(np.unique(table["id"].to_numpy())), float(np.abs(codes - direct).max())
+
+
 def killed(path: Path, output: Path, folder: Path) -> int:
     """Start a job and kill it and its workers when half of the files are there; how many those are."""
     with (folder / "log.txt").open("w") as log:
@@ -141,12 +156,7 @@ def main() -> None:
     x = rows(data, identify(data)).x[:60_000]
     with tempfile.TemporaryDirectory(prefix="diabolo_encoding") as temporary:
         folder = Path(temporary)
-        recipe = ["jobs.train", "--data.name", "mnist", "--data.root", str(data.root), *NETWORK.split()]
-        watched([*recipe, "--register", "mnist"], folder)
-        (weights,) = [
-            p.parent for p in (folder / "mlruns").rglob("config.json") if p.parent.parent.name == "data"
-            and "reference.error" in load_weights(p.parent)[1]
-        ]  # fmt: skip
+        weights = train(data.root, folder)
         print("   rows   plain, rows/s   encode, rows/s   ratio   job, s   plain, GB   encode, GB", flush=True)
         for repeat in options.repeat:
             path, output = folder / f"{repeat}.parquet", folder / f"codes{repeat}"
@@ -165,16 +175,8 @@ def main() -> None:
         path, output = folder / f"{options.repeat[0]}.parquet", folder / "again"
         whole = killed(path, output, folder)
         report, _ = watched(encoding(path, output), folder)
-        table = pq.read_table(output)
-        from aecore.storage import Result
-
-        direct = Model(Result(*load_weights(weights), {})).measure(np.tile(x, (options.repeat[0], 1, 1, 1)))
-        order = np.argsort(table["id"].to_numpy())
-        codes = np.stack(table["code"].to_numpy())[order]
-        print(
-            f"killed with {whole} files whole; then {report['rows']}: {len(np.unique(table['id']))} distinct ids, "
-            f"codes differ by {np.abs(codes - direct['code']).max():.1e} at most"
-        )
+        ids, difference = compared(output, weights, np.tile(x, (options.repeat[0], 1, 1, 1)))
+        print(f"killed with {whole} files whole; then {report['rows']}: {ids:,} ids, codes differ by {difference:.1e}")
 
 
 if __name__ == "__main__":
