@@ -41,7 +41,7 @@ def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result,
         earlier: the contest that the champion has won, which knows the test rows of its day.
 
     Returns:
-        A result with `drift/...` metrics, the table in `config` (`table`, and the findings in `words`), and a figure.
+        A result with `drift/...` metrics, the `table` as CSV and the findings in `words` in `config`, and a figure.
     """
     known = earlier.config["facts"]["classes"]
     model = Model(champion, run.device)
@@ -61,7 +61,7 @@ def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result,
             found["class"].append(np.array(spec.classes)[part.y[fresh]])
     if not rows:
         scores = {"drift/rows": 0.0, "drift/drifted": 0.0}
-        return Result({"table": [], "words": "no test row has come since", "drifted": False}, {}, scores)
+        return Result({"table": as_csv([]), "words": "no test row has come since", "drifted": False}, {}, scores)
     new = {name: np.concatenate(parts) for name, parts in found.items() if parts}
     table = compare(new, champion.weights, known, spec.threshold)
     drifted = [row for row in table if row["drifted"]]
@@ -75,7 +75,7 @@ def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result,
             scores[f"drift/{row['quantity'].replace(' ', '_')}_effect"] = row["effect"]
     errors = (champion.weights["reference.error"], new["error"]) if "error" in new else None
     picture = figures.drift(errors, [(_name(row), row["effect"], row["drifted"]) for row in table], spec.threshold)
-    config = {"table": table, "words": words(drifted, rows), "drifted": bool(drifted)}
+    config = {"table": as_csv(table), "words": words(drifted, rows), "drifted": bool(drifted)}
     return Result(config, {}, scores, {"drift": picture})
 
 

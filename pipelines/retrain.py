@@ -322,13 +322,11 @@ class _Firing(NamedTuple):
 
     def look_for_drift(self, graph: Stacked, facts: Facts, champion: Champion) -> dict[str, Any]:
         """The champion on the new rows: findings, also kept as a table and a figure with the run."""
-        from aecore.drift import as_csv
-
         stage = drift_of(graph, facts, self.rule, champion)
         outcome = self.compute([stage])["drift"]
         found = self.tracker.restore(outcome.run_id).config
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "drift.csv").write_text(as_csv(found["table"]))
+            (Path(folder) / "drift.csv").write_text(found["table"])
             self.tracker.save_figures(outcome.run_id, Path(folder))
             self.tracker.log_folder(self.run_id, Path(folder), "drift")
         self.say(found["words"])

@@ -17,7 +17,7 @@ from aecore import stages
 from aecore.config import Data, Dense, Experiment, Finetune, Fit
 from aecore.contest import contest
 from aecore.data import Arrays, Split, inspect, load
-from aecore.drift import as_csv, cliff, compare, drift, words
+from aecore.drift import cliff, compare, drift, words
 from aecore.fingerprint import row_ids
 from aecore.specs import ContestSpec, DriftSpec, Facts, Numerics
 from aecore.statistics import gain
@@ -202,13 +202,13 @@ def test_a_shade_that_the_champion_never_saw_is_drift(grown: dict[str, Any]) -> 
     assert found.config["drifted"] and found.config["words"].startswith("drift in ")
     with Image.open(io.BytesIO(found.figures["drift"])) as picture:
         assert min(picture.size) > 300
-    table = list(csv.DictReader(io.StringIO(as_csv(found.config["table"]))))
+    table = list(csv.DictReader(io.StringIO(found.config["table"])))
     quantities = {row["quantity"] for row in table}
     assert {"error", "code 0", "feature 0", "classes", "unknown classes"} <= quantities
     assert {row["class"] for row in table if row["quantity"] == "error"} == {"all", *facts.classes}
     nothing = Result({"facts": facts.model_dump(mode="json")}, {"ids": row_ids(rows.test.x)}, {})
     none = drift(ask, stages.Run(), data=rows, champion=champion, earlier=nothing)
-    assert none.metrics == {"drift/rows": 0, "drift/drifted": 0} and none.config["table"] == []
+    assert none.metrics == {"drift/rows": 0, "drift/drifted": 0} and none.config["table"].count("\n") == 1
 
 
 def drawn(rng: np.random.Generator, rows: int, shift: float = 0.0) -> dict[str, np.ndarray]:
