@@ -202,7 +202,8 @@ def kuberay(firing: Firing) -> str:
     text = _SAMPLE.read_text().rstrip()
     job = json.dumps(shlex.join(["python", "-m", *firing.command()]))
     for line, value in (("  name", firing.name), ("  schedule", str(firing.cron)), ("    entrypoint", job)):
-        text = re.sub(rf"^{line}: .*", lambda _, new=f"{line}: {value}": new, text, count=1, flags=re.MULTILINE)
+        new = f"{line}: {value}".replace("\\", r"\\")
+        text = re.sub(rf"^{line}: .*", new, text, count=1, flags=re.MULTILINE)
     return text
 
 
