@@ -1,9 +1,9 @@
 """python -m tests.benchmarks.encoding --root FOLDER [--repeat 1 10]
 
 MNIST's 60,000 training rows, repeated, encoded by `jobs.encode` with two workers against a plain PyTorch loop that
-reads the same Parquet and writes the same columns, with one thread or with all, whichever is faster: rows a second, and peak memory of all processes (PSS:
-what they share counts once). Then the first set again, killed half-way and started anew, against the model called
-directly. FOLDER holds MNIST/raw.
+reads the same Parquet and writes the same columns, with one thread or all, whichever is faster: rows a second, and peak
+memory of all processes (PSS: what they share counts once). Then the first set again, killed half-way and started anew,
+against the model called directly. FOLDER holds MNIST/raw.
 """
 
 import argparse
