@@ -149,8 +149,9 @@ def on_calendar(cron: Cron) -> str:
 def crontab(firing: Firing) -> str:
     """A line for `crontab -e`, in which `%` would end the command."""
     variables = "".join(f"{name}={shlex.quote(value)} " for name, value in _environment().items())
-    folder, log = (shlex.quote(str(path)) for path in (firing.folder, firing.folder / f"{firing.name}.log"))
-    line = f"cd {folder} && export {variables}&& {firing.shell()} >> {log} 2>&1"
+    folder = shlex.quote(str(firing.folder))
+    # not into the folder that is shipped: it would change while Ray packs it
+    line = f'cd {folder} && export {variables}&& {firing.shell()} >> "$HOME"/{firing.name}.log 2>&1'
     return f"{firing.cron} {line}".replace("%", r"\%")
 
 
@@ -202,7 +203,8 @@ def kuberay(firing: Firing) -> str:
     text = _SAMPLE.read_text().rstrip()
     job = json.dumps(shlex.join(["python", "-m", *firing.command()]))
     for line, value in (("  name", firing.name), ("  schedule", str(firing.cron)), ("    entrypoint", job)):
-        text = re.sub(rf"^{line}: .*", lambda _, new=f"{line}: {value}": new, text, count=1, flags=re.MULTILINE)
+        new = f"{line}: {value}".replace("\\", r"\\")
+        text = re.sub(rf"^{line}: .*", new, text, count=1, flags=re.MULTILINE)
     return text
 
 

@@ -86,15 +86,17 @@ def each(
             self.work = make(ray.get(shared))
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-            number, began, error, rows = numbers[int(batch["id"][0])], time.time(), "", 0
+            number, began, error, rows = int(batch["item"][0]), time.time(), "", 0
             try:
                 rows = self.work(number)
             except InputError as told:  # as a value: what Ray Data makes of an error is several pages
                 error = str(told)
             return {"done": [[number, rows, began, time.time()]], "error": [error]}
 
-    jobs = ray.data.range(len(numbers), override_num_blocks=len(numbers))
-    pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)))
+    # blocks that are there: reading them would wait for a CPU, and the workers may have all
+    jobs = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
+    # one waits at each worker, no more: what is queued at one cannot go to another that is free
+    pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)), max_tasks_in_flight_per_actor=2)
     done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
         for (number, rows, began, ended), error in zip(batch["done"], batch["error"], strict=True):

@@ -274,6 +274,13 @@ except mlflow.exceptions.MlflowException as error:
 """
 
 
+def test_a_model_of_another_make_is_not_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.tracking._LOADER", "something.else")
+    with pytest.raises(InputError, match=r"was not made by jobs\.train, and is not unpickled"):
+        here(*CLASSIFIER)
+
+
+@pytest.mark.long
 def test_a_pickled_model_is_not_loaded(here: Here, tracker: Tracker) -> None:
     line = [sys.executable, "-c", PICKLED, tracker.uri, tracker.experiment_id]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env={**clean(), "PYTHONPATH": str(ROOT)})

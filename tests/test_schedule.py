@@ -119,12 +119,15 @@ def ran(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_the_crontab_line_runs_as_cron_runs_it(folder: Path) -> None:
+def test_the_crontab_line_runs_as_cron_runs_it(folder: Path, tmp_path: Path) -> None:
     line = schedule([*ARGS, "--cron", "15 3 * * mon-fri"])
     times, command = line[: len("15 3 * * 1,2,3,4,5")], line[len("15 3 * * 1,2,3,4,5 ") :]
     assert times == "15 3 * * 1,2,3,4,5" and "\n" not in line and not re.search(r"(?<!\\)%", line)
-    done = subprocess.run(["/bin/sh", "-c", command.replace(r"\%", "%")], check=True, cwd="/")
-    log = next(folder.glob("retrain-my-digits-*.log"))
+    home = tmp_path / "home of it"
+    home.mkdir()
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["/bin/sh", "-c", command.replace(r"\%", "%")], check=True, cwd="/", env=env)
+    log = next(home.glob("retrain-my-digits-*.log"))
     assert done.returncode == 0 and log.read_text().splitlines() == ran(folder)
 
 
