@@ -42,6 +42,9 @@ class Data(Frozen):
     """Training rows set aside to choose by: a share below 1, else a number of rows."""
     test: Annotated[float, Field(gt=0)] = 0.2
     """Rows set aside for the one final test where the data bring no test split: a share below 1, else a number."""
+    split: Literal["drawn", "content"] = "drawn"
+    """Rows that the data do not mark are cut at random, stratified by label (drawn), or by a hash of their own values
+    (content): a row and its copies then stay in their split however the data grow."""
     limit: PositiveInt | None = None
     """Use only this many training rows, drawn at random, stratified by label; null uses all."""
     likelihood: Literal["auto", LikelihoodKind] = "auto"
@@ -63,6 +66,8 @@ class Data(Frozen):
             raise ValueError(f"data.path belongs to data.name parquet, not {self.name}: add --data.name parquet")
         if self.name != "parquet" and self.in_memory == "never":
             raise ValueError(f"data.in_memory: never needs data.name parquet, {self.name} is held in memory; use auto")
+        if self.split == "content" and self.test >= 1:
+            raise ValueError(f"data.test: {self.test:g} rows are not the same ones when the data grow; give a share")
         return self
 
 

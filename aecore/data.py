@@ -15,12 +15,14 @@ import numpy as np
 from aecore import parquet
 from aecore.config import Data
 from aecore.errors import InputError
+from aecore.fingerprint import row_ids
 from aecore.specs import Facts, resolve_standardize
 
 _SPLIT_SEED = 0
 """Splits belong to the data, not to the experiment: every seed and every variant sees the same ones."""
 
 
+SPLITS = ("train", "validation", "test")
 _LEAST = float(np.finfo(np.float32).tiny)
 """Spread of a feature whose reciprocal float32 still holds."""
 
@@ -44,6 +46,14 @@ class Arrays(NamedTuple):
     """float32, () or *shape."""
     scale: np.ndarray
     """float32, () or *shape."""
+
+
+class Shares(NamedTuple):
+    """Shares of the rows that are not marked otherwise; what is left over is not used."""
+
+    test: float
+    validation: float
+    train: float
 
 
 class _Torchvision(NamedTuple):
@@ -97,7 +107,36 @@ def inspect(data: Data) -> Facts:
     Raises:
         InputError: the data are missing, unreadable, not of the form that the README describes, or cannot be split.
     """
-    y = marks = hashes = None
+    y = ids = None
+    facts = identify(data)
+    marks = np.repeat(["train", "test"], _SETS[data.name].rows) if data.name in _SETS else None
+    for field, size in (("validation", data.validation), ("test", data.test)):
+        if size >= facts.rows:
+            raise InputError(f"data.{field}: {size:g} rows asked for, the data have {facts.rows}; ask for fewer")
+    if data.name == "parquet":
+        found = parquet.survey(data, facts)
+        if found is None:
+            return facts
+        ids, y, marks = found
+        parquet.give_back()
+    if ids is None and data.split == "content":
+        return facts  # which is which shows when the rows are read
+    train, _, test = _split(data, facts, y, marks, ids, facts.rows)
+    if ids is not None and (copies := np.isin(ids[test], ids[train]).sum()):
+        warnings.warn(
+            f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so that the test rewards "
+            "memory too; drop the copies",
+            stacklevel=2,
+        )
+    return facts
+
+
+def identify(data: Data) -> Facts:
+    """What `inspect` learns, of data that need not be fit to train on.
+
+    Raises:
+        InputError: the data are missing, unreadable, or not of the form that the README describes.
+    """
     if data.name == "parquet":
         facts = parquet.inspect(data)
     elif data.name == "digits":
@@ -108,26 +147,7 @@ def inspect(data: Data) -> Facts:
         if not all(file.is_file() for file in files):
             _download(data, named)
         facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=sum(named.rows))
-        marks = np.repeat(["train", "test"], named.rows)
-    if data.labels is None:
-        facts = facts.model_copy(update={"classes": ()})
-    for field, size in (("validation", data.validation), ("test", data.test)):
-        if size >= facts.rows:
-            raise InputError(f"data.{field}: {size:g} rows asked for, the data have {facts.rows}; ask for fewer")
-    if data.name == "parquet":
-        found = parquet.survey(data, facts)
-        if found is None:
-            return facts
-        hashes, y, marks = found
-        parquet.give_back()
-    train, _, test = _split(data, facts, y, marks, facts.rows)
-    if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
-        warnings.warn(
-            f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so that the test rewards "
-            "memory too; drop the copies",
-            stacklevel=2,
-        )
-    return facts
+    return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
 
 def load(data: Data, facts: Facts) -> Arrays:
@@ -135,6 +155,20 @@ def load(data: Data, facts: Facts) -> Arrays:
 
     Raises:
         InputError: a row cannot be read, or a split would be empty.
+    """
+    x, y, marks = rows(data, facts)
+    ids = row_ids(x) if data.split == "content" else None
+    train, validation, test = (
+        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, facts, y, marks, ids, len(x))
+    )
+    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+
+
+def rows(data: Data, facts: Facts) -> parquet.Rows:
+    """All rows in their order.
+
+    Raises:
+        InputError: a row cannot be read.
     """
     if data.name == "parquet":
         x, y, marks = parquet.load(data, facts)
@@ -145,12 +179,7 @@ def load(data: Data, facts: Facts) -> Arrays:
         x, y, marks = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64), None
     else:
         x, y, marks = _load_torchvision(data, _SETS[data.name])
-    if data.labels is None:
-        y = None
-    train, validation, test = (
-        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, facts, y, marks, len(x))
-    )
-    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+    return parquet.Rows(x, None if data.labels is None else y, marks)
 
 
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -171,31 +200,38 @@ def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.
 
 
 def _split(
-    data: Data, facts: Facts, y: np.ndarray | None, marks: np.ndarray | None, rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    data: Data, facts: Facts, y: np.ndarray | None, marks: np.ndarray | None, ids: np.ndarray | None, rows: int
+) -> tuple[np.ndarray, ...]:
     """Row numbers of train, validation and test.
 
     Args:
         marks: what the data say of each row ("train", "validation", "test"), or None.
+        ids: of each row, where its content decides.
 
     Raises:
         InputError: a split would be empty, or training would have fewer rows than there are classes.
     """
     everything = np.arange(rows)
-    if marks is None:
-        train, test = cut(everything, y, data.test, "data.test")
+    if marks is not None and not (marks == "train").any():
+        raise InputError("split: no row is marked train; mark some, or drop the column and let data.test cut them")
+    if data.split == "content":
+        assert ids is not None
+        found = place(shares(data, count_marks(marks), rows), content(ids), marks)
+        train, validation, test = (everything[found == number] for number in range(len(SPLITS)))
+        refuse_empty([len(train), len(validation), len(test)])
     else:
-        train, test = everything[marks == "train"], everything[marks == "test"]
-        if not len(train):
-            raise InputError("split: no row is marked train; mark some, or drop the column and let data.test cut them")
-        if not len(test):
-            train, test = cut(train, y, data.test, "data.test")
-    if marks is not None and (marks == "validation").any():
-        validation = everything[marks == "validation"]
-    else:
-        train, validation = cut(train, y, data.validation, "data.validation")
-    if data.limit is not None and data.limit < len(train):
-        _, train = cut(train, y, data.limit, "data.limit")
+        if marks is None:
+            train, test = cut(everything, y, data.test, "data.test")
+        else:
+            train, test = everything[marks == "train"], everything[marks == "test"]
+            if not len(test):
+                train, test = cut(train, y, data.test, "data.test")
+        if marks is not None and (marks == "validation").any():
+            validation = everything[marks == "validation"]
+        else:
+            train, validation = cut(train, y, data.validation, "data.validation")
+        if data.limit is not None and data.limit < len(train):
+            _, train = cut(train, y, data.limit, "data.limit")
     if len(train) < max(2, len(facts.classes)):
         raise InputError(
             f"data: of {rows} rows {len(train)} are left to train on, fewer than "
@@ -236,6 +272,50 @@ def cut(
     place[order] = rank
     even = shuffled[np.argsort(place, kind="stable")]
     return np.sort(even[count:]), np.sort(even[:count])
+
+
+def shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
+    """Of a set that is split row by row. As by `cut`, test and validation are cut off the training rows where none are
+    marked, then the limit.
+
+    Args:
+        marked: rows that are marked as of each of `SPLITS`, (3,).
+    """
+    train = marked[0] if marked.any() else rows
+    parts = {"test": 0.0, "validation": 0.0}
+    for name, size in (("test", data.test), ("validation", data.validation)):
+        if not marked[SPLITS.index(name)]:
+            share = size if size < 1 else size / max(train, 1)
+            parts[name] = share * (1 - parts["test"] if name == "validation" and size < 1 else 1)
+    rest = 1 - sum(parts.values())
+    limit = rest if data.limit is None else min(rest, data.limit / max(train, 1))
+    return Shares(parts["test"], parts["validation"], limit)
+
+
+def place(shares: Shares, numbers: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
+    """Which of `SPLITS` each row is in, by its number in [0, 1) and what it is marked as; 3 is none."""
+    drawn = np.array([2, 1, 0, 3])[np.searchsorted(np.cumsum(shares), numbers, side="right")]
+    if marks is None:
+        return drawn
+    marked = np.array([SPLITS.index(mark) for mark in marks])
+    return np.where(marked == 0, drawn, marked)
+
+
+def content(ids: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each row, by its `row_ids`."""
+    return (ids >> np.uint64(11)) / 2.0**53
+
+
+def count_marks(marks: np.ndarray | None) -> np.ndarray:
+    """Rows that are marked as of each of `SPLITS`, (3,)."""
+    return np.array([0 if marks is None else int((marks == split).sum()) for split in SPLITS])
+
+
+def refuse_empty(counts: Iterable[int]) -> None:
+    """Raises an InputError where one of `SPLITS` has no rows."""
+    for split, count in zip(SPLITS, counts, strict=True):
+        if not count:
+            raise InputError(f"data: no row is left for {split}; choose other sizes, or mark some rows {split}")
 
 
 def _digits_file() -> Path:

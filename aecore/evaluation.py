@@ -3,7 +3,7 @@
 Both score the selected weights on the test split; nothing is chosen by what they find there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from aecore.data import Arrays, Split, cut
 from aecore.jacobian import squared_norm
 from aecore.networks import Prepare, Stack
 from aecore.specs import EvaluateSpec, MeasureSpec
-from aecore.stages import Run, build_classifier, build_layer, build_stack, held, prepared, scoring_rows
+from aecore.stages import Run, all_test_rows, build_classifier, build_layer, build_stack, held, prepared, scoring_rows
 from aecore.storage import Result
 from aecore.stream import Stream
 from aecore.variants import Denoising, Sparse, Variational
@@ -53,7 +53,7 @@ def evaluate(
     pictures: dict[str, bytes] = {}
     if finetuned is not None and spec.task == "classify":
         table = np.zeros((len(spec.classes),) * 2, np.int64)
-        for rows in _test_rows(everything, run):
+        for rows in all_test_rows(everything, run):
             assert rows.y is not None
             table += metrics.confusion(rows.y, _classify(finetuned, prepare, rows.x, run.device), len(spec.classes))
         accuracy = float(table.trace() / table.sum())
@@ -101,16 +101,11 @@ def evaluate(
     return Result({}, {}, scores, pictures)
 
 
-def _test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
-    """All test rows, in chunks."""
-    return run.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]
-
-
 def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
     """Squared error a feature, over all test rows."""
     total, values = 0.0, 0
-    size = scoring_rows(next(iter(stack)).spec)
-    for rows in _test_rows(data, run):
+    size = scoring_rows(stack.first.spec)
+    for rows in all_test_rows(data, run):
         for start in range(0, len(rows.x), size):  # as floats, a chunk and all made of it would be hundreds of MB
             x = metrics.over_batches(prepare, rows.x[start : start + size], run.device)
             total += metrics.reconstruction_mse(x, _over(stack.reconstruct, x, stack)) * x.numel()

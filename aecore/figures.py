@@ -182,6 +182,41 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     return png(figure)
 
 
+def drift(
+    errors: tuple[np.ndarray, np.ndarray] | None, effects: Sequence[tuple[str, float, bool]], threshold: float,
+    most: int = 12,
+) -> bytes:  # fmt: skip
+    """How far new rows are from those that a model was trained on.
+
+    Args:
+        errors: of reconstruction, of the reference and of the new rows.
+        effects: name, effect size and whether it is drift, of each comparison in order; the first of them are shown.
+    """
+    drifted = [name for name, _, is_drift in effects if is_drift]
+    title = f"Drift: {len(drifted)} of {len(effects)} comparisons" if drifted else "No drift"
+    figure = titled(8, 3.4, f"{title} (effect from {threshold:g} on that is significant)")
+    places = figure.subplots(1, 2 if errors else 1, squeeze=False)[0]
+    if errors:
+        for values, colour, name, height in zip(errors, (BLUE, RED), ("reference", "new"), (0.05, 0.15), strict=True):
+            places[0].plot(np.sort(values), np.arange(1, len(values) + 1) / len(values), color=colour)
+            label = f"{name}, {len(values)} rows"
+            places[0].text(0.97, height, label, transform=places[0].transAxes, color=colour, fontsize=8, ha="right")
+        if min(values.min() for values in errors) > 0:
+            places[0].set_xscale("log")
+        places[0].set_xlabel("reconstruction error, squared, a feature")
+        places[0].set_ylabel("share of rows below")
+    shown = list(effects[:most])[::-1]
+    colours = [RED if is_drift else BLUE for *_, is_drift in shown]
+    places[-1].barh(range(len(shown)), [effect for _, effect, _ in shown], color=colours)
+    places[-1].set_yticks(range(len(shown)), [legible(name) for name, *_ in shown], fontsize=8)
+    places[-1].axvline(threshold, color=BLACK, linewidth=0.8, linestyle=":")
+    places[-1].set_xlim(0, 1)
+    places[-1].set_xlabel("effect size, the largest gap of distributions")
+    for axes in places:
+        axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)
+
+
 def image_grid(images: np.ndarray, columns: int, title: str) -> bytes:
     """Images (count, channels, height, width) in rows of `columns`, without gaps."""
     count, channels, height, width = images.shape

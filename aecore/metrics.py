@@ -26,6 +26,11 @@ def reconstruction_mse(x: Tensor, reconstruction: Tensor) -> float:
     return float((x - reconstruction).square().mean(dtype=torch.float64))
 
 
+def row_errors(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared error a feature of each row, (rows,)."""
+    return (x - reconstruction).square().flatten(1).mean(1)
+
+
 class Probe(NamedTuple):
     """A linear classifier of frozen codes."""
 

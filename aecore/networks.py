@@ -255,3 +255,7 @@ class Prepare(nn.Module):
     def forward(self, raw: Shaped[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         x = raw.float()
         return (x - self.shift if self.shifted else x) * self.scale
+
+    def inverse(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """What the first layer reads -> raw rows, as floats."""
+        return x / self.scale + self.shift

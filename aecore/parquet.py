@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 
 from aecore.config import Data
 from aecore.errors import InputError, public, several, shown
+from aecore.fingerprint import row_ids
 from aecore.specs import Facts, resolve_likelihood
 
 _LABELS = ("label", "labels", "target", "class", "y")
@@ -133,7 +134,7 @@ def load(data: Data, facts: Facts) -> Rows:
 
 
 def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None] | None:
-    """The checks of `load` in one pass that keeps no features: a hash of each row's (rows,), and labels and marks.
+    """The checks of `load` in one pass that keeps no features: each row's `row_ids` (rows,), and labels and marks.
 
     Returns:
         None where it is left to `load`, in a task: far away, or too large to be read twice.
@@ -149,7 +150,7 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     bare, hashes, low, high = [], [], np.array(np.inf), np.array(-np.inf)
     for part in _parts(data, facts):
         low, high = np.minimum(low, part.x.min(0)), np.maximum(high, part.x.max(0))
-        hashes.append(np.array([hash(row.tobytes()) for row in part.x]))
+        hashes.append(row_ids(part.x))
         bare.append(part._replace(x=np.empty(0)))
     constant = _constant(low, high, facts.rows)
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
@@ -164,10 +165,10 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
     return np.concatenate(hashes), *_joined(bare)
 
 
-def pieces(data: Data, facts: Facts) -> tuple[Piece, ...]:
-    """The set in pieces of some 16 MB of values, or of one row group where that is larger."""
+def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:
+    """The set in pieces of so many bytes of values, 16 MB by default, or of one row group where that is larger."""
     source = _source(data)
-    most = max(1, _PIECE_BYTES // (prod(facts.shape) * (1 if facts.levels else 4)))
+    most = max(1, (size or _PIECE_BYTES) // (prod(facts.shape) * (1 if facts.levels else 4)))
     found: list[Piece] = []
     first = 0
     for file in source.files:
@@ -348,18 +349,19 @@ def _batches(
 def _of_piece(data: Data, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
     """What a piece is read with; the set's other files, of which there may be thousands, are not looked at."""
     assert data.path is not None
-    filesystem, _ = _filesystem(data.path)
+    filesystem, _ = filesystem_of(data.path)
     return filesystem, _columns(data, _open(filesystem, piece.file).schema_arrow)
 
 
-def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """Where a path or URI lies, and its path there."""
     return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
 
 
 def _files(data: Data) -> tuple[pafs.FileSystem, list[str]]:
     assert data.path is not None
     try:
-        filesystem, path = _filesystem(data.path)
+        filesystem, path = filesystem_of(data.path)
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             return filesystem, [path]

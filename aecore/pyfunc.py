@@ -5,36 +5,76 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from aecore import stages
+from aecore import generation, metrics, stages
 from aecore.networks import Classifier, Stack
+from aecore.specs import LayerSpec
 from aecore.storage import Result, load_weights
 
 
 class Model:
     """Raw rows (rows, *shape), as the data set holds them, to one table row each."""
 
-    def __init__(self, result: Result) -> None:
-        self.classes = np.array(result.config["classes"])
-        self.prepare = stages.build_prepare(result)
+    def __init__(self, result: Result, device: torch.device | None = None) -> None:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.classes = device, np.array(result.config["classes"])
+        self.prepare = stages.build_prepare(result).to(device)
         self.task = result.config["task"]
         self.net: Classifier | Stack
         self.net = (stages.build_classifier if self.task == "classify" else stages.build_stack)(result)
-        self.net.eval()
+        self.net.to(device).eval()
+        self.autoencoder = self.net if isinstance(self.net, Stack) else stages.build_autoencoder(result)
+        if self.autoencoder is not None:
+            self.autoencoder.to(device).eval()
+        self.batch = stages.scoring_rows(LayerSpec.model_validate(result.config["layers"][0]))
+        self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
+
+    def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What `predict` returns, by column, `code` as one array (rows, units)."""
+        with torch.inference_mode():
+            cuts = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
+            parts = [self._measure(torch.tensor(rows[cut], device=self.device)) for cut in cuts]
+        found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        if "prediction" in found:
+            found["prediction"] = self.classes[found["prediction"]]
+        if len(self.errors):
+            below = np.searchsorted(self.errors, found["reconstruction_mse"], side="right")
+            found["anomaly_score"] = (100 * below / len(self.errors)).astype(np.float32)
+        return found
+
+    def _measure(self, raw: Tensor) -> dict[str, Tensor]:
+        x = self.prepare(raw)
+        code = self.net.encode(x)
+        found = {"code": code.flatten(1)}
+        if isinstance(self.net, Classifier):
+            best = self.net.head(code.flatten(1)).softmax(1).max(1)
+            found |= {"prediction": best.indices, "probability": best.values}
+        if self.autoencoder is not None:
+            own = code if self.autoencoder is self.net else self.autoencoder.encode(x)
+            found["reconstruction_mse"] = metrics.row_errors(x, self.autoencoder.mean(own))
+        return found
+
+    def decode(self, code: np.ndarray) -> np.ndarray:
+        """Reconstructions (rows, *shape) of codes (rows, units), as the data set holds them; of an autoencoder."""
+        assert isinstance(self.net, Stack)
+        shape = self.net.code_shape
+        with torch.inference_mode():
+            parts = torch.tensor(code, device=self.device).view(-1, *shape).split(self.batch)
+            return torch.cat([self.prepare.inverse(self.net.mean(part)) for part in parts]).cpu().numpy()
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Rows (count, *shape) as the data set holds them, drawn from the prior of a variational autoencoder."""
+        assert isinstance(self.net, Stack)
+        with torch.inference_mode():
+            return self.prepare.inverse(generation.samples(self.net, count, seed)).cpu().numpy()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
-        """Columns `prediction` and `probability` (of that class) of a classifier, `reconstruction_mse` (a feature) of
-        an autoencoder, and `code` of either."""
-        with torch.inference_mode():
-            x = self.prepare(torch.tensor(np.asarray(rows)))
-            code = self.net.encode(x).flatten(1)
-            if isinstance(self.net, Classifier):
-                best = self.net(x).softmax(1).max(1)
-                table = {"prediction": self.classes[best.indices.numpy()], "probability": best.values.numpy()}
-            else:
-                error = (self.net.mean(self.net.encode(x)) - x).square().flatten(1).mean(1)
-                table = {"reconstruction_mse": error.numpy()}
-        return pd.DataFrame({**table, "code": list(code.numpy())})
+        """Columns `code`, of a classifier `prediction` and `probability` of that class, of an autoencoder (a classifier
+        has the one that it was finetuned from) `reconstruction_mse`, a feature, and `anomaly_score`: percent of the
+        reference rows that are reconstructed no worse."""
+        found = self.measure(np.asarray(rows))
+        return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in found.items()})
 
 
 def _load_pyfunc(path: str) -> Model:

@@ -14,7 +14,7 @@ from aecore.variants import Variant
 
 _MOST_WEIGHTS = 2**33
 """Of a layer: with their gradients and Adam's two means, more than any device holds."""
-REVISION = 1
+REVISION = 2
 """Part of every stage's key: raise it when a change in this package alters what a stage returns."""
 
 MEMORY_BYTES = 2**31
@@ -81,6 +81,8 @@ class FinetuneSpec(Frozen):
     numerics: Numerics
     labels: int | None = None
     """Labelled training rows, stratified (classify only); None is all."""
+    served: bool = True
+    """The result is a model to be served, with what that needs: see `stages.finetune`."""
 
 
 class ReferenceSpec(Frozen):
@@ -137,6 +139,25 @@ class LoadSpec(Frozen):
 
     data: Data
     facts: Facts
+
+
+class ContestSpec(Frozen):
+    """Identity of a contest of two models on the same rows."""
+
+    metric: Literal["accuracy", "reconstruction"]
+    facts: Facts
+    split: str
+    test: float
+    """How the test rows were cut."""
+
+
+class DriftSpec(Frozen):
+    """Identity of a comparison of new rows with those that a model was trained on."""
+
+    classes: tuple[str, ...]
+    """Names of the new rows' classes."""
+    threshold: float
+    """Effect size from which on a difference is drift: the largest gap between two distributions, from 0 to 1."""
 
 
 def resolve_likelihood(data: Data, facts: Facts) -> LikelihoodKind:

@@ -4,7 +4,7 @@ Each takes a hashed spec and the results of the stages it stands on, and returns
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ _RESIDENT_BYTES = 2**30
 """Largest set kept on the device as the floats that a layer reads."""
 _SCORED_VALUES = 2**25
 """Most outputs of a batch that is scored at once."""
+_BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 
 
 class Run(NamedTuple):
@@ -68,13 +69,24 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
 
 
 def finetune(
-    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None
-) -> Result:
+    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None,
+    parent: Result | None = None,
+) -> Result:  # fmt: skip
     """Train all weights together, starting from exactly those of the pretrained `layers`, or of a `stack` that was
-    trained as a whole, or from random ones where there are none.
+    trained as a whole, or from those of a `parent`, finetuned another day, whose head is taken over where the classes
+    are the same; or from random ones where there are none.
 
     `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
+
+    Returns:
+        A result with the model in `weights` and, behind `prepare.`, its preprocessing. Where it is to be served, also
+
+        - `autoencoder.*`, its layers in the config's `autoencoder`: what a classifier was finetuned from, since it has
+          no decoder of its own;
+        - `reference.*` of at most 2,000 validation rows, what new data are compared with: `error` (rows,) of
+          reconstruction, squared, a feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,) of
+          what the first layer reads.
     """
     began = time.perf_counter()
     if spec.labels is not None:
@@ -91,7 +103,12 @@ def finetune(
             _load(layer, result.weights)
         if stack is not None:
             _load(net, stack.weights)
-        model = (head or net).to(run.device)
+        model = head or net
+        if parent is not None:
+            own, same = model.state_dict(), parent.config["classes"] == list(spec.classes)
+            given = {name: torch.tensor(value) for name, value in parent.weights.items() if name in own}
+            model.load_state_dict(own | {n: v for n, v in given.items() if same or not n.startswith("head.")})
+        model = model.to(run.device)
 
         def classify(x: Tensor, labels: Tensor) -> Terms:
             return {"cross_entropy": F.cross_entropy(model(read(x)).float(), labels)}
@@ -120,7 +137,41 @@ def finetune(
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
+    config["autoencoder"] = None
+    if not spec.served:
+        return Result(config, weights, summary)
+    autoencoder: Stack | None = net
+    if supervised:
+        if parent is not None:
+            autoencoder = build_autoencoder(parent)
+        else:
+            before = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
+            autoencoder = Stack(before) if before else None
+        autoencoder = autoencoder and autoencoder.to(run.device)
+    if supervised and autoencoder is not None:
+        config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
+        weights |= {f"autoencoder.{name}": value for name, value in _weights(autoencoder).items()}
+    found = _reference(model, autoencoder, prepare, held(data).validation, run.device)
+    weights |= {f"reference.{name}": value for name, value in found.items()}
     return Result(config, weights, summary, example=held(data).train.x[:4])
+
+
+def _reference(
+    model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split, device: torch.device
+) -> Weights:
+    """What a model makes of some of the rows that it was chosen by."""
+    drawn = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
+    x = metrics.over_batches(prepare, rows.x[drawn], device)
+    model.eval()
+    found = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
+    with torch.no_grad():
+        found["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
+        if autoencoder is not None:
+            autoencoder.eval()
+            parts = x.split(scoring_rows(autoencoder.first.spec))
+            found["error"] = torch.cat([metrics.row_errors(part, autoencoder.reconstruct(part)) for part in parts])
+    label = {} if rows.y is None else {"label": rows.y[drawn]}
+    return {name: value.cpu().numpy() for name, value in found.items()} | label
 
 
 def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result:
@@ -158,6 +209,17 @@ def build_stack(result: Result) -> Stack:
     return stack
 
 
+def build_autoencoder(result: Result) -> Stack | None:
+    """The autoencoder of the model that `finetune` returned: itself, or what the classifier was finetuned from."""
+    if result.config["task"] == "reconstruct":
+        return build_stack(result)
+    if not (layers := result.config["autoencoder"]):
+        return None
+    prefix = "autoencoder."
+    weights = {name.removeprefix(prefix): v for name, v in result.weights.items() if name.startswith(prefix)}
+    return build_stack(Result({"layers": layers}, weights, {}))
+
+
 def build_classifier(result: Result) -> Classifier:
     """The classifier that `finetune` returned."""
     layers = [Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]]
@@ -175,6 +237,11 @@ def build_prepare(result: Result) -> Prepare:
 def held(data: Arrays | Stream) -> Arrays:
     """The rows that lie in memory: all, or the sample of a larger set."""
     return data.sample if isinstance(data, Stream) else data
+
+
+def all_test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
+    """Also of a larger set, in chunks."""
+    return run.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]
 
 
 def prepared(data: Arrays | Stream, device: torch.device) -> Prepare:
@@ -226,7 +293,7 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
 
 def scoring_rows(spec: LayerSpec) -> int:
     """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
-    return max(1, min(2048, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
+    return max(1, min(_BATCH_ROWS, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
 
 
 def _weights(module: nn.Module) -> Weights:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import t as student
 
 LEVEL = 0.05
+_BINS = 2048
 _CHUNK = 4_000_000  # weights drawn at a time: about 100 MB
 _REPLICATES_PER_PAIR = 200  # else Holm's factor times the smallest possible p, 2 / (replicates + 1), nears the level
 
@@ -58,6 +59,37 @@ class Verdict(NamedTuple):
             every = f"{'both ' if len(self.references) == 2 else ''}{listed(self.references)}"
             said += f". Better than {every}: {listed(self.above) if self.above else 'none'}"
         return said + "."
+
+
+class Gain(NamedTuple):
+    """By how much one model is better than another on the same rows, with a 95 % interval."""
+
+    rows: int
+    mean: float
+    low: float
+    high: float
+
+
+def gain(better: np.ndarray, replicates: int = 4000) -> Gain:
+    """The mean of paired differences (rows,) of two given models, and its interval by the percentile bootstrap over
+    rows.
+
+    Two rows are added, one for each model, as large as the largest difference: of a handful of rows that differ, all
+    for one model, resamples alone would make a finding (four against none; the exact test of signs wants six). It is
+    Agresti & Min's (2005) half a pair in each cell, doubled. Where there are many distinct values, neighbours are drawn
+    together. Deterministic; half a second at any number of rows. Without rows all is NaN.
+    """
+    if not len(better):
+        return Gain(0, np.nan, np.nan, np.nan)
+    most = np.abs(better).max()
+    padded = np.sort(np.append(better, [most, -most]).astype(np.float64))
+    values, counts = np.unique(padded, return_counts=True)
+    if len(values) > _BINS:
+        parts = np.array_split(padded, _BINS)
+        values, counts = np.array([part.mean() for part in parts]), np.array([len(part) for part in parts])
+    drawn = np.random.default_rng(0).multinomial(len(padded), counts / len(padded), replicates)
+    low, high = np.quantile(drawn @ values / len(padded), [0.025, 0.975])
+    return Gain(len(better), float(better.mean()), float(low), float(high))
 
 
 def listed(names: Sequence[str]) -> str:

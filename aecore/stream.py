@@ -1,6 +1,7 @@
 """A Parquet set that is larger than memory: read anew, piece by piece, whenever its rows are wanted.
 
-Which rows train, validate and test is drawn from each row's number, so that a piece knows its own without the others.
+Which rows train, validate and test is drawn from each row's number or content, so that a piece knows its own without
+the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,11 @@ import numpy as np
 
 from aecore import parquet
 from aecore.config import Data
-from aecore.data import Arrays, Split, scaling
-from aecore.errors import InputError
+from aecore.data import SPLITS, Arrays, Shares, Split, content, count_marks, place, refuse_empty, scaling, shares
+from aecore.fingerprint import row_ids
 from aecore.parquet import Piece
 from aecore.specs import Facts
 
-SPLITS = ("train", "validation", "test")
 SAMPLE_BYTES = {"train": 2**24, "validation": 2**25, "test": 2**23}
 """Rows of each split that are held in memory: all of a set this small, and of a larger one what validation is scored
 on every epoch, and what probes, neighbours and pictures are made of."""
@@ -33,14 +33,6 @@ def in_turn(read: Read, pieces: Sequence[Piece]) -> Iterator[Split]:
     """The rows of each piece, read in this process."""
     for piece in pieces:
         yield from read(piece)
-
-
-class Shares(NamedTuple):
-    """Shares of the rows that are not marked otherwise; what is left over is not used."""
-
-    test: float
-    validation: float
-    train: float
 
 
 class Stream(NamedTuple):
@@ -72,25 +64,26 @@ class Stream(NamedTuple):
 
 
 def open_stream(data: Data, facts: Facts, spread: Spread = in_turn) -> Stream:
-    """Find the pieces and splits of a set, and draw its sample; one pass more where features are standardised.
+    """Find the pieces and splits of a set, and draw its sample; one pass more where features are standardised, and one
+    where rows are split by their content.
 
     Raises:
         InputError: a row of the sample cannot be used, or a split is empty.
     """
     pieces = parquet.pieces(data, facts)
     marks = [parquet.marks(data, piece) for piece in pieces]
-    marked = np.array([[(m == split).sum() if m is not None else 0 for split in SPLITS] for m in marks]).sum(0)
-    shares = _shares(data, marked, facts.rows)
-    places = (_place(shares, p.first, p.rows, m) for p, m in zip(pieces, marks, strict=True))
-    counts = np.array([np.bincount(place, minlength=4)[:3] for place in places])
-    for split, count in zip(SPLITS, counts.sum(0), strict=True):
-        if not count:
-            raise InputError(f"data: no row is left for {split}; choose other sizes, or mark some rows {split}")
+    parts = shares(data, np.sum([count_marks(m) for m in marks], 0), facts.rows)
+    if data.split == "content":
+        counts = np.concatenate([rows.x for rows in spread(partial(_count, data, facts, parts), pieces)])
+    else:
+        places = (place(parts, _uniform(p.first, p.rows), m) for p, m in zip(pieces, marks, strict=True))
+        counts = np.array([np.bincount(found, minlength=4)[:3] for found in places])
+    refuse_empty(counts.sum(0))
     order = np.random.default_rng(0).permutation(len(pieces))
-    held = _sample(data, facts, shares, [pieces[n] for n in order])
-    training = spread(partial(read, data, facts, shares, "train"), pieces)
+    held = _sample(data, facts, parts, [pieces[n] for n in order])
+    training = spread(partial(read, data, facts, parts, "train"), pieces)
     scale = scaling(data, facts, (rows.x for rows in training))
-    return Stream(data, facts, shares, pieces, counts, Arrays(held["train"], held["validation"], held["test"], *scale))
+    return Stream(data, facts, parts, pieces, counts, Arrays(held["train"], held["validation"], held["test"], *scale))
 
 
 def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> Iterator[Split]:
@@ -99,8 +92,8 @@ def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> 
     Raises:
         InputError: a row cannot be used.
     """
-    for rows, place in _placed(data, facts, shares, piece):
-        own = place == SPLITS.index(split)
+    for rows, found in _placed(data, facts, shares, piece):
+        own = found == SPLITS.index(split)
         if own.any():
             yield _take(rows, own)
 
@@ -167,35 +160,19 @@ class Shuffled:
             parquet.give_back()
 
 
-def _shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
-    """As in memory: test and validation are cut off the training rows where none are marked, then the limit."""
-    train = marked[0] if marked.any() else rows
-    cut = {"test": 0.0, "validation": 0.0}
-    for name, size in (("test", data.test), ("validation", data.validation)):
-        if not marked[SPLITS.index(name)]:
-            share = size if size < 1 else size / max(train, 1)
-            cut[name] = share * (1 - cut["test"] if name == "validation" and size < 1 else 1)
-    rest = 1 - sum(cut.values())
-    limit = rest if data.limit is None else min(rest, data.limit / max(train, 1))
-    return Shares(cut["test"], cut["validation"], limit)
-
-
 def _placed(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[tuple[Split, np.ndarray]]:
     """The rows of a piece, some megabytes at a time, and the number of each one's split."""
     first = piece.first
     for x, y, marks in parquet.read(data, facts, piece):
-        yield Split(x, y), _place(shares, first, len(x), marks)
+        numbers = content(row_ids(x)) if data.split == "content" else _uniform(first, len(x))
+        yield Split(x, y), place(shares, numbers, marks)
         first += len(x)
 
 
-def _place(shares: Shares, first: int, rows: int, marks: np.ndarray | None) -> np.ndarray:
-    """Number of the split of each row from `first` on; 3 is none."""
-    edges = np.cumsum(shares)
-    drawn = np.array([2, 1, 0, 3])[np.searchsorted(edges, _uniform(first, rows), side="right")]
-    if marks is None:
-        return drawn
-    marked = np.array([SPLITS.index(mark) for mark in marks])
-    return np.where(marked == 0, drawn, marked)
+def _count(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[Split]:
+    """Rows of a piece in each split, (1, 3)."""
+    places = np.concatenate([found for _, found in _placed(data, facts, shares, piece)])
+    yield Split(np.bincount(places, minlength=4)[None, :3], None)
 
 
 def _uniform(first: int, rows: int) -> np.ndarray:
@@ -211,9 +188,9 @@ def _sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -
     row_bytes = prod(facts.shape) * (1 if facts.levels else 4)
     most = [max(1, SAMPLE_BYTES[split] // row_bytes) for split in SPLITS]
     found: list[list[Split]] = [[], [], []]
-    for rows, place in (chunk for piece in pieces for chunk in _placed(data, facts, shares, piece)):
+    for rows, splits in (chunk for piece in pieces for chunk in _placed(data, facts, shares, piece)):
         for number, parts in enumerate(found):
-            own = np.flatnonzero(place == number)[: most[number]]
+            own = np.flatnonzero(splits == number)[: most[number]]
             most[number] -= len(own)
             if len(own):
                 parts.append(_take(rows, own))

@@ -8,8 +8,10 @@ import signal
 import sys
 import time
 import traceback
+import urllib.error
+import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
@@ -68,7 +70,7 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
     Raises:
         InputError: an unknown key, or a value that does not fit; the message has its full path.
     """
-    args = sys.argv[1:] if args is None else args
+    args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
     both = type(settings.__name__, (settings, _Sources), {"__doc__": settings.__doc__})
     try:
         command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
@@ -93,10 +95,19 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         raise InputError(_value_error(settings, error)) from None
 
 
-def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
+def _with_underscores(arg: str) -> str:
+    """An option's name may be written with hyphens, which no field has."""
+    found = re.match(r"--(no-)?([\w.-]+)", arg)
+    return f"--{found[1] or ''}{found[2].replace('-', '_')}{arg[found.end() :]}" if found else arg
+
+
+def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence[str] | None = None) -> NoReturn:
     """Run a command to its end: print `run`'s report as the last line of stdout, and exit.
 
     Exit codes: 0 done; 2 bad configuration or data, told in one line; 1 failed; 130 interrupted.
+
+    Args:
+        addresses: where the report is posted to, filled in by `run`; where it is given, bad input makes a report too.
     """
     began = time.monotonic()
     warnings.showwarning = _show_warning
@@ -111,7 +122,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
         text = printable(public(" ".join(str(cause).split())))
         if isinstance(cause, InputError):
-            last, report, code = f"error: {text}", None, 2
+            report = None if addresses is None else {"status": "failed", "reason": text}
+            last, code = f"error: {text}", 2
         elif isinstance(cause, OutageError | TakenOverError):
             last, report, code = f"error: {text}", {"status": "failed"}, 1
         elif isinstance(cause, OSError):  # a disk that is full or read-only, a folder that vanished, a lost connection
@@ -119,17 +131,43 @@ def main(job: str, run: Callable[[], dict[str, Any] | None]) -> NoReturn:
             report, code = {"status": "failed"}, 1
         else:
             traceback.print_exception(error)
-            last, report, code = f"error: {type(cause).__name__}: {text[:300]}", {"status": "failed"}, 1
+            text = f"{type(cause).__name__}: {text[:300]}"
+            last, report, code = f"error: {text}", {"status": "failed"}, 1
+        if report is not None and addresses is not None:
+            report["reason"] = text
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()  # what workers still print comes before the last words
     if last:
         say(last)
     if report is not None:
-        print(json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)}))
+        line = json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)})
+        print(line, flush=True)
+        for address in addresses or ():
+            post(address, line, 1 if code == 130 else 3)
     sys.stdout.flush()
     sys.stderr.flush()
     # not sys.exit: idle threads of Ray and MLflow take longer to unwind than some jobs do
     os._exit(code)
+
+
+def post(address: str, line: str, tries: int = 3, timeout: float = 5.0, pause: float = 1.0) -> bool:
+    """POST a line of JSON; whether it was taken. What goes wrong is a warning without the address, which may be a
+    secret."""
+    reason = ""
+    for number in range(tries):
+        time.sleep(pause * number)
+        try:
+            request = urllib.request.Request(address, line.encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=timeout):
+                return True
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except Exception as error:  # urllib raises almost anything; some of it names the address
+            reason = type(getattr(error, "reason", error)).__name__
+    say(f"warning: webhook: not delivered ({reason}); the result is the line on stdout")
+    return False
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""python -m jobs.submit [--address URL] [--name NAME] [--env KEY ...] -- jobs.train [RECIPE.yaml] [...]
+"""python -m jobs.submit [--address URL] [--name NAME] [--once] [--env KEY ...] -- jobs.train [RECIPE.yaml] [...]
 
 Ship this folder to a Ray cluster, run one of its commands there as a job, and follow it to its end. stdout is the job's
 log, so its last line is the job's JSON; what this command has to say goes to stderr. The exit code is the job's own,
@@ -49,6 +49,7 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
     parser.add_argument("--address", help="URL of the dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS)")
     parser.add_argument("--name", help="submission id (default: of command, settings, commit and recipe)")
     parser.add_argument("--env", nargs="+", default=[], metavar="KEY", help="more of your variables for the job")
+    parser.add_argument("--once", action="store_true", help="refuse what has succeeded under this submission id before")
     options = parser.parse_args(own)
     if not command or not Path(command[0].replace(".", "/") + ".py").is_file():
         raise InputError(f"{(command or ['no command'])[0]}: not a command of this folder; write -- jobs.train RECIPE")
@@ -62,7 +63,8 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name):  # becomes a file's name on the head
         raise InputError(f"--name {name}: letters, digits, dots, dashes and underscores only")
     client = _ask(address, lambda: connect(address))
-    name = _free_id(name, {job.submission_id: job.status for job in _ask(address, client.list_jobs)})
+    jobs = {job.submission_id: job.status for job in _ask(address, client.list_jobs)}
+    name = _free_id(name, jobs, options.once)
     runtime_env = {"working_dir": ".", "env_vars": environment}
     try:
         client.submit_job(
@@ -125,12 +127,15 @@ def _identity(command: list[str], recipes: list[Path], environment: dict[str, st
     return "-".join([command[0].split(".")[-1], *(recipe.stem for recipe in recipes), digest.hexdigest()[:12]])
 
 
-def _free_id(name: str, taken: dict[str, Any]) -> str:
-    """`name`, or `name-a2`, `name-a3` ... after attempts that have ended; InputError if one has not."""
+def _free_id(name: str, taken: dict[str, Any], once: bool = False) -> str:
+    """`name`, or `name-a2`, `name-a3` ... after attempts that have ended; InputError if one has not, or, where it is
+    wanted only once, has succeeded."""
     free, attempt = name, 1
     while free in taken:
         if not taken[free].is_terminal():
             raise InputError(f"{free}: {str(taken[free]).lower()} already; see `ray job logs -f {free}`, or stop it")
+        if once and str(taken[free]) == "SUCCEEDED":
+            raise InputError(f"{free}: has succeeded already; see `ray job logs {free}`, or leave out --once")
         attempt += 1
         free = f"{name}-a{attempt}"
     return free

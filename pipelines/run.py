@@ -255,12 +255,12 @@ class Share(NamedTuple):
     folder: str = ""
     """The driver's, where Ray is embedded and so on the same disk."""
     study: bool = False
-    """Many short stages for a comparison: without Ray Train's start-up, and no model is made to be served."""
+    """Many short stages for a comparison: without Ray Train's start-up."""
 
 
-def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
+def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
     """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
-    and makes its tables.
+    and makes its tables, unless `ready` is false.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -275,7 +275,7 @@ def open_store(resources: Resources, create: bool = True) -> "Tracker | None":
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    if create and store_is_empty():
+    if create and ready and store_is_empty():
         refuse_what_is_not_here(resources)
         start_ray()
     from pipelines.tracking import connect
@@ -341,8 +341,11 @@ def _nodes() -> list[dict[str, float]]:
     return [{"CPU": 0, **node} for node in max(up, may, key=len)]
 
 
-def check_reach(store: str, storage_path: str | None) -> None:
+def check_reach(store: str, storage_path: str | None, field: str = "resources.storage_path") -> None:
     """Whether all nodes of the cluster can write to the store and to where checkpoints go.
+
+    Args:
+        field: the setting that names the second, for the message.
 
     Raises:
         InputError: one of them is a file of a single machine.
@@ -373,10 +376,10 @@ def check_reach(store: str, storage_path: str | None) -> None:
             ]
             blind = [n["NodeManagerHostname"] for n, found in zip(nodes, ray.get(seen), strict=True) if not found]
     except OSError as error:
-        raise InputError(f"resources.storage_path: cannot write to {folder} ({error.strerror}); move it") from None
+        raise InputError(f"{field}: cannot write to {folder} ({error.strerror}); move it") from None
     if blind:
         raise InputError(
-            f"resources.storage_path: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
+            f"{field}: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
             "file system that all nodes mount, or a URI such as s3://BUCKET/diabolo"
         )
 
@@ -523,9 +526,7 @@ def _execute(
                 result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result
-        if share.study:
-            record = record._replace(result=replace(result, example=None))
-        elif result.example is not None:
+        if result.example is not None:
             from aecore.pyfunc import Model
 
             record = record._replace(served=Model(result).predict(result.example))

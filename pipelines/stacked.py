@@ -1,6 +1,7 @@
 """The recipe: an experiment and the facts about its data, to a chain of stages."""
 
 import warnings
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -38,11 +39,12 @@ class Stacked(NamedTuple):
         return [*self.layers, *(stage for stage in rest if stage is not None)]
 
 
-def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str = "") -> Stacked:
+def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str = "", served: bool = True) -> Stacked:
     """The graph of an experiment; nothing runs.
 
     Args:
         label: what the names of the stages begin with.
+        served: whether what is finetuned is a model to be served.
 
     Raises:
         InputError: the experiment does not fit its data.
@@ -79,7 +81,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
             layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
             variant=variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
-            seed=experiment.seed, numerics=numerics,
+            seed=experiment.seed, numerics=numerics, served=served,
         )  # fmt: skip
         finetune = Stage(f"{label}finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
@@ -95,6 +97,14 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     if control is not None:
         evaluate_control = evaluation("evaluate control", [], control, pictures=False)
     return Stacked(experiment, data, tuple(layers), finetune, evaluate, control, evaluate_control)
+
+
+def from_parent(graph: Stacked, parent: Stage) -> Stacked:
+    """The same experiment without pretraining: its finetuning starts from the weights of another day's."""
+    assert graph.finetune is not None
+    finetune = replace(graph.finetune, inputs={"data": graph.data, "parent": parent})
+    evaluate = replace(graph.evaluate, inputs={"data": graph.data, "finetuned": finetune})
+    return graph._replace(layers=(), finetune=finetune, evaluate=evaluate, control=None, evaluate_control=None)
 
 
 def load_stage(experiment: Experiment, facts: Facts) -> Stage:

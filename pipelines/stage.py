@@ -48,6 +48,21 @@ class Stage:
         return tuple(s for i in self.inputs.values() for s in (i if isinstance(i, tuple) else (i,)))
 
 
+class Known(BaseModel):
+    """In place of the spec of a stage that was finished another day: all there is to know of it."""
+
+    key: str
+
+
+class Finished(Stage):
+    """A stage that is finished, to stand on; what it was made of does not matter any more."""
+
+    @cached_property
+    def key(self) -> str:
+        assert isinstance(self.spec, Known)
+        return self.spec.key
+
+
 def submission_id() -> str | None:
     """Of the `ray job submit` that this process is the driver of; None where it is none."""
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))

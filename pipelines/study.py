@@ -293,7 +293,7 @@ def member(
     experiment = experiment_of(study, row, settings, seed)
     label = f"{trial_name(row, settings, seed)}: "
     try:
-        graph = build(experiment, facts, numerics, label)
+        graph = build(experiment, facts, numerics, label, served=False)
     except InputError as error:
         raise InputError(f"variants.{row}: {error}") from None
     assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)
@@ -357,7 +357,7 @@ def _classify(
 ) -> FinetuneSpec:
     return FinetuneSpec(
         layers=tuple(layer.model_copy(update={"stochastic": False}) for layer in layers), task="classify",
-        classes=facts.classes, variant=None, fit=fit, seed=seed, numerics=numerics, labels=labels,
+        classes=facts.classes, variant=None, fit=fit, seed=seed, numerics=numerics, labels=labels, served=False,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,8 +30,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import mlflow
 import psutil
+import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -46,11 +48,12 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; whoever can wait longer does so itself
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # it would run what a file says
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # on stdout's neighbour stderr, between lines of progress
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
 
-_FOLDER, _FIGURES, _MODEL = "result", "figures", "model"
+_FOLDER, _FIGURES, _MODEL, _LOADER = "result", "figures", "model", "aecore.pyfunc"
 _STOPPED = "stopped.epoch"
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
@@ -69,6 +72,26 @@ _NETWORK = {"azure", "boto3", "botocore", "google", "urllib3"}
 """Packages below MLflow whose exceptions are about the network."""
 
 T = TypeVar("T")
+
+
+class Version(NamedTuple):
+    """A version of a registered model."""
+
+    number: str
+    tags: dict[str, str]
+
+
+class Registered(NamedTuple):
+    """A version of a registered model."""
+
+    uri: str
+    """models:/NAME/VERSION."""
+    digest: str
+    """SHA-256 of its files."""
+    result: Result
+    """Of the finetuning that made it."""
+    model_id: str | None
+    """MLflow's own name for it."""
 
 
 class LostResultError(Exception):
@@ -304,8 +327,10 @@ class Tracker(NamedTuple):
         """Upload everything in `folder` to `place` among the run's artifacts."""
         self.client.log_artifacts(run_id, str(folder), place)
 
-    def log_data(self, run_id: str, name: str, facts: Facts, context: str = "training") -> None:
-        """Record which data a run read."""
+    def log_data(
+        self, run_id: str, name: str, facts: Facts, context: str = "training", model_id: str | None = None
+    ) -> None:
+        """Record which data a run read, and with which model."""
         inputs = self.client.get_run(run_id).inputs
         if inputs and inputs.dataset_inputs:
             return
@@ -314,7 +339,8 @@ class Tracker(NamedTuple):
             name=name, digest=facts.digest[:36], source_type="local", source=json.dumps({"digest": facts.digest}),
             profile=json.dumps(profile),
         )  # fmt: skip
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        models = [LoggedModelInput(model_id)] if model_id else None
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Final metrics and tags of a job; a metric that stands there already is not logged twice."""
@@ -330,7 +356,7 @@ class Tracker(NamedTuple):
         assert outputs is not None, "a finished finetuning has a model"
         return f"models:/{outputs.model_outputs[0].model_id}"
 
-    def register(self, name: str, uri: str) -> str:
+    def register(self, name: str, uri: str, tags: Mapping[str, str] | None = None) -> str:
         """Register a logged model under `name`; the version, which is the same if it was registered before."""
         mlflow.set_tracking_uri(self.uri)
 
@@ -340,7 +366,87 @@ class Tracker(NamedTuple):
                     return str(known.version)
             return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
 
-        return self.wait_for(look_then_register)
+        number = self.wait_for(look_then_register)
+        known = self.client.get_model_version(name, number).tags if tags else {}
+        for tag, value in (tags or {}).items():
+            if tag not in known:  # who registers first says what it is
+                self.client.set_model_version_tag(name, number, tag, value)
+        return number
+
+    def version(self, name: str, alias: str) -> Version | None:
+        """The version of a registered model that has this alias, if there is one."""
+        try:
+            found = self.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return Version(str(found.version), dict(found.tags))
+
+    def set_alias(self, name: str, alias: str, number: str) -> None:
+        """Let an alias name this version, and no other any more."""
+        self.client.set_registered_model_alias(name, alias, number)
+
+    def runs(self, tags: Mapping[str, str], status: str = "FINISHED", limit: int = 1000) -> list[Run]:
+        """Runs with all of these tags, the newest first."""
+        conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+        return self._search(" and ".join([*conditions, f"attributes.status = '{status}'"]), limit)
+
+    @contextmanager
+    def lease(self, key: str, what: str) -> Iterator[Callable[[], None]]:
+        """The right to do something, one driver's at a time; gives what raises a TakenOverError when it is lost."""
+        lease = _Lease(self, key, what)
+        lease.take()
+        try:
+            yield lease.check
+        finally:
+            lease.end()
+            _within(_HURRY_SECONDS, partial(self.wait_for, lease.remove))
+
+    def load_model(self, uri: str) -> Registered:
+        """A registered model by models:/NAME@ALIAS or models:/NAME/VERSION. Only safetensors and JSON are read.
+
+        Raises:
+            InputError: there is none, it was altered, or `aecore.pyfunc` is not what made it.
+        """
+        found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+        if not found:
+            raise InputError(
+                f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        name, alias, number = found.groups()
+        client = self.client
+        try:
+            version = (
+                client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            )
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise InputError(
+                f"model: {_redacted(self.uri)} has no {uri}; jobs.train --register NAME makes a version, and "
+                "jobs.retrain a champion"
+            ) from None
+        mlflow.set_tracking_uri(self.uri)
+        exact = f"models:/{name}/{version.version}"
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                folder = Path(self.wait_for(partial(mlflow.artifacts.download_artifacts, exact, dst_path=temporary)))
+                flavor = yaml.safe_load((folder / "MLmodel").read_text())["flavors"].get("python_function", {})
+                if flavor.get("loader_module") != _LOADER:
+                    raise InputError(
+                        f"model: {uri} was not made by jobs.train, and is not unpickled; name one that was"
+                    )
+                config, weights = load_weights(folder / flavor["data"])
+                digest = json.loads((folder / flavor["data"] / "config.json").read_text())["sha256"]
+            except (OSError, ValueError, KeyError, MlflowException, yaml.YAMLError) as error:
+                if isinstance(error, InputError):
+                    raise
+                reason = " ".join(str(error).split())[:160]
+                raise InputError(f"model: {uri} is lost or was altered ({reason}); register it again") from error
+        source = version.source or ""
+        model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
+        return Registered(exact, digest, Result(config, weights, {}), model_id)
 
     def _search(self, condition: str, limit: int) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))
@@ -432,7 +538,7 @@ class StageRun:
                 name=_MODEL,
                 model_id=model.model_id,
                 run_id=None if linked else self.run_id,  # links it to the run
-                loader_module="aecore.pyfunc",
+                loader_module=_LOADER,
                 data_path=str(folder),
                 code_paths=[str(Path(aecore.__file__).parent)],
                 pip_requirements=[f"{name}=={version(name)}" for name in _MODEL_NEEDS],

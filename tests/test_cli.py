@@ -13,6 +13,7 @@ from aecore.errors import InputError
 from aecore.variants import Denoising
 from jobs.cli import parse, without_secrets
 from jobs.compare import Compare
+from jobs.retrain import Retrain
 from jobs.train import Train
 from pipelines.study import experiment_of
 
@@ -191,3 +192,13 @@ def test_a_plan_makes_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(line.endswith("would run") for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hyphens_in_the_name_of_an_option() -> None:
+    found = parse(
+        Retrain,
+        "test",
+        ["--warm-start", "--no-only-on-drift", "--logical-date=2026-11-23", "--data.in-memory", "always"],
+    )
+    assert found.warm_start and not found.only_on_drift and found.rule.logical_date.isoformat() == "2026-11-23"
+    assert found.data.in_memory == "always" and found.data.split == "content" and not found.control

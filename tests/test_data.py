@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
@@ -34,6 +36,27 @@ def test_limit_takes_only_training_rows_and_keeps_the_classes(digits: tuple[Fact
     few = load(Data(limit=100), facts)
     assert few.train.y is not None and sorted(np.bincount(few.train.y)) == [10] * 10
     assert np.array_equal(few.test.x, arrays.test.x)
+
+
+def test_copies_share_a_split_and_marks_stay(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    columns = {"x": [*x.tolist(), *x.tolist()], "split": ["train"] * 500 + ["test"] * 100}
+    data = Data(name="parquet", path=str(tmp_path / "x.parquet"), split="content", limit=200)
+    pq.write_table(pa.table({"x": columns["x"]}), tmp_path / "x.parquet")
+    facts = inspect(data)  # warns of no copies across splits
+    arrays = load(data, facts)
+    sets = [{tuple(row) for row in split.x} for split in arrays[:3]]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert len(arrays.train.x) == pytest.approx(200, abs=50) and len(arrays.test.x) == pytest.approx(120, abs=50)
+    pq.write_table(pa.table({"x": columns["x"][:300] + (9 * x).tolist(), "split": columns["split"]}), data.path)
+    assert len(load(data, inspect(data)).test.x) == 100
+
+
+def test_a_number_of_test_rows_is_no_share_of_growing_data() -> None:
+    with pytest.raises(ValueError, match=r"data.test: 500 rows are not the same ones when the data grow"):
+        Data(split="content", test=500)
+    digits = Data(split="content")
+    assert len(load(digits, inspect(digits)).test.x) == pytest.approx(360, abs=70)
 
 
 def test_labels_can_be_ignored() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from aecore.config import Data, Fit
-from aecore.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint
+from aecore.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint, row_ids
 
 
 class Example(Frozen):
@@ -29,6 +29,13 @@ def test_unhashed_fields_do_not_matter_and_others_do() -> None:
     assert fingerprint(Example(a=2)) != fingerprint(Example())
     assert fingerprint(Data(root=Path("/elsewhere"))) == fingerprint(Data())
     assert fingerprint(Data(limit=5)) != fingerprint(Data())
+
+
+def test_ids_are_of_values_alone() -> None:
+    x = np.array([[1, 0], [2, 3], [1, -0.0]], np.float32)
+    assert row_ids(x)[0] == row_ids(x)[2] != row_ids(x)[1]
+    assert (row_ids(x[::-1]) == row_ids(x)[::-1]).all() and row_ids(x[:0]).shape == (0,)
+    assert row_ids(np.arange(4, dtype=np.uint8)[:, None]).tolist()[0] == 5224996704525874836
 
 
 def test_whole_floats_are_the_integers_they_equal() -> None:

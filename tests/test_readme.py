@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from aecore.config import overlay
 from jobs.cli import parse
 from jobs.compare import Compare
+from jobs.encode import Encode
+from jobs.retrain import Retrain
 from jobs.train import Train
 from pipelines.study import Study
 
@@ -45,7 +47,7 @@ def test_links_and_pictures_exist() -> None:
         assert target.startswith("http") or (ROOT / target).is_file(), target
 
 
-COMMANDS: dict[str, type[BaseModel]] = {"train": Train, "compare": Compare}
+COMMANDS: dict[str, type[BaseModel]] = {"train": Train, "compare": Compare, "retrain": Retrain, "encode": Encode}
 LINES = [c for c in re.findall(r"uv run python -m jobs\.(\w+) ([^#`\n]+)", TEXT) if "--help" not in c[1]]
 
 

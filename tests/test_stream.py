@@ -9,11 +9,11 @@ import pytest
 
 from aecore import evaluation, stages
 from aecore.config import Data, Dense, Experiment, Finetune, Fit
-from aecore.data import Arrays, inspect, load
+from aecore.data import SPLITS, Arrays, Split, inspect, load
 from aecore.errors import InputError
 from aecore.specs import Facts, MeasureSpec, Numerics, resolve_in_memory
 from aecore.storage import Result
-from aecore.stream import SPLITS, Shuffled, Stream, in_turn, open_stream
+from aecore.stream import Shuffled, Stream, in_turn, open_stream
 from pipelines.stacked import Stacked, build
 
 
@@ -69,6 +69,24 @@ def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
     assert numbers(stream, "test") == list(range(0, 3000, 10))
     assert stream.rows("validation") == pytest.approx(270, abs=65)
     assert stream.rows("train") == pytest.approx(1000, abs=110)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_split_by_content_rows_stay_where_they_are_as_the_data_grow(tmp_path: Path) -> None:
+    few, many = (write(tmp_path / str(n), n) for n in (1200, 3000))  # other files and pieces, other numbers of rows
+    found = {}
+    for name, data in (("few", few), ("many", many)):
+        data = data.model_copy(update={"split": "content"})
+        stream = opened(data)
+        found[name] = {split: set(numbers(stream, split)) for split in SPLITS}
+        held = load(data.model_copy(update={"in_memory": "always"}), inspect(data))
+        for split, rows in zip(SPLITS, held, strict=False):
+            assert isinstance(rows, Split) and set(rows.x[:, 0]) == found[name][split]
+            assert stream.rows(split) == len(found[name][split])
+    assert sum(len(rows) for rows in found["many"].values()) == 3000
+    assert len(found["many"]["test"]) == pytest.approx(600, abs=90)
+    for split in SPLITS:
+        assert {n for n in found["many"][split] if n < 1200} == found["few"][split]
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:

@@ -99,6 +99,29 @@ def test_the_job_gets_the_command_the_folder_and_its_environment(monkeypatch: py
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("jobs", "once", "free"),
+    [
+        ({}, True, "night"),
+        ({"night": JobStatus.FAILED}, True, "night-a2"),
+        ({"night": JobStatus.STOPPED, "night-a2": JobStatus.FAILED}, True, "night-a3"),
+        ({"night": JobStatus.SUCCEEDED}, False, "night-a2"),
+        ({"night": JobStatus.SUCCEEDED}, True, "night: has succeeded already"),
+        ({"night": JobStatus.FAILED, "night-a2": JobStatus.SUCCEEDED}, True, "night-a2: has succeeded already"),
+        ({"night": JobStatus.RUNNING}, True, "night: running already"),
+    ],
+)
+def test_once_is_once_but_for_what_failed(jobs: dict[str, JobStatus], once: bool, free: str) -> None:
+    cluster = Fake(jobs)
+    given = ["--name", "night", *(["--once"] if once else [])]
+    if "already" not in free:
+        assert run(cluster, *given) == 0 and cluster.submitted["submission_id"] == free
+        return
+    with pytest.raises(InputError, match=free):
+        run(cluster, *given)
+    assert not cluster.submitted
+
+
 def submission(*args: str) -> str:
     cluster = Fake()
     assert submit([*REMOTE, *args], lambda address: cluster) == 0

@@ -213,7 +213,8 @@ mlflow.set_tracking_uri({tracker.uri!r})
 model = mlflow.pyfunc.load_model("models:/digits-model/1")
 x = np.random.default_rng(0).integers(0, 17, (7, 1, 8, 8), dtype=np.uint8)
 whole, single = model.predict(x), model.predict(x[:1])
-assert list(whole.columns) == ["prediction", "probability", "code"] and len(whole) == 7 and len(single) == 1
+columns = ["code", "prediction", "probability", "reconstruction_mse", "anomaly_score"]
+assert list(whole.columns) == columns and len(whole) == 7 and len(single) == 1
 assert abs(whole.probability[0] - single.probability[0]) < 1e-6 and len(whole.code[0]) == 16
 assert set(whole.prediction) <= set("0123456789")
 import aecore

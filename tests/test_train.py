@@ -146,6 +146,19 @@ def test_the_model_is_registered_once(first: tuple[Path, Done]) -> None:
     assert len(store(folder).client.search_model_versions("name = 'digits'")) == 1
 
 
+def test_the_registered_model_encodes(first: tuple[Path, Done], head: dict[str, str]) -> None:
+    folder, _ = first
+    asked = ("--model", "models:/digits/1", "--output", "codes")
+    done = command("jobs.encode", folder, *asked, **head)
+    assert done.code == 0 and done.report["rows"] == {"all": 1797, "made": 1797}, done.err
+    assert pq.read_table(folder / "codes")["id"].to_pylist() == list(range(1797))
+    # refused before Ray starts, in one line
+    wide = folder / "wide.parquet"
+    pq.write_table(pa.table({"x": np.ones((40, 9)).tolist()}), wide)
+    done = command("jobs.encode", folder, *asked, "--data.name", "parquet", "--data.path", str(wide))
+    assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1 and "shape (9,)" in done.err
+
+
 def test_the_same_again_computes_nothing_and_starts_no_ray(first: tuple[Path, Done], tmp_path: Path) -> None:
     folder, before = first
     # a ray that cannot be imported shows that none is wanted
