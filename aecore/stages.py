@@ -3,7 +3,6 @@
 Each takes a hashed spec and the results of the stages it stands on, and returns a `Result`.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -39,6 +38,8 @@ class Run(NamedTuple):
     team: Team = ALONE
     checkpoints: Checkpoints | None = None
     spread: Spread = in_turn
+    parts: int = 1
+    """Into how many a batch is cut whose gradients are added up, where memory lacks."""
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Result:
@@ -46,7 +47,6 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
 
     The codes are computed here, on this device, without noise or dropout; they never travel.
     """
-    began = time.perf_counter()
     prepare = prepared(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
     read: nn.Module = nn.Sequential(prepare, *(layer.encoder for layer in layers)).requires_grad_(False)
@@ -62,9 +62,10 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
             layer, terms, train, validation, spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
+            parts=run.parts,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
-    return Result(config, _weights(layer), _summary(fitted, began))
+    return Result(config, _weights(layer), _summary(fitted))
 
 
 def finetune(
@@ -76,7 +77,6 @@ def finetune(
     `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
     validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
     """
-    began = time.perf_counter()
     if spec.labels is not None:
         data = _labelled(held(data), spec.labels, spec.seed, spec.fit.batch_size)
     prepare = prepared(data, run.device)
@@ -109,6 +109,7 @@ def finetune(
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,
+            parts=run.parts,
         )  # fmt: skip
     config = {
         "task": spec.task,
@@ -116,7 +117,7 @@ def finetune(
         "layers": [layer.model_dump(mode="json") for layer in spec.layers],
         **_curves(fitted),
     }
-    summary = _summary(fitted, began)
+    summary = _summary(fitted)
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
@@ -251,7 +252,7 @@ def _curves(fitted: Fitted) -> dict[str, Any]:
     return {"history": fitted.history, "best_epoch": fitted.best_epoch}
 
 
-def _summary(fitted: Fitted, began: float) -> dict[str, float]:
+def _summary(fitted: Fitted) -> dict[str, float]:
     best = fitted.history[fitted.best_epoch - 1]
     # named apart from the curves, whose last point is the last epoch's
     kept = {name.replace("val/", "best/"): value for name, value in best.items() if name.startswith("val/")}
@@ -259,5 +260,5 @@ def _summary(fitted: Fitted, began: float) -> dict[str, float]:
         **kept,
         "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.history),
-        "train_seconds": time.perf_counter() - began,
+        "train_seconds": sum(epoch["seconds"] for epoch in fitted.history),  # of all attempts
     }

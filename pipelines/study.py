@@ -7,7 +7,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from pipelines.run import (
     share_of,
     start_ray,
 )
+from pipelines.scratch import scratch
 from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
@@ -517,7 +517,7 @@ class _Job:
             if self.study.scheduler == "asha"
             else None
         )
-        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="tune") as folder:
+        with redirect_stdout(sys.stderr), scratch() as folder:
             return tune.Tuner(
                 tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
                 param_space=space,
@@ -527,7 +527,7 @@ class _Job:
                     time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
                     trial_name_creator=_trial_name, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
-                run_config=tune.RunConfig(storage_path=folder, name="trials", verbose=1),
+                run_config=tune.RunConfig(storage_path=str(folder), name="trials", verbose=1),
             ).fit()  # fmt: skip
 
     def _outcome(self, results: Any) -> tuple[dict[str, str], dict[str, int]]:

@@ -310,8 +310,9 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     if report["metrics"] != truth.metrics:
         found.append(f"metrics {report['metrics']}")
     models = tracker.client.search_logged_models([tracker.experiment_id])
-    if [str(model.status) for model in models] != ["READY"] and "finetune" in truth.weights:
-        found.append(f"models {[str(model.status) for model in models]}")
+    tuned = {run.info.run_id for run in everything if run.data.tags["mlflow.runName"] in ("finetune", "control")}
+    if sorted((m.source_run_id, str(m.status)) for m in models) != sorted((run_id, "READY") for run_id in tuned):
+        found.append(f"models {[(m.source_run_id, str(m.status)) for m in models]}")
     leases = tracker.client.search_registered_models("name LIKE 'diabolo.lease.%'", max_results=100)
     return found + [f"lease {lease.name}" for lease in leases]
 
