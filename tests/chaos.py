@@ -207,9 +207,13 @@ def descendants(pid: int) -> set[psutil.Process]:
 def title(process: psutil.Process) -> str:
     """What a process calls itself; Ray's workers are called by their task."""
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return re.match("ray::(?!.*Agent)", title(process)) is not None
 
 
 def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
@@ -226,7 +230,7 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
     nodes = world.nodes if "RAY_ADDRESS" in job.env else None
     roots = [job.process, *(nodes.nodes if nodes else [])]
     if kind == "worker":
-        workers = [p for root in roots for p in descendants(root.pid) if title(p).startswith("ray::")]
+        workers = [p for root in roots for p in descendants(root.pid) if is_worker(p)]
         at_work = [p for p in workers if title(p).removeprefix("ray::") in STAGES]
         victim = rng.choice(sorted(at_work or workers, key=lambda p: p.pid)) if workers else None
         if victim is not None:
@@ -238,7 +242,7 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
     (second,) = nodes.nodes[1:]
     job.family |= descendants(second.pid)
     raylet = next(p for p in descendants(second.pid) if p.name() == "raylet")
-    said = ", ".join(sorted(title(p) for p in descendants(second.pid) if title(p).startswith("ray::")))
+    said = ", ".join(sorted(title(p) for p in descendants(second.pid) if is_worker(p)))
     raylet.kill()
     nodes.nodes.remove(second)
     with patch.dict(os.environ, {"TMPDIR": str(world.temporary)}):
@@ -321,7 +325,9 @@ def left_over(job: Job, *places: Path) -> list[str]:
     """Processes and files that nobody needs any more."""
     _, alive = psutil.wait_procs(list(job.family), timeout=_ORPHAN_SECONDS)
     found = [f"orphan {p.pid} {title(p)[:60]}" for p in alive if p.is_running() and p.status() != "zombie"]
-    return found + [f"left {path}" for place in places for path in sorted(place.rglob("*"))]
+    # the sockets of Ray's own agents, where their node is killed
+    theirs = ("pymp-", "ray")
+    return found + [f"left {p}" for place in places for p in sorted(place.glob("*")) if not p.name.startswith(theirs)]
 
 
 class Run(NamedTuple):
