@@ -1,4 +1,4 @@
-"""python -m tests.chaos --runs N [--seed S] [--only worker,node,driver,server]
+"""python -m tests.chaos --runs N [--seed S] [--only worker,node,driver,server] | --study | --drivers
 
 Kills with SIGKILL, at moments drawn by a seed and spread over the whole job, then the same command until it is done:
 what is left must be what an undisturbed job leaves, and nothing else.
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import psutil
 
 from pipelines.tracking import Tracker, connect
@@ -400,6 +401,117 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     return Run(number, kind, mark, killed, job.attempts, wrong, resume, time.monotonic() - began)
 
 
+STUDY = {
+    "name": "Killed",
+    "base": {"network": {"widths": [32, 8]}, "pretrain": None, "finetune": {"task": "reconstruct"}},
+    "variants": {
+        "stacked": {"pretrain": {}}, "plain": {}, "denoising": {"variant": {"kind": "denoising", "level": 0.2}},
+    },
+    "seeds": [0, 1],
+    "budget": {"epochs": 60},
+    "labels": {"counts": [100], "fit": {"epochs": 3}},
+}  # fmt: skip
+_STUDY_SECONDS = 60.0
+_DURATIONS = ["run_id", "seconds"]
+
+
+def study_of(world: World, name: str) -> Job:
+    """A study of six trials, in a folder of its own, on an embedded Ray."""
+    folder = world.folder / name
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "study.yaml").write_text(json.dumps(STUDY))  # which is YAML
+    args = ["study.yaml", "--figures", "report", "--resources.checkpoint_every", "0.05"]
+    return Job("jobs.compare", args, folder, world.env(folder, True, False))
+
+
+def table(job: Job) -> pd.DataFrame:
+    """A study's numbers, without how long they took and where they are."""
+    frame = pd.read_csv(job.folder / "report" / "results.csv")
+    return frame.drop(columns=[name for name in frame.columns if name in _DURATIONS])
+
+
+def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _STUDY_SECONDS) -> list[str]:
+    """A study whose driver or trials are killed so often, and started until it is done, against an undisturbed one."""
+    rng, told = random.Random(f"study {seed}"), []
+    calm, job = study_of(world, "calm"), study_of(world, f"killed {seed}")
+    calm.start()
+    assert calm.end() == 0, calm.text
+    job.start()
+    seconds = time.monotonic() - calm.began
+    for number, kind in enumerate(kinds):
+        mark = "" if kind == "driver" else "seed="  # of a trial
+        moment = Moment(mark, rng.uniform(0.2, 0.9) * min(seconds, most) if kind == "driver" else rng.uniform(0, 4))
+        in_time = job.until(moment)
+        told.append(f"{moment}: {kill_trial(job, rng) if kind == 'trial' else kill(kind, world, job, rng)}")
+        assert in_time, f"the study ended before kill {number}"
+        if kind == "driver":
+            assert job.end() != 0
+            job.start()
+    while job.end() and job.attempts < _MOST_ATTEMPTS:
+        job.start()
+    print("study  " + "; ".join(told) + f"; attempts {job.attempts}; undisturbed {seconds:.1f} s", flush=True)
+    if job.process is None or job.process.returncode:
+        return [f"exit code: {job.text[-2000:]}"]
+    found = []
+    both = [tracker_of(one.env) for one in (calm, job)]
+    keys = [
+        sorted((run.data.tags["stage.key"], run.info.status) for run in one.client.search_runs([one.experiment_id]))
+        for one in both
+    ]
+    found += [] if keys[0] == keys[1] else [f"other runs than undisturbed: {len(keys[0])} and {len(keys[1])}"]
+    found += [f"run of {key} is {status}" for key, status in keys[1] if status != "FINISHED"]
+    found += [f"{count} runs of {key}" for key, count in Counter(key for key, _ in keys[1]).items() if count > 1]
+    for run in both[1].client.search_runs([both[1].experiment_id]):
+        name, steps = run.data.tags["mlflow.runName"], steps_of(both[1], run)
+        found += [f"{name}: {m} at {them}" for m, them in steps.items() if len(them) != len(set(them))]
+    if calm.report()["metrics"] != job.report()["metrics"]:
+        found.append("other metrics")
+    if not table(calm).equals(table(job)):
+        found.append(f"other numbers: {table(calm).compare(table(job))}")
+    places = [job.folder / "tmp", job.folder / "checkpoints"]
+    return found + left_over(job, *places)
+
+
+def kill_trial(job: Job, rng: random.Random) -> str:
+    """As Ray's memory monitor does, or a lost node."""
+    assert job.process is not None
+    trials = [p for p in descendants(job.process.pid) if "Trainable" in title(p) or "_trial" in title(p)]
+    if not trials:
+        return "nobody"
+    victim = rng.choice(sorted(trials, key=lambda p: p.pid))
+    said = title(victim)
+    victim.kill()
+    return said
+
+
+def two_drivers(world: World) -> list[str]:
+    """Two drivers of one job, started at once, each with a Ray of its own and the same store."""
+    one, two = (job_of(world, f"driver {n}", True) for n in (1, 2))
+    for name in ("MLFLOW_TRACKING_URI",):
+        two.env[name] = one.env[name]
+    two.command[-1] = one.command[-1]  # the same storage
+    one.start()
+    two.start()
+    codes = [job.end() for job in (one, two)]
+    if codes != [0, 0]:
+        return [f"exit codes {codes}: {one.text[-1500:]} {two.text[-1500:]}"]
+    reports = [job.report() for job in (one, two)]
+    print(f"drivers  stages {[r['stages'] for r in reports]}  seconds {[r['seconds'] for r in reports]}", flush=True)
+    found = []
+    for name in ("run_id", "experiment", "metrics"):
+        if reports[0][name] != reports[1][name]:
+            found.append(f"{name} differ: {reports[0][name]} {reports[1][name]}")
+    computed = sorted(report["stages"]["computed"] for report in reports)
+    if computed != [0, len(STAGES)]:
+        found.append(f"stages computed {computed}")
+    tracker = tracker_of(one.env)
+    truth = truth_of(tracker, reports[0])
+    found += faults(tracker, reports[1], truth)
+    attempts = {run.data.tags["attempts"] for run in stage_runs(tracker)}
+    found += [] if attempts == {"1"} else [f"attempts {attempts}"]
+    return found + left_over(one, one.folder / "tmp", two.folder / "tmp", one.folder / "storage") + left_over(two)
+
+
 @contextmanager
 def world_in(folder: Path) -> Iterator[World]:
     """Ended with all that was started in it."""
@@ -412,6 +524,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(KINDS), help="kinds of kills, with commas")
+    parser.add_argument("--study", action="store_true", help="kill the driver of a study twice instead")
+    parser.add_argument("--drivers", action="store_true", help="start two drivers of one job instead")
     parser.add_argument("--folder", type=Path, help="where all is kept; a temporary one by default")
     settings = parser.parse_args()
     kinds = settings.only.split(",")
@@ -421,6 +535,12 @@ def main() -> int:
         folder = settings.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with world_in(folder) as world:
+            if settings.study or settings.drivers:
+                kills = ("driver", "driver")
+                wrong = killed_study(world, settings.seed, kills) if settings.study else two_drivers(world)
+                seconds = round(time.monotonic() - began, 1)
+                print(json.dumps({"study" if settings.study else "drivers": wrong or "ok", "seconds": seconds}))
+                return int(bool(wrong))
             truth = undisturbed(world, embedded=set(kinds) == {"driver"})
             print(f"undisturbed  {time.monotonic() - began:.1f} s", flush=True)
             for number in range(settings.runs):
