@@ -32,15 +32,15 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("worker", "node", "driver", "server")
 STAGES = ("layer 1", "layer 2", "finetune", "control", "evaluate", "evaluate control")
 TRAINED = STAGES[:4]
-_START_SECONDS, _STAGE_SECONDS, _COMMIT_SECONDS = 12.0, 2.5, 1.5
+_START_SECONDS, _STAGE_SECONDS, _COMMIT_SECONDS = 18.0, 2.5, 1.5
 """Latest moments of a kill: after the job's start, a stage's first epoch, and a stage's end."""
-_JOB_SECONDS, _ORPHAN_SECONDS = 240.0, 20.0
+_JOB_SECONDS, _ORPHAN_SECONDS, _AGENT_SECONDS = 240.0, 20.0, 90.0
+"""How long a job, and who was below it, may live; Ray's agents look for its head for a minute after it has died."""
 _MOST_ATTEMPTS = 6
 
 
-def recipe() -> list[str]:
+def recipe(root: str | None) -> list[str]:
     """A job of six stages of which each trained one has many epochs, on part of real MNIST or on digits."""
-    root = os.environ.get("DIABOLO_DATA")
     data = ["--data.name", "mnist", "--data.root", root, "--data.limit", "5000"] if root else []
     epochs = "20" if root else "60"
     return [
@@ -76,6 +76,7 @@ class World:
         self.port = free_port()
         self.server: ExitStack | None = None
         self.nodes: Nodes | None = None
+        self.agents: set[psutil.Process] = set()
         # Ray's sockets have short names
         self.ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="dc", dir="/tmp", ignore_cleanup_errors=True))
 
@@ -231,14 +232,11 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
     nodes = world.nodes if "RAY_ADDRESS" in job.env else None
     roots = [job.process, *(nodes.nodes if nodes else [])]
     if kind == "worker":
-        workers = [p for root in roots for p in descendants(root.pid) if is_worker(p)]
+        workers: list[psutil.Process] = []
+        while not workers and not job.ended():
+            workers = [p for root in roots for p in descendants(root.pid) if is_worker(p)]
         at_work = [p for p in workers if title(p).removeprefix("ray::") in STAGES]
-        victim = rng.choice(sorted(at_work or workers, key=lambda p: p.pid)) if workers else None
-        if victim is not None:
-            said = title(victim)
-            victim.kill()
-            return said
-        return "nobody"
+        return end_one(at_work or workers, rng)
     assert nodes is not None
     (second,) = nodes.nodes[1:]
     job.family |= descendants(second.pid)
@@ -249,6 +247,16 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
     with patch.dict(os.environ, {"TMPDIR": str(world.temporary)}):
         nodes.add(1)
     return f"raylet with {said or 'nobody'}"
+
+
+def end_one(processes: list[psutil.Process], rng: random.Random) -> str:
+    """Kill one of them; who it was, empty where there is none."""
+    if not processes:
+        return ""
+    victim = rng.choice(sorted(processes, key=lambda p: p.pid))
+    said = title(victim)
+    victim.kill()
+    return said
 
 
 class Truth(NamedTuple):
@@ -322,10 +330,16 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     return found + [f"lease {lease.name}" for lease in leases]
 
 
-def left_over(job: Job, *places: Path) -> list[str]:
+def orphans(processes: set[psutil.Process], seconds: float) -> list[str]:
+    """Which of them live still."""
+    _, alive = psutil.wait_procs(list(processes), timeout=seconds)
+    return [f"orphan {p.pid} {title(p)[:60]}" for p in alive if p.is_running() and p.status() != "zombie"]
+
+
+def left_over(world: World, job: Job, *places: Path) -> list[str]:
     """Processes and files that nobody needs any more."""
-    _, alive = psutil.wait_procs(list(job.family), timeout=_ORPHAN_SECONDS)
-    found = [f"orphan {p.pid} {title(p)[:60]}" for p in alive if p.is_running() and p.status() != "zombie"]
+    world.agents |= {p for p in job.family if not is_worker(p)}
+    found = orphans({p for p in job.family if is_worker(p)}, _ORPHAN_SECONDS)
     # the sockets of Ray's own agents, where their node is killed
     theirs = ("pymp-", "ray")
     return found + [f"left {p}" for place in places for p in sorted(place.glob("*")) if not p.name.startswith(theirs)]
@@ -358,7 +372,7 @@ def job_of(world: World, name: str, embedded: bool, live: bool = False) -> Job:
     """A job in a folder of its own."""
     folder = world.folder / name
     (folder / "tmp").mkdir(parents=True)
-    args = [*recipe(), "--resources.storage_path", str(folder / "storage")]
+    args = [*recipe(os.environ.get("DIABOLO_DATA")), "--resources.storage_path", str(folder / "storage")]
     return Job("jobs.train", args, folder, world.env(folder, embedded, live))
 
 
@@ -369,7 +383,7 @@ def undisturbed(world: World, embedded: bool) -> Truth:
     assert job.end() == 0, job.text
     truth = truth_of(tracker_of(job.env), job.report())
     assert set(truth.weights) == set(STAGES)
-    wrong = faults(tracker_of(job.env), job.report(), truth) + left_over(job, job.folder / "tmp")
+    wrong = faults(tracker_of(job.env), job.report(), truth) + left_over(world, job, job.folder / "tmp")
     assert not wrong, wrong
     return truth
 
@@ -393,7 +407,7 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     else:
         wrong += faults(tracker_of(job.env), job.report(), truth)
     storage = job.folder / "storage"
-    wrong += left_over(job, job.folder / "tmp", storage, world.temporary)
+    wrong += left_over(world, job, job.folder / "tmp", storage, world.temporary)
     wrong += [f"left {path}" for path in job.folder.glob("mlflow.db?*")]
     if kind == "node":
         await_nodes(world.cluster(), 2)
@@ -469,19 +483,13 @@ def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _S
     if not table(calm).equals(table(job)):
         found.append(f"other numbers: {table(calm).compare(table(job))}")
     places = [job.folder / "tmp", job.folder / "checkpoints"]
-    return found + left_over(job, *places)
+    return found + left_over(world, job, *places)
 
 
 def kill_trial(job: Job, rng: random.Random) -> str:
     """As Ray's memory monitor does, or a lost node."""
     assert job.process is not None
-    trials = [p for p in descendants(job.process.pid) if "Trainable" in title(p) or "_trial" in title(p)]
-    if not trials:
-        return "nobody"
-    victim = rng.choice(sorted(trials, key=lambda p: p.pid))
-    said = title(victim)
-    victim.kill()
-    return said
+    return end_one([p for p in descendants(job.process.pid) if is_worker(p) and "rain" in title(p)], rng)
 
 
 def two_drivers(world: World) -> list[str]:
@@ -509,7 +517,11 @@ def two_drivers(world: World) -> list[str]:
     found += faults(tracker, reports[1], truth)
     attempts = {run.data.tags["attempts"] for run in stage_runs(tracker)}
     found += [] if attempts == {"1"} else [f"attempts {attempts}"]
-    return found + left_over(one, one.folder / "tmp", two.folder / "tmp", one.folder / "storage") + left_over(two)
+    return (
+        found
+        + left_over(world, one, one.folder / "tmp", two.folder / "tmp", one.folder / "storage")
+        + left_over(world, two)
+    )
 
 
 @contextmanager
@@ -546,16 +558,17 @@ def main() -> int:
             for number in range(settings.runs):
                 runs.append(disturbed(world, number, settings.seed, kinds[number % len(kinds)], truth))
                 print(runs[-1], flush=True)
+            left = orphans(world.agents, _AGENT_SECONDS)
     good = sum(not run.faults for run in runs)
     resumes = sorted(run.resume for run in runs if run.killed and run.resume is not None)
     print(
         json.dumps({
             "runs": len(runs), "killed": sum(bool(run.killed) for run in runs), "good": good,
             "kinds": dict(Counter(run.kind for run in runs)), "resume_median": resumes and resumes[len(resumes) // 2],
-            "resume_most": resumes and resumes[-1], "seconds": round(time.monotonic() - began, 1),
+            "resume_most": resumes and resumes[-1], "orphans": left, "seconds": round(time.monotonic() - began, 1),
         })
     )  # fmt: skip
-    return int(good < len(runs))
+    return int(good < len(runs) or bool(left))
 
 
 if __name__ == "__main__":

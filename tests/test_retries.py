@@ -119,7 +119,7 @@ def test_a_stage_whose_node_runs_out_of_memory_is_tried_once_more_in_halves(
 
 
 def test_then_it_fails_with_the_remedy(job: Job, tracker: Tracker) -> None:
-    with pytest.raises(MemoryError, match="^second: its node ran out of memory with batches in halves, too; lower "):
+    with pytest.raises(MemoryError, match=r"^second: its node ran out of memory with batches in halves, too; lower "):
         job("full", {"second": 2})
     (top,) = tracker._search("tags.`stage.key` = 'full'", 10)
     below = tracker._search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'", 10)
