@@ -133,7 +133,7 @@ def test_a_later_attempt_waits_longer_and_computes_nothing_that_is_kept(
     _, runs = job("again", {})
     stage = Stage(FIRST.name, FIRST.fn + "again", FIRST.spec)
     before = runs["first"]
-    monkeypatch.setattr(running.time, "sleep", slept.append)
+    monkeypatch.setattr("pipelines.run.time.sleep", slept.append)
     store = tracker.uri, tracker.experiment_id
     for attempt in (1, 2, 3, 9):
         monkeypatch.setattr(running, "_attempt", lambda attempt=attempt: attempt)
