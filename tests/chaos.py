@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("worker", "node", "driver", "server")
 STAGES = ("layer 1", "layer 2", "finetune", "control", "evaluate", "evaluate control")
 TRAINED = STAGES[:4]
+DENOISING = ["--variant.kind", "denoising"]
 _START_SECONDS, _STAGE_SECONDS, _COMMIT_SECONDS = 18.0, 2.5, 1.5
 """Latest moments of a kill: after the job's start, a stage's first epoch, and a stage's end."""
 _JOB_SECONDS, _ORPHAN_SECONDS, _AGENT_SECONDS = 240.0, 20.0, 90.0
@@ -41,7 +42,8 @@ _MOST_ATTEMPTS = 6
 
 def recipe(root: str | None) -> list[str]:
     """A job of six stages of which each trained one has many epochs, on part of real MNIST or on digits."""
-    data = ["--data.name", "mnist", "--data.root", root, "--data.limit", "5000"] if root else []
+    # on digits such a wide layer needs a task
+    data = ["--data.name", "mnist", "--data.root", root, "--data.limit", "5000"] if root else DENOISING
     epochs = "20" if root else "60"
     return [
         *data, "--network.widths", "[256,32]", "--pretrain.epochs", epochs, "--finetune.epochs", epochs,
