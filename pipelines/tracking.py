@@ -245,7 +245,7 @@ class Tracker(NamedTuple):
                 if earlier:
                     client.update_run(run_id, status="RUNNING")
                     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-                else:
+                if not run.data.params:  # a new run, or one whose driver got no further
                     _log_params(client, run_id, config)
                 yield run_id
             lease.check()
@@ -374,9 +374,12 @@ class StageRun:
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log epochs (number, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
         fresh = [point for point in points if point[0] > self.seen]
-        metrics = [Metric(name, value, when, epoch) for epoch, when, found in fresh for name, value in found.items()]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit
-            self.client.log_batch(self.run_id, metrics[start : start + 1000])
+        # whole epochs up to MLflow's limit: killed between two batches, no epoch is there in part
+        size = max(1, 1000 // max((len(found) for _, _, found in fresh), default=1))
+        for start in range(0, len(fresh), size):
+            batch = fresh[start : start + size]
+            metrics = [Metric(name, value, when, n) for n, when, found in batch for name, value in found.items()]
+            self.client.log_batch(self.run_id, metrics)
         self.seen = max([self.seen, *(point[0] for point in points)])
 
     def commit(self, result: Result, served: Any = None) -> None:

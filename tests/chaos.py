@@ -269,6 +269,8 @@ class Truth(NamedTuple):
     metrics: dict[str, float]
     steps: dict[str, dict[str, list[int]]]
     """Of each stage's metrics, system metrics left out."""
+    rest: dict[str, Any]
+    """Of each stage: params, names of tags, artifacts."""
 
 
 def stage_runs(tracker: Tracker) -> list[Any]:
@@ -292,7 +294,16 @@ def truth_of(tracker: Tracker, report: dict[str, Any]) -> Truth:
         {name: dict(tracker.restore(run.info.run_id).weights) for name, run in runs.items()},
         report["metrics"],
         {name: without_system(steps_of(tracker, run)) for name, run in runs.items()},
+        {name: rest_of(tracker, run) for name, run in runs.items()},
     )
+
+
+def rest_of(tracker: Tracker, run: Any) -> Any:
+    def below(path: str | None) -> Iterator[str]:
+        for item in tracker.client.list_artifacts(run.info.run_id, path):
+            yield from below(item.path) if item.is_dir else [item.path]
+
+    return run.data.params, sorted(set(run.data.tags) - {"ray.node_id"}), sorted(below(None))
 
 
 def without_system(steps: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -308,6 +319,8 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     names = Counter(run.data.tags["mlflow.runName"] for run in everything)
     if names != Counter([*truth.weights, report["job"]]):
         found.append(f"runs {dict(names)}")
+    for top in (run for run in everything if "job" in run.data.tags):
+        found += [] if top.data.params and top.inputs.dataset_inputs else ["the job's run has no params or data"]
     for run in everything:
         name, steps = run.data.tags["mlflow.runName"], steps_of(tracker, run)
         if run.info.status != "FINISHED":
@@ -322,6 +335,8 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
         wanted = truth.weights.get(name, {})
         if set(weights) != set(wanted) or not all(np.array_equal(weights[w], wanted[w]) for w in wanted):
             found.append(f"{name}: other weights")
+        if rest_of(tracker, run) != truth.rest.get(name):
+            found.append(f"{name}: other params, tags or artifacts {rest_of(tracker, run)}")
     if report["metrics"] != truth.metrics:
         found.append(f"metrics {report['metrics']}")
     models = tracker.client.search_logged_models([tracker.experiment_id])
@@ -365,7 +380,7 @@ class Run(NamedTuple):
         verdict = "ok" if not self.faults else "FAULTS " + "; ".join(self.faults)
         resume = "-" if self.resume is None else f"{self.resume:.1f} s"
         return (
-            f"run {self.number:3}  {self.kind:6}  {self.moment:24}  {self.killed or 'done before':40}  attempts "
+            f"run {self.number:3}  {self.kind:6}  {self.moment:30}  {self.killed or 'done before':28}  attempts "
             f"{self.attempts}  resume {resume:7}  {self.seconds:5.1f} s  {verdict}"
         )
 
@@ -394,7 +409,8 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     """One job, killed once, and started again until it is done."""
     rng = random.Random(f"{seed} {number}")
     moment, live, began = draw(rng), rng.random() < 0.4, time.monotonic()
-    job = job_of(world, f"{seed}-{number}-{kind}", kind == "driver", live)
+    embedded = kind == "driver" and (rng.random() < 0.5 or world.nodes is None)
+    job = job_of(world, f"{seed}-{number}-{kind}", embedded, live)
     job.start()
     in_time = job.until(moment)
     said = len(job.text)
@@ -413,8 +429,8 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     wrong += [f"left {path}" for path in job.folder.glob("mlflow.db?*")]
     if kind == "node":
         await_nodes(world.cluster(), 2)
-    mark = f"{moment}{' live' if live else ''}"
-    return Run(number, kind, mark, killed, job.attempts, wrong, resume, time.monotonic() - began)
+    how = f"{moment}{' live' if live else ''}{' embedded' if embedded else ''}"
+    return Run(number, kind, how, killed, job.attempts, wrong, resume, time.monotonic() - began)
 
 
 STUDY = {

@@ -166,6 +166,22 @@ def test_how_long_an_attempt_took_is_no_second_point(tracker: Tracker) -> None:
         assert [p.value for p in tracker.client.get_metric_history(run.run_id, name)] == [value]
 
 
+def test_a_job_whose_driver_died_before_its_params_gets_them(tracker: Tracker) -> None:
+    tracker.client.create_run(tracker.experiment_id, tags={"stage.key": "params", "job": "test"})
+    for _ in range(2):
+        with tracker.job_run("test", "params", {}, {"seed": 3}) as top:
+            assert tracker.client.get_run(top).data.params == {"seed": "3"}
+
+
+def test_epochs_are_logged_whole(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracker.job_run("test", "whole", {}, {}) as top:
+        run = tracker.open_run(Stage("whole", "stages.whole", Fit()), top)
+    sizes: list[int] = []
+    monkeypatch.setattr(run, "client", SimpleNamespace(log_batch=lambda run_id, metrics: sizes.append(len(metrics))))
+    run.log([(epoch, epoch, {name: 0.0 for name in "abcdefg"}) for epoch in range(1, 301)])
+    assert sizes == [994, 994, 112]  # of at most 1000
+
+
 def test_temporary_files_of_the_killed_go_with_the_next_and_those_of_the_living_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
