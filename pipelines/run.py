@@ -538,7 +538,9 @@ def _execute(
     """
     with contextlib.redirect_stdout(sys.stderr):
         if attempt := _attempt():
-            time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
+            pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+            _say(f"{stage.name}: attempt {attempt + 1} in {pause:g} s")
+            time.sleep(pause)
         if isinstance(stage.spec, LoadSpec):
             return load_rows(stage.spec), None
         # what was lost with its node after it was kept is not computed, let alone kept, again
