@@ -231,6 +231,8 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
         time.sleep(rng.uniform(0, 3))
         world.serve()
         return "server"
+    if kind == "trial":
+        return end_one([p for p in descendants(job.process.pid) if is_worker(p) and "rain" in title(p)], rng)
     nodes = world.nodes if "RAY_ADDRESS" in job.env else None
     roots = [job.process, *(nodes.nodes if nodes else [])]
     if kind == "worker":
@@ -471,11 +473,11 @@ def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _S
     job.start()
     seconds = time.monotonic() - calm.began
     for number, kind in enumerate(kinds):
-        mark = "" if kind == "driver" else "seed="  # of a trial
-        moment = Moment(mark, rng.uniform(0.2, 0.9) * min(seconds, most) if kind == "driver" else rng.uniform(0, 4))
-        in_time = job.until(moment)
-        told.append(f"{moment}: {kill_trial(job, rng) if kind == 'trial' else kill(kind, world, job, rng)}")
-        assert in_time, f"the study ended before kill {number}"
+        moment = Moment("", rng.uniform(0.2, 0.9) * min(seconds, most))
+        if kind == "trial":
+            moment = Moment("plain seed=0: finetune: epoch", rng.uniform(0, 0.5))
+        assert job.until(moment), f"the study ended before kill {number}"
+        told.append(f"{moment}: {kill(kind, world, job, rng)}")
         if kind == "driver":
             assert job.end() != 0
             job.start()
@@ -502,12 +504,6 @@ def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _S
         found.append(f"other numbers: {table(calm).compare(table(job))}")
     places = [job.folder / "tmp", job.folder / "checkpoints"]
     return found + left_over(world, job, *places)
-
-
-def kill_trial(job: Job, rng: random.Random) -> str:
-    """As Ray's memory monitor does, or a lost node."""
-    assert job.process is not None
-    return end_one([p for p in descendants(job.process.pid) if is_worker(p) and "rain" in title(p)], rng)
 
 
 def two_drivers(world: World) -> list[str]:
