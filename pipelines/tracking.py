@@ -194,6 +194,8 @@ class Tracker(NamedTuple):
             # a run that is open still is this attempt's own
             ended = run.info.status != "RUNNING"
             tags["attempts"] = str(int(run.data.tags["attempts"]) + ended)
+            if "error" in run.data.tags:
+                tags["error"] = ""  # of an earlier attempt
             client.update_run(run_id, status="RUNNING")
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         _log_params(client, run_id, stage.spec.model_dump(mode="json"))

@@ -473,7 +473,7 @@ def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _S
     job.start()
     seconds = time.monotonic() - calm.began
     for number, kind in enumerate(kinds):
-        moment = Moment("", rng.uniform(0.2, 0.9) * min(seconds, most))
+        moment = Moment("", rng.uniform(0.2, 0.8 / (number + 1)) * min(seconds, most))
         if kind == "trial":
             moment = Moment("plain seed=0: finetune: epoch", rng.uniform(0, 0.5))
         assert job.until(moment), f"the study ended before kill {number}"
