@@ -570,7 +570,9 @@ def main() -> int:
             truth = undisturbed(world, embedded=set(kinds) == {"driver"})
             print(f"undisturbed  {time.monotonic() - began:.1f} s", flush=True)
             for number in range(settings.runs):
-                runs.append(disturbed(world, number, settings.seed, kinds[number % len(kinds)], truth))
+                runs.append(
+                    disturbed(world, number, settings.seed, kinds[(number + settings.seed) % len(kinds)], truth)
+                )
                 print(runs[-1], flush=True)
             left = orphans(world.agents, _AGENT_SECONDS)
     good = sum(not run.faults for run in runs)
