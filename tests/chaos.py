@@ -359,8 +359,8 @@ def left_over(world: World, job: Job, *places: Path) -> list[str]:
     """Processes and files that nobody needs any more."""
     world.agents |= {p for p in job.family if not is_worker(p)}
     found = orphans({p for p in job.family if is_worker(p)}, _ORPHAN_SECONDS)
-    # the sockets of Ray's own agents, where their node is killed
-    theirs = ("pymp-", "ray")
+    # sockets of Ray's own agents, where their node is killed, and torch's cache
+    theirs = ("pymp-", "ray", "torchinductor_")
     return found + [f"left {p}" for place in places for p in sorted(place.glob("*")) if not p.name.startswith(theirs)]
 
 
@@ -445,7 +445,6 @@ STUDY = {
     "budget": {"epochs": 60},
     "labels": {"counts": [100], "fit": {"epochs": 3}},
 }  # fmt: skip
-_STUDY_SECONDS = 60.0
 _DURATIONS = ["run_id", "seconds"]
 
 
@@ -464,7 +463,7 @@ def table(job: Job) -> pd.DataFrame:
     return frame.drop(columns=[name for name in frame.columns if name in _DURATIONS])
 
 
-def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _STUDY_SECONDS) -> list[str]:
+def killed_study(world: World, seed: int, kinds: Sequence[str]) -> list[str]:
     """A study whose driver or trials are killed so often, and started until it is done, against an undisturbed one."""
     rng, told = random.Random(f"study {seed}"), []
     calm, job = study_of(world, "calm"), study_of(world, f"killed {seed}")
@@ -473,7 +472,8 @@ def killed_study(world: World, seed: int, kinds: Sequence[str], most: float = _S
     job.start()
     seconds = time.monotonic() - calm.began
     for number, kind in enumerate(kinds):
-        moment = Moment("", rng.uniform(0.2, 0.8 / (number + 1)) * min(seconds, most))
+        # while what trials share is computed, and then among the trials
+        moment = Moment("finetune: epoch", rng.uniform(0, 6)) if number else Moment("", rng.uniform(0.2, 0.6) * seconds)
         if kind == "trial":
             moment = Moment("plain seed=0: finetune: epoch", rng.uniform(0, 0.5))
         assert job.until(moment), f"the study ended before kill {number}"
