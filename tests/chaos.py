@@ -74,7 +74,7 @@ class World:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.stack = folder, stack
         self.temporary = folder / "tmp"
-        self.temporary.mkdir()
+        self.temporary.mkdir(exist_ok=True)
         self.port = free_port()
         self.server: ExitStack | None = None
         self.nodes: Nodes | None = None
@@ -390,16 +390,17 @@ class Run(NamedTuple):
 def job_of(world: World, name: str, embedded: bool, live: bool = False) -> Job:
     """A job in a folder of its own."""
     folder = world.folder / name
-    (folder / "tmp").mkdir(parents=True)
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     args = [*recipe(os.environ.get("DIABOLO_DATA")), "--resources.storage_path", str(folder / "storage")]
     return Job("jobs.train", args, folder, world.env(folder, embedded, live))
 
 
 def undisturbed(world: World, embedded: bool) -> Truth:
-    """The truth, from a job that nobody kills."""
+    """The truth, from a job that nobody kills; from an earlier one where the folder has it."""
     job = job_of(world, "undisturbed", embedded)
-    job.start()
-    assert job.end() == 0, job.text
+    if not (job.folder / "out").exists():
+        job.start()
+        assert job.end() == 0, job.text
     truth = truth_of(tracker_of(job.env), job.report())
     assert set(truth.weights) == set(STAGES)
     wrong = faults(tracker_of(job.env), job.report(), truth) + left_over(world, job, job.folder / "tmp")
