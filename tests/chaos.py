@@ -43,8 +43,8 @@ _MOST_ATTEMPTS = 6
 def recipe(root: str | None) -> list[str]:
     """A job of six stages of which each trained one has many epochs, on part of real MNIST or on digits."""
     # on digits such a wide layer needs a task
-    data = ["--data.name", "mnist", "--data.root", root, "--data.limit", "5000"] if root else DENOISING
-    epochs = "20" if root else "60"
+    data = ["--data.name", "mnist", "--data.root", root, "--data.limit", "3000"] if root else DENOISING
+    epochs = "16" if root else "60"
     return [
         *data, "--network.widths", "[256,32]", "--pretrain.epochs", epochs, "--finetune.epochs", epochs,
         "--resources.cpus", "1", "--resources.checkpoint_every", "0.05", "--resources.mlflow_patience", "150",
