@@ -571,9 +571,11 @@ def main() -> int:
             truth = undisturbed(world, embedded=set(kinds) == {"driver"})
             print(f"undisturbed  {time.monotonic() - began:.1f} s", flush=True)
             for number in range(settings.runs):
-                runs.append(
-                    disturbed(world, number, settings.seed, kinds[(number + settings.seed) % len(kinds)], truth)
-                )
+                kind = kinds[(number + settings.seed) % len(kinds)]
+                try:
+                    runs.append(disturbed(world, number, settings.seed, kind, truth))
+                except AssertionError as error:  # it hangs; the next ones say whether others do
+                    runs.append(Run(number, kind, "", "", 1, [str(error)], None, _JOB_SECONDS))
                 print(runs[-1], flush=True)
             left = orphans(world.agents, _AGENT_SECONDS)
     good = sum(not run.faults for run in runs)
