@@ -322,7 +322,11 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     if names != Counter([*truth.weights, report["job"]]):
         found.append(f"runs {dict(names)}")
     for top in (run for run in everything if "job" in run.data.tags):
-        found += [] if top.data.params and top.inputs.dataset_inputs else ["the job's run has no params or data"]
+        found += (
+            []
+            if top.data.params and top.inputs and top.inputs.dataset_inputs
+            else ["the job's run has no params or data"]
+        )
     for run in everything:
         name, steps = run.data.tags["mlflow.runName"], steps_of(tracker, run)
         if run.info.status != "FINISHED":
