@@ -174,10 +174,13 @@ class Job:
             time.sleep(0.02)
         return True
 
-    def goes_on(self, said: int = 0) -> float:
-        """Seconds until the next epoch or the next stage's end, past so many characters, or until the end."""
+    def goes_on(self, lost: str = "", said: int = 0) -> float:
+        """Seconds until the next epoch or end of a stage, of one that `lost` names if it names any, past so many
+        characters of stderr; or until the job's end."""
+        names = [name for name in STAGES if name in lost.removeprefix("raylet with ").replace("ray::", "").split(", ")]
+        again = "|".join(rf"{name}: attempt (.|\n)*\b{name}: (epoch \d|done after)" for name in names)
         began = time.monotonic()
-        while not re.search(r": (epoch \d|done after)", self.text[said:]) and not self.ended():
+        while not re.search(again or r": (epoch \d|done after)", self.text[said:]) and not self.ended():
             self.in_time()
             time.sleep(0.05)
         return time.monotonic() - began
@@ -422,7 +425,7 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     in_time = job.until(moment)
     said = len(job.text)
     killed = kill(kind, world, job, rng) if in_time else ""
-    resume = job.goes_on(said) if killed and kind != "driver" else None
+    resume = job.goes_on(killed, said) if killed and kind != "driver" else None
     while job.end() and job.attempts < _MOST_ATTEMPTS:
         job.start()
         resume = job.goes_on()
