@@ -178,7 +178,7 @@ class Job:
         """Seconds until the next epoch or end of a stage, of one that `lost` names if it names any, past so many
         characters of stderr; or until the job's end."""
         names = [name for name in STAGES if name in lost.removeprefix("raylet with ").replace("ray::", "").split(", ")]
-        again = "|".join(rf"{name}: attempt (.|\n)*\b{name}: (epoch \d|done after)" for name in names)
+        again = "|".join(rf"{name}: attempt [\s\S]*\b{name}: (epoch \d|done after)" for name in names)
         began = time.monotonic()
         while not re.search(again or r": (epoch \d|done after)", self.text[said:]) and not self.ended():
             self.in_time()
