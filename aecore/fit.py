@@ -55,6 +55,7 @@ def fit(
     scoring_rows: int = 2048,
     team: Team = ALONE,
     checkpoints: Checkpoints | None = None,
+    parts: int = 1,
 ) -> Fitted:
     """Train `model` in place and leave it with the weights of its best epoch on validation, in eval mode.
 
@@ -73,6 +74,7 @@ def fit(
         team: the workers that train this model together, each with all rows; `report` is for the first to give.
         checkpoints: where to go on from, and to write to, at the end of an epoch and of the last one in any case; the
             numbers are those of an unbroken run, to the bit on one CPU worker. Epochs of before are reported again.
+        parts: into how many a batch is cut from the start.
 
     Raises:
         DivergenceError: a term was not finite; on CPU at that very step, on other devices some steps later.
@@ -88,7 +90,7 @@ def fit(
     history: list[dict[str, float]] = []
     best: tuple[float, float] | None = None
     best_epoch, best_weights, plateau = 0, {}, _Plateau()
-    parts, saved = 1, ""
+    saved = ""
 
     kept = checkpoints.load() if checkpoints is not None else None
     if kept is not None:
@@ -96,7 +98,8 @@ def fit(
         history, best_epoch, plateau = state["history"], state["best_epoch"], _Plateau(*state["plateau"])
         best = state["best"][0], state["best"][1]
         best_weights = _unpack(tensors, model, optimizer, shuffle)
-        parts, saved = state["parts"], f"; epoch {len(history)} is kept in {checkpoints.place}" if checkpoints else ""
+        parts = max(parts, state["parts"])
+        saved = f"; epoch {len(history)} is kept in {checkpoints.place}" if checkpoints else ""
         for number, past in enumerate(history, 1):
             report(number, past)
     if team.rank:

@@ -3,7 +3,6 @@
 Each takes a hashed spec and the results of the stages it stands on, and returns a `Result`.
 """
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -40,6 +39,8 @@ class Run(NamedTuple):
     team: Team = ALONE
     checkpoints: Checkpoints | None = None
     spread: Spread = in_turn
+    parts: int = 1
+    """Into how many a batch is cut whose gradients are added up, where memory lacks."""
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Result:
@@ -47,7 +48,6 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
 
     The codes are computed here, on this device, without noise or dropout; they never travel.
     """
-    began = time.perf_counter()
     prepare = prepared(data, run.device)
     layers = [build_layer(result).to(run.device).eval() for result in below]
     read: nn.Module = nn.Sequential(prepare, *(layer.encoder for layer in layers)).requires_grad_(False)
@@ -63,9 +63,10 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
             layer, terms, train, validation, spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
+            parts=run.parts,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
-    return Result(config, _weights(layer), _summary(fitted, began))
+    return Result(config, _weights(layer), _summary(fitted))
 
 
 def finetune(
@@ -88,7 +89,6 @@ def finetune(
           reconstruction, squared, a feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,) of
           what the first layer reads.
     """
-    began = time.perf_counter()
     if spec.labels is not None:
         data = _labelled(held(data), spec.labels, spec.seed, spec.fit.batch_size)
     prepare = prepared(data, run.device)
@@ -126,6 +126,7 @@ def finetune(
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,
+            parts=run.parts,
         )  # fmt: skip
     config = {
         "task": spec.task,
@@ -133,7 +134,7 @@ def finetune(
         "layers": [layer.model_dump(mode="json") for layer in spec.layers],
         **_curves(fitted),
     }
-    summary = _summary(fitted, began)
+    summary = _summary(fitted)
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
     weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
@@ -318,7 +319,7 @@ def _curves(fitted: Fitted) -> dict[str, Any]:
     return {"history": fitted.history, "best_epoch": fitted.best_epoch}
 
 
-def _summary(fitted: Fitted, began: float) -> dict[str, float]:
+def _summary(fitted: Fitted) -> dict[str, float]:
     best = fitted.history[fitted.best_epoch - 1]
     # named apart from the curves, whose last point is the last epoch's
     kept = {name.replace("val/", "best/"): value for name, value in best.items() if name.startswith("val/")}
@@ -326,5 +327,5 @@ def _summary(fitted: Fitted, began: float) -> dict[str, float]:
         **kept,
         "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.history),
-        "train_seconds": time.perf_counter() - began,
+        "train_seconds": sum(epoch["seconds"] for epoch in fitted.history),  # of all attempts
     }

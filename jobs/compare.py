@@ -4,7 +4,6 @@ Variants x settings x seeds, measured alike: parallel trials on Ray Tune, one tr
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
 from pipelines.run import Resources, open_store
+from pipelines.scratch import scratch
 from pipelines.study import Study, expand, run, shared
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def compare(settings: Compare) -> dict[str, Any] | None:
             "seeds": ", ".join(map(str, study.seeds)),
             "budget": f"{study.budget.epochs} passes over the training rows per trial",
         }
-        with tempfile.TemporaryDirectory() as temporary:
-            written = report.write(trials, study.name, described, facts.classes, Path(temporary), study.choose_metric)
+        with scratch() as temporary:
+            written = report.write(trials, study.name, described, facts.classes, temporary, study.choose_metric)
             # not from the user's folder: whatever else lies there is no artifact
-            tracker.log_folder(run_id, Path(temporary), "report")
+            tracker.log_folder(run_id, temporary, "report")
             if settings.figures:
                 shutil.copytree(temporary, settings.figures, dirs_exist_ok=True)
         metrics = {f"{row}/{name}": value for name, means in written.means.items() for row, value in means.items()}

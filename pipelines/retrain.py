@@ -4,12 +4,10 @@ Every decision is a run, one for a model and a logical date however often it is 
 registry: the aliases `champion`, `previous` and `challenger`, the last one that was decided on.
 """
 
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -20,6 +18,7 @@ from aecore.errors import InputError, OutageError, public, several
 from aecore.fingerprint import Frozen, fingerprint
 from aecore.specs import ContestSpec, DriftSpec, Facts, FinetuneSpec
 from pipelines.run import Outcome, Resources, compute
+from pipelines.scratch import scratch
 from pipelines.stacked import Stacked, build, from_parent
 from pipelines.stage import Finished, Known, Stage
 
@@ -325,10 +324,10 @@ class _Firing(NamedTuple):
         stage = drift_of(graph, facts, self.rule, champion)
         outcome = self.compute([stage])["drift"]
         found = self.tracker.restore(outcome.run_id).config
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "drift.csv").write_text(found["table"])
-            self.tracker.save_figures(outcome.run_id, Path(folder))
-            self.tracker.log_folder(self.run_id, Path(folder), "drift")
+        with scratch() as folder:
+            (folder / "drift.csv").write_text(found["table"])
+            self.tracker.save_figures(outcome.run_id, folder)
+            self.tracker.log_folder(self.run_id, folder, "drift")
         self.say(found["words"])
         return found
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from aecore.fingerprint import Frozen
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
 from aecore.stream import Spread, Stream, in_turn, open_stream
+from pipelines.scratch import scratch
 from pipelines.stage import Stage, store_is_empty, submission_id
 from pipelines.streaming import spread
 
@@ -44,6 +44,8 @@ _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 _LOG_LAST_SECONDS = 5.0
 """How long the end of a stage waits for its last log."""
 _ADDRESS_SECONDS = 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before a stage's second attempt, doubled for each further one, and at most."""
 _MOST_DEFAULT_CPUS = 8
 """Layers of usual size gain nothing from more threads."""
 
@@ -87,6 +89,11 @@ class Resources(Frozen):
         return self
 
     @property
+    def folder(self) -> str:
+        """The driver's, where Ray is embedded and so on the same disk."""
+        return "" if os.environ.get("RAY_ADDRESS") else str(Path.cwd())
+
+    @property
     def numerics(self) -> Numerics:
         """The part that reaches the numbers."""
         return Numerics(precision=self.precision, compile=self.compile)
@@ -122,13 +129,15 @@ def compute(
     for stage in stages:
         if run_id := found[stage.key]:
             outcomes[stage.key] = Outcome(run_id, tracker.metrics(run_id), True)
+            if left := checkpoints_of(stage, tracker.uri, resources):
+                left.clear()  # a driver may have been killed between the commit and this
             say(f"{stage.name}: restored")
     missing = [stage for stage in stages if stage.key not in outcomes]
     if missing:
-        import ray
-
         refuse_what_is_not_here(resources)
         start_ray()
+        import ray
+
         check_reach(tracker.uri, resources.storage_path)
         read = [spec for stage in missing for s in (stage, *stage.parents()) if isinstance(spec := s.spec, LoadSpec)]
         streamed = any(spec.data.in_memory == "never" for spec in read)
@@ -138,10 +147,25 @@ def compute(
         waiting = {_submit(stage, tracker, parent, share, submitted)[1]: stage for stage in missing}
         try:
             while waiting:
-                (ref,), _ = ray.wait(list(waiting))
+                (ref,), _ = ray.wait(list(waiting))  # the first that is ready, and so none before what it stands on
                 stage = waiting.pop(ref)
                 try:
                     record = ray.get(ref)
+                except ray.exceptions.OutOfMemoryError as error:
+                    if stage.key in share.halved:
+                        _fail(stage, tracker, parent)
+                        raise MemoryError(
+                            f"{stage.name}: its node ran out of memory with batches in halves, too; lower batch_size "
+                            "or the widths, or set data.in_memory never"
+                        ) from error
+                    _say(f"warning: {stage.name}: its node ran out of memory; once more, with batches in halves")
+                    share = share._replace(halved=share.halved | {stage.key})
+                    again = [stage, *(other for other in waiting.values() if _stands_on(other, stage))]
+                    for other in (s for one in again for s in (one, *one.parents()) if s in again or not s.kept):
+                        submitted.pop(other.key, None)
+                    waiting = {ref: other for ref, other in waiting.items() if other not in again}
+                    waiting |= {_submit(s, tracker, parent, share, submitted)[1]: s for s in again}
+                    continue
                 except ray.exceptions.RayError:
                     _fail(stage, tracker, parent)
                     raise
@@ -256,6 +280,8 @@ class Share(NamedTuple):
     """The driver's, where Ray is embedded and so on the same disk."""
     study: bool = False
     """Many short stages for a comparison: without Ray Train's start-up."""
+    halved: frozenset[str] = frozenset()
+    """Keys of stages that ran out of their node's memory: their batches are cut in two."""
 
 
 def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
@@ -297,6 +323,8 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's workers yield to everything else by default, which costs threads that wait for each other a third
         os.environ.setdefault("RAY_worker_niceness", "0")
+    # where a node runs out of memory, Ray would try the same again for ever
+    os.environ.setdefault("RAY_task_oom_retries", "0")
     import ray
 
     if not ray.is_initialized():
@@ -366,11 +394,11 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
     folder = Path(storage_path).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".reach") as mark:
+        with scratch(folder) as mark:
             sees = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
             seen = [
                 sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    mark.name
+                    mark
                 )
                 for node in nodes
             ]
@@ -427,7 +455,7 @@ def share_of(resources: Resources, streamed: bool = False, nodes: list[dict[str,
         )
     share = Share(
         gpus, cpus, resources.retries, resources.workers, resources.min_workers, resources.storage_path,
-        resources.checkpoint_every, "" if os.environ.get("RAY_ADDRESS") else str(Path.cwd()),
+        resources.checkpoint_every, resources.folder,
     )  # fmt: skip
     fewest = share.min_workers or share.workers
     for name, each in (("CPU", cpus), ("GPU", gpus)):
@@ -471,14 +499,18 @@ def _submit(
     return submitted[stage.key]
 
 
-def checkpoints_of(stage: Stage, store: str, share: Share) -> Checkpoints | None:
+def checkpoints_of(stage: Stage, store: str, resources: "Resources | Share") -> Checkpoints | None:
     """Where a stage keeps how far it is, if anywhere."""
-    place = share.storage_path
+    place, folder = resources.storage_path, resources.folder
     if place is None and store.startswith("sqlite:///"):
         place = str(Path(store.removeprefix("sqlite:///")).parent / "checkpoints")
-    elif place is None and share.folder:
-        place = f"{share.folder}/checkpoints"
-    return Checkpoints(f"{place}/{stage.key}", share.checkpoint_every) if place is not None else None
+    elif place is None and folder:
+        place = f"{folder}/checkpoints"
+    return Checkpoints(f"{place}/{stage.key}", resources.checkpoint_every) if place is not None else None
+
+
+def _stands_on(stage: Stage, other: Stage) -> bool:
+    return any(parent.key == other.key or _stands_on(parent, other) for parent in stage.parents())
 
 
 def _is_trained_by_a_team(stage: Stage, share: Share) -> bool:
@@ -508,8 +540,15 @@ def _execute(
         references: to the inputs, for the workers of a team.
     """
     with contextlib.redirect_stdout(sys.stderr):
+        if attempt := _attempt():
+            pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+            _say(f"{stage.name}: attempt {attempt + 1} in {pause:g} s")
+            time.sleep(pause)
         if isinstance(stage.spec, LoadSpec):
             return load_rows(stage.spec), None
+        # what was lost with its node after it was kept is not computed, let alone kept, again
+        if attempt and (restored := _kept_before(stage, store)):
+            return restored
         import torch
 
         from aecore import stages
@@ -522,7 +561,10 @@ def _execute(
             record = _in_worker_group(stage, store, parent, share, references)
         else:
             with _Recorder(stage, store, parent, tell) as recorder:
-                run = stages.Run(device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share))
+                parts = 2 if stage.key in share.halved else 1
+                run = stages.Run(
+                    device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share), parts=parts
+                )
                 result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result
@@ -532,6 +574,24 @@ def _execute(
             record = record._replace(served=Model(result).predict(result.example))
         # what goes on to other stages are the weights
         return replace(result, figures={}, example=None), record
+
+
+def _attempt() -> int:
+    """How often Ray has tried this task before."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return 0
+    return sys.modules["ray"]._private.worker.global_worker.core_worker.get_current_task_attempt_number()
+
+
+def _kept_before(stage: Stage, store: tuple[str, str]) -> "tuple[Result, Record] | None":
+    """A finished stage's result and record, as `_execute` gives them."""
+    from pipelines.tracking import Tracker
+
+    tracker = Tracker(*store)
+    with contextlib.suppress(OutageError):  # then it is computed, which costs time and nothing else
+        if (run_id := tracker.find(stage.key)) and (result := restore(run_id, tracker)):
+            return result, Record(result, None, [], 0, run_id)
+    return None
 
 
 class Point(NamedTuple):
@@ -676,7 +736,7 @@ def _in_worker_group(
     loop: Any = partial(_work, stage, store, parent, share, list(references))
     # Any: the hints don't know of (fewest, most)
     workers: Any = (share.min_workers, share.workers) if share.min_workers else share.workers
-    with tempfile.TemporaryDirectory(prefix="diabolo") as folder:
+    with scratch() as folder:
         trainer = TorchTrainer(
             loop,
             scaling_config=ray.train.ScalingConfig(
@@ -684,7 +744,7 @@ def _in_worker_group(
                 resources_per_worker={"CPU": share.cpus, "GPU": share.gpus},
             ),
             run_config=ray.train.RunConfig(
-                name=stage.key[:16], storage_path=share.storage_path or folder,
+                name=stage.key[:16], storage_path=share.storage_path or str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=share.retries),
             ),
         )  # fmt: skip

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from pipelines.run import (
     share_of,
     start_ray,
 )
+from pipelines.scratch import scratch
 from pipelines.stacked import build, load_stage
 from pipelines.stage import Stage
 from pipelines.trial import REFERENCES, Trial, trial_name
@@ -396,7 +396,7 @@ def run(
     before = _finished(members, tracker)
     if missing:
         job.prepare(missing, say)
-        failed, halted = job.trials([m for m in missing if m.kind not in REFERENCES])
+        failed, halted = job.trials([m for m in missing if m.kind not in REFERENCES], say)
         errors |= failed
         stopped |= halted
     if study.search == "optuna":
@@ -433,15 +433,27 @@ class _Job:
             say(f"{len(common)} stages that several trials share come first")
             compute(common, self.tracker, self.parent, self.resources, say, study=True)
 
-    def trials(self, members: Sequence[Member]) -> tuple[dict[str, str], dict[str, int]]:
+    def trials(self, members: Sequence[Member], say: Callable[[str], None]) -> tuple[dict[str, str], dict[str, int]]:
         """Run trials on Ray Tune; errors by key, and epochs of those that were stopped by key."""
         if not members:
             return {}, {}
-        choices = [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in members]
         from ray import tune
+        from ray.exceptions import RayActorError
 
-        results = self._fit({"trial": tune.grid_search(choices)}, None, 1)
-        return self._outcome(results)
+        errors: dict[str, str] = {}
+        stopped: dict[str, int] = {}
+        for left in range(self.resources.retries, -1, -1):
+            choices = [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in members]
+            results = self._fit({"trial": tune.grid_search(choices)}, None, 1)
+            failed, halted = self._outcome(results)
+            stopped |= halted
+            lost = {self._member(*_choice(r.config)).stage.key for r in results if isinstance(r.error, RayActorError)}
+            members = [m for m in members if left and m.stage.key in lost and m.stage.key in failed]
+            errors |= {key: error for key, error in failed.items() if key not in {m.stage.key for m in members}}
+            if not members:
+                break
+            say(f"warning: {len(members)} trials lost their worker or node; once more")
+        return errors, stopped
 
     def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
         """Let Optuna choose settings with the first seed, then run the best with the others."""
@@ -482,7 +494,7 @@ class _Job:
             sign = -1 if study.choose == "probe" else 1
             best = min(tried.values(), key=lambda one: sign * one[1])[0]
             others = [self._member(row, best, seed) for seed in study.seeds[1:]]
-            failed, halted = self.trials([m for m in others if not self.tracker.find(m.stage.key)])
+            failed, halted = self.trials([m for m in others if not self.tracker.find(m.stage.key)], say)
             members += others
             errors |= failed
             stopped |= halted
@@ -517,7 +529,7 @@ class _Job:
             if self.study.scheduler == "asha"
             else None
         )
-        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="tune") as folder:
+        with redirect_stdout(sys.stderr), scratch() as folder:
             return tune.Tuner(
                 tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
                 param_space=space,
@@ -527,7 +539,7 @@ class _Job:
                     time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
                     trial_name_creator=_trial_name, trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
-                run_config=tune.RunConfig(storage_path=folder, name="trials", verbose=1),
+                run_config=tune.RunConfig(storage_path=str(folder), name="trials", verbose=1),
             ).fit()  # fmt: skip
 
     def _outcome(self, results: Any) -> tuple[dict[str, str], dict[str, int]]:

@@ -13,10 +13,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -41,6 +39,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from aecore.errors import InputError, OutageError, TakenOverError
 from aecore.specs import Facts
 from aecore.storage import Result, Weights, load_weights, save_weights
+from pipelines.scratch import all_temporary, is_dead, me, scratch
 from pipelines.stage import Stage, store_uri
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -171,9 +170,9 @@ class Tracker(NamedTuple):
         client = self.client
         if not client.list_artifacts(run_id, _FOLDER):
             raise LostResultError(f"run {run_id} has no {_FOLDER}/")
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             try:
-                return load_weights(Path(client.download_artifacts(run_id, _FOLDER, folder)))
+                return load_weights(Path(client.download_artifacts(run_id, _FOLDER, str(folder))))
             except (FileNotFoundError, ValueError) as error:
                 raise LostResultError(" ".join(str(error).split())[:200]) from error
 
@@ -184,8 +183,8 @@ class Tracker(NamedTuple):
         folder.mkdir(parents=True, exist_ok=True)
         saved = []
         for name in names:
-            with tempfile.TemporaryDirectory() as temporary:
-                path = client.download_artifacts(run_id, name, temporary)
+            with scratch() as temporary:
+                path = client.download_artifacts(run_id, name, str(temporary))
                 saved.append(folder / Path(name).name)
                 saved[-1].write_bytes(Path(path).read_bytes())
         return saved
@@ -219,6 +218,8 @@ class Tracker(NamedTuple):
             # a run that is open still is this attempt's own
             ended = run.info.status != "RUNNING"
             tags["attempts"] = str(int(run.data.tags["attempts"]) + ended)
+            if "error" in run.data.tags:
+                tags["error"] = ""  # of an earlier attempt
             client.update_run(run_id, status="RUNNING")
             client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         _log_params(client, run_id, stage.spec.model_dump(mode="json"))
@@ -256,7 +257,7 @@ class Tracker(NamedTuple):
             "job": job,
             "stage.key": key,
             "git.commit": _git_commit(),
-            "driver": _me(),
+            "driver": me(),
             **tags,
         }
         lease = _Lease(self, key, job)
@@ -266,11 +267,11 @@ class Tracker(NamedTuple):
             self._close_abandoned(client)
             run, earlier = self._find_or_create(key, tags)
             run_id = run.info.run_id
-            with system_metrics(self.uri, run_id):
+            with system_metrics(self.uri, run_id), all_temporary():
                 if earlier:
                     client.update_run(run_id, status="RUNNING")
                     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-                else:
+                if not run.data.params:  # a new run, or one whose driver got no further
                     _log_params(client, run_id, config)
                 yield run_id
             lease.check()
@@ -343,11 +344,16 @@ class Tracker(NamedTuple):
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Final metrics and tags of a job; a metric that stands there already is not logged twice."""
+        """Final metrics and tags of a job or stage; a metric that stands there already is not logged twice, nor is how
+        long an earlier attempt took."""
         client = self.client
         known = client.get_run(run_id).data.metrics
         now = int(time.time() * 1000)
-        points = [Metric(name, value, now, 0) for name, value in metrics.items() if known.get(name) != value]
+        points = [
+            Metric(name, value, now, 0)
+            for name, value in metrics.items()
+            if name not in known or (known[name] != value and not name.endswith("_seconds"))
+        ]
         client.log_batch(run_id, points, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def model_uri(self, run_id: str) -> str:
@@ -429,9 +435,10 @@ class Tracker(NamedTuple):
             ) from None
         mlflow.set_tracking_uri(self.uri)
         exact = f"models:/{name}/{version.version}"
-        with tempfile.TemporaryDirectory() as temporary:
+        with scratch() as temporary:
             try:
-                folder = Path(self.wait_for(partial(mlflow.artifacts.download_artifacts, exact, dst_path=temporary)))
+                download = partial(mlflow.artifacts.download_artifacts, exact, dst_path=str(temporary))
+                folder = Path(self.wait_for(download))
                 flavor = yaml.safe_load((folder / "MLmodel").read_text())["flavors"].get("python_function", {})
                 if flavor.get("loader_module") != _LOADER:
                     raise InputError(
@@ -460,7 +467,7 @@ class Tracker(NamedTuple):
     def _close_abandoned(self, client: MlflowClient) -> None:
         """End the runs of drivers of this machine that died without a word, and stages whose job has ended."""
         for run in self._search("tags.`job` LIKE '%' and attributes.status = 'RUNNING'", 1000):
-            if _is_dead(run.data.tags.get("driver", "")):
+            if is_dead(run.data.tags.get("driver", "")):
                 self._close(client, run.info.run_id, "KILLED")
         for run in self._search("tags.`stage.fn` LIKE '%' and attributes.status = 'RUNNING'", 1000):
             if client.get_run(run.data.tags[MLFLOW_PARENT_RUN_ID]).info.status != "RUNNING":
@@ -477,9 +484,12 @@ class StageRun:
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log epochs (number, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
         fresh = [point for point in points if point[0] > self.seen]
-        metrics = [Metric(name, value, when, epoch) for epoch, when, found in fresh for name, value in found.items()]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit
-            self.client.log_batch(self.run_id, metrics[start : start + 1000])
+        # whole epochs up to MLflow's limit: killed between two batches, no epoch is there in part
+        size = max(1, 1000 // max((len(found) for _, _, found in fresh), default=1))
+        for start in range(0, len(fresh), size):
+            batch = fresh[start : start + size]
+            metrics = [Metric(name, value, when, n) for n, when, found in batch for name, value in found.items()]
+            self.client.log_batch(self.run_id, metrics)
         self.seen = max([self.seen, *(point[0] for point in points)])
 
     def commit(self, result: Result, served: Any = None) -> None:
@@ -489,12 +499,12 @@ class StageRun:
             served: what the model makes of `result.example`, where there is one.
         """
         self.tracker.log_summary(self.run_id, result.metrics, {})
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / _FOLDER
+        with scratch() as temporary:
+            folder = temporary / _FOLDER
             save_weights(folder, result.config, result.weights)
             for name, png in result.figures.items():
-                (Path(temporary) / _FIGURES).mkdir(exist_ok=True)
-                (Path(temporary) / _FIGURES / f"{name}.png").write_bytes(png)
+                (temporary / _FIGURES).mkdir(exist_ok=True)
+                (temporary / _FIGURES / f"{name}.png").write_bytes(png)
             self.tracker.wait_for(partial(self._upload, temporary))
             if result.example is not None:
                 self.tracker.wait_for(partial(self._log_model, folder, result.example, served))
@@ -502,12 +512,12 @@ class StageRun:
             lease.check()
         self.close("FINISHED")
 
-    def _upload(self, folder: str) -> None:
+    def _upload(self, folder: Path) -> None:
         """Upload, and read back what counts: a torn upload may not become a result."""
         hasty = self.tracker._replace(patience=0.0)
-        if not Path(folder, _FOLDER).is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-        hasty.direct.log_artifacts(self.run_id, folder)
+        if not (folder / _FOLDER).is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        hasty.direct.log_artifacts(self.run_id, str(folder))
         try:
             hasty._download(self.run_id)
         except (LostResultError, OutageError) as error:
@@ -638,7 +648,7 @@ class _Lease:
         _held[self.name] = self
         with _unless("RESOURCE_ALREADY_EXISTS"):  # by a try whose answer was lost, since nobody else uses this name
             self.tracker.client.create_registered_model(
-                self.name, {"owner": _me(), "beat": "0"}, "Held while a job of Diabolo runs."
+                self.name, {"owner": me(), "beat": "0"}, "Held while a job of Diabolo runs."
             )
 
     def _others(self) -> dict[str, str]:
@@ -658,8 +668,8 @@ class _Lease:
             if last is None or last[0] != beat:
                 last = self.beats[model.name] = beat, now
             silent = now - last[1] > _SILENT_SECONDS
-            forgotten = owner == _me() and model.name not in _held
-            if silent or forgotten or _is_dead(owner):
+            forgotten = owner == me() and model.name not in _held
+            if silent or forgotten or is_dead(owner):
                 self.tracker.wait_for(partial(_remove, self.tracker.direct, model.name))
             elif model.name.startswith(self.prefix):
                 found[model.name] = owner
@@ -785,15 +795,13 @@ def _make_store(path: Path) -> None:
     It takes seconds, and MLflow's own way leaves a file that can never be used again if it is killed in the middle, or
     if two drivers do it together. Where this cannot be done, MLflow does it.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(f"{folder}/mlflow.db", part)
-            os.link(part, path)  # never replaces another driver's
-    with suppress(OSError):
-        part.unlink()
+            with scratch(path.parent) as beside:
+                shutil.copyfile(folder / "mlflow.db", beside / "mlflow.db")
+                os.link(beside / "mlflow.db", path)  # never replaces another driver's
 
 
 def _redacted(uri: str) -> str:
@@ -854,23 +862,3 @@ def _user() -> str:
         return psutil.Process().username()
     except (KeyError, psutil.Error):
         return "unknown"
-
-
-def _me() -> str:
-    process = psutil.Process()
-    return f"{socket.gethostname()} {process.pid} {process.create_time()}"
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether a driver of this machine has died; of other machines, nothing is known."""
-    host, pid, created = (owner + "  ").split(" ")[:3]
-    return host == socket.gethostname() and not _alive(int(pid), float(created))
-
-
-def _alive(pid: int, created: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 2  # a clock may have been set since
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

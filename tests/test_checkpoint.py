@@ -158,6 +158,19 @@ def test_a_place_that_cannot_be_written_costs_no_training(vectors: Arrays, tmp_p
     assert len(result.config["history"]) == 2
 
 
+def test_what_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Checkpoints(str(tmp_path / "stage"), seconds=0)
+    place.save(1, STATE, ARRAYS)
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise OSError("no network")
+
+    monkeypatch.setattr(Checkpoints, "_open", lambda self: (Broken(), "stage"))
+    with pytest.warns(UserWarning, match=r"checkpoints stay in .*stage \(no network\): they may be deleted"):
+        place.clear()
+
+
 def test_object_stores_are_written_alike(tmp_path: Path) -> None:
     place = Checkpoints(f"file://{tmp_path}/stage", seconds=0)
     place.save(3, STATE, ARRAYS)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_a_commit_that_the_disk_refuses_ends_in_one_line_and_leaves_nothing(
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(tracking, "save_weights", fault)
-        broken.setattr(cli.signal, "signal", lambda *_: None)
+        broken.setattr(signal, "signal", lambda *_: None)
         code, report, err = job()
     assert (code, report["status"]) == (1, "failed")
     assert "Traceback" not in err and told in err.splitlines()[-1] and "same command goes on" in err.splitlines()[-1]

@@ -248,3 +248,15 @@ def test_a_compiled_step_trains_the_same(vectors: Arrays) -> None:
         fitted = fit(model, model.terms, *rows, Fit(epochs=3), seed=0, device=CPU, compile=compiled)
         losses.append([epoch["val/loss"] for epoch in fitted.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_batches_in_halves_from_the_start(vectors: Arrays) -> None:
+    rows = [(torch.tensor(split.x),) for split in (vectors.train, vectors.validation)]
+    losses = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        model = Affine(8, 2)
+        after = fit(model, model.terms, rows[0], rows[1], Fit(epochs=3), seed=0, device=CPU, parts=parts)
+        losses.append(after.history[-1]["train/loss"])
+        assert [epoch.get("parts") for epoch in after.history] == [None if parts == 1 else 2] * 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
