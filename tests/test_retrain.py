@@ -529,7 +529,7 @@ def test_a_week_on_ray(tmp_path: Path) -> None:
             assert process.poll() is None and time.monotonic() < deadline, err.read_text()
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    lines.append("| 6 | 200 rows more; SIGKILL while it finetunes | | 137 | 3 1 2 | | |")
+    lines.append("| 6 | 200 rows more; SIGKILL while it finetunes | | 137 | 3 1 3 | | |")
     again = fired(6, "fired again", "--finetune.epochs", "200")
     assert again.code == 0 and again.report["stages"]["restored"] >= 1, again.err
     versions = store(tmp_path).client.search_model_versions("name = 'digits'")
