@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import pytest
 import jobs.train
 from jobs import cli
 from pipelines import tracking
-from pipelines.run import Outcome, Resources, run_here
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker, connect
+from pipelines.tracking import connect
+from tests.test_train import compute_here
 
 QUICK = [
     "--network.widths",
@@ -44,21 +43,13 @@ def vanish(folder: Path, *_: Any, **__: Any) -> None:
 def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], Any]:
     """`jobs.train` to its last line, in this process: exit code, report, stderr."""
 
-    def compute(
-        stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
-    ) -> dict[str, Outcome]:
-        made: dict[str, Any] = {}
-        results = [run_here(stage, tracker, parent, done=made) for stage in stages]
-        runs = [tracker.find(stage.key) or "" for stage in stages]
-        return {s.name: Outcome(run, r.metrics, False) for s, run, r in zip(stages, runs, results, strict=True)}
-
     class Exit(BaseException):
         pass
 
     def leave(code: int) -> None:
         raise Exit(code)
 
-    monkeypatch.setattr(jobs.train, "compute", compute)
+    monkeypatch.setattr(jobs.train, "compute", compute_here)
     monkeypatch.setattr("pipelines.run.start_ray", lambda: None)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.chdir(tmp_path)

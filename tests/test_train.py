@@ -69,24 +69,26 @@ def is_kept(tracker: Tracker, name: str) -> bool:
     return run is not None and run.info.status == "FINISHED"
 
 
+def compute_here(
+    stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
+) -> dict[str, Outcome]:
+    """`pipelines.run.compute` in this process, without Ray."""
+    made: dict[str, Any] = {}
+    results = [run_here(stage, tracker, parent, done=made) for stage in stages]
+    runs = [tracker.find(stage.key) or "" for stage in stages]
+    return {s.name: Outcome(run, r.metrics, False) for s, run, r in zip(stages, runs, results, strict=True)}
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """The command in this process, from the parsing of its arguments to its report: its stages without Ray."""
-
-    def compute(
-        stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
-    ) -> dict[str, Outcome]:
-        made: dict[str, Any] = {}
-        results = [run_here(stage, tracker, parent, done=made) for stage in stages]
-        runs = [tracker.find(stage.key) or "" for stage in stages]
-        return {s.name: Outcome(run, r.metrics, False) for s, run, r in zip(stages, runs, results, strict=True)}
 
     def run(*args: str) -> dict[str, Any]:
         report = jobs.train.train(cli.parse(jobs.train.Train, "python -m jobs.train", list(args)))
         assert report is not None
         return report
 
-    monkeypatch.setattr(jobs.train, "compute", compute)
+    monkeypatch.setattr(jobs.train, "compute", compute_here)
     monkeypatch.setattr("pipelines.run.start_ray", lambda: None)
     monkeypatch.chdir(tmp_path)
     return run
