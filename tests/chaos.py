@@ -101,7 +101,7 @@ class World:
         if self.nodes is None:
             with patch.dict(os.environ, {"TMPDIR": str(self.temporary)}):
                 self.nodes = self.stack.enter_context(ray_nodes(self.folder / "ray", 1, 1))
-                await_nodes(self.nodes, 2)
+                self.nodes.wait_for(2, 90)
         return self.nodes
 
     def env(self, folder: Path, embedded: bool, live: bool) -> dict[str, str]:
@@ -119,17 +119,6 @@ class World:
             **clean, **{name: nodes.env[name] for name in names}, "RAY_ADDRESS": nodes.gcs,
             "MLFLOW_TRACKING_URI": self.serve(), "MLFLOW_EXPERIMENT_NAME": folder.name,
         }  # fmt: skip
-
-
-def await_nodes(nodes: Nodes, count: int) -> None:
-    """Until so many nodes are up."""
-    deadline = time.monotonic() + 90
-    while True:
-        table = json.loads(nodes.ask("/api/v0/nodes"))["data"]["result"]["result"]
-        if sum(row["state"] == "ALIVE" for row in table) >= count:
-            return
-        assert time.monotonic() < deadline, table
-        time.sleep(0.5)
 
 
 class Job:
@@ -438,7 +427,7 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     wrong += left_over(world, job, job.folder / "tmp", storage, world.temporary)
     wrong += [f"left {path}" for path in job.folder.glob("mlflow.db?*")]
     if kind == "node":
-        await_nodes(world.cluster(), 2)
+        world.cluster().wait_for(2, 90)
     how = f"{moment}{' live' if live else ''}{' embedded' if embedded else ''}"
     return Run(number, kind, how, killed, job.attempts, wrong, resume, time.monotonic() - began)
 

@@ -41,7 +41,7 @@ def mnist_root() -> Path:
     """The folder that holds MNIST/raw."""
     root = os.environ.get("DIABOLO_DATA")
     if not root:
-        pytest.skip("DIABOLO_DATA is not set: no folder with real MNIST to test on")
+        pytest.skip("real MNIST is not shipped: DIABOLO_DATA=FOLDER names the one that holds MNIST/raw")
     return Path(root).resolve()
 
 

@@ -3,6 +3,7 @@
 All in processes of their own on the loopback, with folders of their own, ended one by one.
 """
 
+import json
 import os
 import secrets
 import socket
@@ -106,6 +107,16 @@ class Nodes:
         log = self.folder / f"node{len(self.nodes)}.log"
         self.nodes.append(self.stack.enter_context(running(command, log, self.env, self.folder)))
         return self.nodes[-1]
+
+    def wait_for(self, count: int, seconds: float = 60) -> None:
+        """Until so many nodes are up; none may have died meanwhile."""
+        deadline = time.monotonic() + seconds
+        while True:
+            table = json.loads(self.ask("/api/v0/nodes"))["data"]["result"]["result"]
+            if sum(row["state"] == "ALIVE" for row in table) >= count:
+                return
+            assert time.monotonic() < deadline and all(node.poll() is None for node in self.nodes), table
+            time.sleep(0.5)
 
     def ask(self, path: str) -> bytes:
         """What the dashboard answers."""

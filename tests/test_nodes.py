@@ -47,19 +47,8 @@ class World(NamedTuple):
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     with mlflow_server(folder / "mlflow") as uri, ray_nodes(folder / "ray", 1, 1) as nodes:
-        await_nodes(nodes, 2)
+        nodes.wait_for(2)
         yield World(nodes, uri, {**nodes.env, "RAY_API_SERVER_ADDRESS": nodes.dashboard, "MLFLOW_TRACKING_URI": uri})
-
-
-def await_nodes(nodes: Nodes, count: int) -> None:
-    """Until so many nodes are up."""
-    deadline = time.monotonic() + 60
-    while True:
-        table = json.loads(nodes.ask("/api/v0/nodes"))["data"]["result"]["result"]
-        if sum(row["state"] == "ALIVE" for row in table) >= count:
-            return
-        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes.nodes)
-        time.sleep(0.5)
 
 
 def stages_of(tracker: Tracker, run_id: str) -> dict[str, Any]:
@@ -167,12 +156,12 @@ def test_a_store_that_the_job_cannot_use_ends_it_with_one_line(
 
 def test_a_folder_that_only_one_node_has_is_no_storage_path(world: World) -> None:
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("a node with another folder at the same path needs root and mount namespaces")
+        pytest.skip("only root with mount namespaces can give one node of this machine another folder")
     folder = world.nodes.folder / "mine"
     folder.mkdir()
     hidden = f'mount -t tmpfs none {folder} && exec "$@"'
     world.nodes.add(1, "unshare", "-m", "sh", "-c", hidden, "sh")
-    await_nodes(world.nodes, 3)
+    world.nodes.wait_for(3)
     done = world.submit("--", "jobs.train", "--resources.storage_path", str(folder), "--seed", "7")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "resources.storage_path:" in done.stdout and "is another folder on" in done.stdout
