@@ -4,6 +4,7 @@ Both score the selected weights on the test split; nothing is chosen by what the
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import Any
 
@@ -47,10 +48,23 @@ def evaluate(
     finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder. Of a streamed set, accuracy
     and reconstruction error are those of all test rows, everything else is of its sample.
     """
+    import scipy.linalg  # noqa: F401  brings its own BLAS, which is to be limited, too
+    from threadpoolctl import threadpool_limits
+
+    # figures are drawn while the measures are taken; scikit-learn sets the same limit here and there and then puts back
+    # what it found, which of two threads may be what the other has set
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as pen:
+        return _evaluate(spec, run, data, layers, finetuned, pen)
+
+
+def _evaluate(
+    spec: EvaluateSpec, run: Run, data: Arrays | Stream, layers: Sequence[Result], finetuned: Result | None,
+    pen: ThreadPoolExecutor,
+) -> Result:  # fmt: skip
     prepare = prepared(data, run.device)
     everything, data = data, held(data)
     scores: dict[str, float] = {}
-    pictures: dict[str, bytes] = {}
+    pictures: dict[str, Future[bytes]] = {}
     if finetuned is not None and spec.task == "classify":
         table = np.zeros((len(spec.classes),) * 2, np.int64)
         for rows in all_test_rows(everything, run):
@@ -61,7 +75,7 @@ def evaluate(
         scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
         scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
         if spec.pictures:
-            pictures["confusion"] = figures.confusion(table, spec.classes)
+            pictures["confusion"] = pen.submit(figures.confusion, table, spec.classes)
 
     stack = None
     if finetuned is not None and spec.task == "reconstruct":
@@ -77,28 +91,28 @@ def evaluate(
             scores["test/reconstruction_mse"] = _streamed_mse(stack, prepare, everything, run)
         if spec.pictures:
             train, validation, test = (_codes(stack, prepare, split, run.device) for split in _splits(data))
+            plane = train.shape[1] == 2  # small enough to show every training row
+            shown = (train, data.train.y) if plane else (test[:_MAPPED], data.test.y)
+            pictures["codes"] = pen.submit(figures.codes_map, *shown, spec.classes, "training" if plane else "test")
+            pictures["reconstructions"] = pen.submit(
+                figures.reconstructions, x[:_SHOWN].cpu().numpy(), reconstruction[:_SHOWN].cpu().numpy(),
+                scores["test/reconstruction_mse"],
+            )  # fmt: skip
+            units = unit_images(stack, prepare, data.train.x[:2048], run.device)
+            pictures["units"] = pen.submit(figures.units, units)
             if data.train.y is not None and data.validation.y is not None and data.test.y is not None:
                 probe = metrics.linear_probe((train, data.train.y), (validation, data.validation.y))
                 scores["probe/accuracy"] = float((probe.predict(test) == data.test.y).mean())
                 scores["knn/accuracy"] = float((metrics.nearest((train, data.train.y), test) == data.test.y).mean())
-            plane = train.shape[1] == 2  # small enough to show every training row
-            pictures["codes"] = figures.codes_map(
-                *((train, data.train.y) if plane else (test[:_MAPPED], data.test.y)), spec.classes,
-                "training" if plane else "test",
-            )  # fmt: skip
-            pictures["reconstructions"] = figures.reconstructions(
-                x[:_SHOWN].cpu().numpy(), reconstruction[:_SHOWN].cpu().numpy(), scores["test/reconstruction_mse"]
-            )
-            pictures["units"] = figures.units(unit_images(stack, prepare, data.train.x[:2048], run.device))
-            pictures |= _variant_pictures(spec, stack, x, test)
+            pictures |= _variant_pictures(spec, stack, x, test, pen)
             if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
                 scores |= _bound(stack, spec.variant, x)
     if spec.pictures:
         named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
         if finetuned is not None:
             named["finetuning"] = finetuned.config
-        pictures["loss_curves"] = figures.loss_curves(named)
-    return Result({}, {}, scores, pictures)
+        pictures["loss_curves"] = pen.submit(figures.loss_curves, named)
+    return Result({}, {}, scores, {name: picture.result() for name, picture in pictures.items()})
 
 
 def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
@@ -113,7 +127,9 @@ def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> flo
     return total / values
 
 
-def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> dict[str, bytes]:
+def _variant_pictures(
+    spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray, pen: ThreadPoolExecutor
+) -> dict[str, Future[bytes]]:
     """What there is to see of this variant alone; x and its codes are the test rows."""
     images = x.ndim == 4
     with torch.no_grad():
@@ -123,20 +139,25 @@ def _variant_pictures(spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.nda
             noisy = _seeded_noise(x[:_SHOWN], spec.variant.noise, level)
             name = f"{spec.variant.noise.replace('_', ' ')} noise, {level:g}"
             restored = _numpy(stack.reconstruct(noisy))
-            return {"restored": figures.triptych(_numpy(x[:_SHOWN]), _numpy(noisy), restored, name)}
+            return {"restored": pen.submit(figures.triptych, _numpy(x[:_SHOWN]), _numpy(noisy), restored, name)}
         if isinstance(spec.variant, Sparse):
-            return {"activations": figures.activations(codes[:64])}
+            return {"activations": pen.submit(figures.activations, codes[:64])}
         if isinstance(spec.variant, Variational) and images:
             walks = generation.traversals(stack, x), generation.interpolation(stack, x)
             titles = "One code at a time from -3 to 3, the most active first", "From one test row's code to another's"
             drawn = {
-                "samples": figures.image_grid(_numpy(generation.samples(stack, 100)), 10, "Drawn from the prior"),
-                "traversals": figures.image_grid(_numpy(walks[0]), generation.STEPS, titles[0]),
-                "interpolation": figures.image_grid(_numpy(walks[1]), generation.STEPS, titles[1]),
+                "samples": pen.submit(
+                    figures.image_grid, _numpy(generation.samples(stack, 100)), 10, "Drawn from the prior"
+                ),
+                "traversals": pen.submit(figures.image_grid, _numpy(walks[0]), generation.STEPS, titles[0]),
+                "interpolation": pen.submit(figures.image_grid, _numpy(walks[1]), generation.STEPS, titles[1]),
             }
             if prod(stack.code_shape) == 2:
-                drawn["manifold"] = figures.image_grid(
-                    _numpy(generation.manifold(stack)), 10, "The plane of codes, at quantiles of the prior"
+                drawn["manifold"] = pen.submit(
+                    figures.image_grid,
+                    _numpy(generation.manifold(stack)),
+                    10,
+                    "The plane of codes, at quantiles of the prior",
                 )
             return drawn
     return {}

@@ -125,16 +125,20 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
             axes.set_ylabel(f"layer {number}\nunit")
         axes.set_xlabel("feature")
         return png(figure)
-    figure = titled(0.5 * columns + 0.6, 0.56 * len(layers) + 0.6, "What each unit stands for (grey is zero)")
-    grid = figure.subplots(len(layers), columns, squeeze=False)
-    for number, (row, images) in enumerate(zip(grid, layers, strict=True), 1):
-        for axes in row:
-            bare(axes)
+    height, width = layers[0].shape[-2:]
+    tall = 0.56 * len(layers) * height / width + 0.6
+    figure = titled(0.5 * columns + 0.6, tall, "What each unit stands for (grey is zero)")
+    grid = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    for number, (axes, images) in enumerate(zip(grid, layers, strict=True), 1):
         largest = float(np.abs(images).max()) or 1.0
-        for axes, image in zip(row, images, strict=False):
-            # each unit on its own scale, but a dead one is grey, not a blown-up rounding error
-            show(axes, image, limit=max(float(np.abs(image).max()), 0.01 * largest))
-        row[0].set_ylabel(f"layer {number}", fontsize=8)
+        # each unit on its own scale, but a dead one is grey, not a blown-up rounding error
+        limits = np.maximum(np.abs(images).max((1, 2, 3), keepdims=True), 0.01 * largest)
+        gap = np.ones((images.shape[1], height, max(1, width // 10)), images.dtype)
+        blank = np.ones(images.shape[1:], images.dtype)
+        shown = [*(images / (2 * limits) + 0.5), *[blank] * (columns - len(images))]
+        show(axes, np.concatenate([part for image in shown for part in (image, gap)][:-1], 2))
+        bare(axes)
+        axes.set_ylabel(f"layer {number}", fontsize=8)
     return png(figure)
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -285,8 +286,8 @@ class Share(NamedTuple):
 
 
 def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
-    """The store of results. Where it is new, nothing can be restored: Ray's workers get ready while MLflow is imported
-    and makes its tables, unless `ready` is false.
+    """The store of results. Where it is new, nothing can be restored: Ray starts while MLflow is imported and makes its
+    tables, unless `ready` is false.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -303,11 +304,18 @@ def open_store(resources: Resources, create: bool = True, ready: bool = True) ->
         )
     if create and ready and store_is_empty():
         refuse_what_is_not_here(resources)
+        connecting = ThreadPoolExecutor(1).submit(_connect, create)
         start_ray()
-    from pipelines.tracking import connect
-
-    tracker = connect(create=create)
+        tracker = connecting.result()
+    else:
+        tracker = _connect(create)
     return tracker and tracker._replace(patience=resources.mlflow_patience)
+
+
+def _connect(create: bool) -> "Tracker | None":
+    from pipelines.tracking import connect  # MLflow takes seconds to import
+
+    return connect(create=create)
 
 
 def start_ray() -> None:

@@ -545,7 +545,8 @@ class StageRun:
             warnings.simplefilter("ignore")  # advice on type hints that a loader module cannot follow
             Model.log(
                 artifact_path=None,
-                flavor=mlflow.pyfunc,
+                flavor=_Untried,
+                validate_serving_input=False,
                 name=_MODEL,
                 model_id=model.model_id,
                 run_id=None if linked else self.run_id,  # links it to the run
@@ -568,6 +569,14 @@ class StageRun:
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+
+class _Untried:
+    """MLflow's pyfunc, without loading the model to try it: that would import torch into the driver."""
+
+    @staticmethod
+    def save_model(validate_serving_input: bool, **kwargs: Any) -> None:
+        mlflow.pyfunc.save_model(**kwargs)
 
 
 class _Patient:
