@@ -17,8 +17,14 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 def over_batches(fn: Callable[[Tensor], Tensor], x: np.ndarray, device: torch.device, batch_size: int = 2048) -> Tensor:
     """`fn` applied to the rows of `x` in batches on `device`; the results together, there."""
     with torch.no_grad():
-        starts = range(0, len(x), batch_size)
-        return torch.cat([fn(torch.tensor(x[start : start + batch_size], device=device)) for start in starts])
+        first = fn(torch.tensor(x[:batch_size], device=device))
+        if len(x) <= batch_size:
+            return first
+        found = first.new_empty((len(x), *first.shape[1:]))  # in place: no second copy of it all
+        found[:batch_size] = first
+        for start in range(batch_size, len(x), batch_size):
+            found[start : start + batch_size] = fn(torch.tensor(x[start : start + batch_size], device=device))
+        return found
 
 
 def reconstruction_mse(x: Tensor, reconstruction: Tensor) -> float:

@@ -3,6 +3,7 @@
 Each takes a hashed spec and the results of the stages it stands on, and returns a `Result`.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -18,7 +19,7 @@ from aecore.checkpoint import Checkpoints
 from aecore.data import Arrays, Split, cut
 from aecore.fingerprint import derive_seed
 from aecore.fit import Fitted, Report, fit
-from aecore.networks import Classifier, Layer, Prepare, Stack, Terms
+from aecore.networks import Classifier, Encoder, Layer, Prepare, Stack, Terms
 from aecore.parallel import ALONE, Team
 from aecore.specs import FinetuneSpec, LayerSpec, PretrainSpec, ReferenceSpec
 from aecore.storage import Result, Weights
@@ -26,6 +27,8 @@ from aecore.stream import Shuffled, Spread, Stream, in_turn
 
 _RESIDENT_BYTES = 2**30
 """Largest set kept on the device as the floats that a layer reads."""
+_PREPARED_BYTES = 2**26
+"""The same on a CPU where only the preprocessing is spared, which costs a step next to nothing."""
 _SCORED_VALUES = 2**25
 """Most outputs of a batch that is scored at once."""
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
@@ -256,10 +259,12 @@ def _rows(
     """Training and validation rows to cut batches from, and what makes of a batch what the trained layer reads.
 
     A small set lies on the device as `read` makes it, `features` floats a row, once for all epochs. A larger one lies
-    there as it came (uint8 stays uint8) and is read batch by batch; one that takes more than half of the device's free
-    memory stays in pinned host memory; one that is larger than memory is streamed, but for the validation rows.
+    there as it came (uint8 stays uint8; on a CPU, where it came) and is read batch by batch; one that takes more than
+    half of the device's free memory stays in pinned host memory; one that is larger than memory is streamed, but for
+    the validation rows.
     """
     read.eval()
+    coded = any(isinstance(module, Encoder) for module in read.modules())
     here = held(data)
 
     def beside(x: Tensor, split: Split) -> tuple[Tensor, ...]:
@@ -267,7 +272,10 @@ def _rows(
         return (x, torch.tensor(split.y, device=x.device)) if labelled else (x,)
 
     needed = 4 * features * (len(here.train.x) + len(here.validation.x))
-    room = torch.cuda.mem_get_info(run.device)[0] // 2 if run.device.type == "cuda" else _RESIDENT_BYTES
+    if run.device.type == "cuda":
+        room = torch.cuda.mem_get_info(run.device)[0] // 2
+    else:
+        room = _RESIDENT_BYTES if coded else _PREPARED_BYTES
     if isinstance(data, Stream):
         validation = torch.tensor(here.validation.x).to(run.device)
         return Shuffled(data, labelled, run.spread), beside(validation, here.validation), read
@@ -275,12 +283,19 @@ def _rows(
         train, validation = (metrics.over_batches(read, split.x, run.device) for split in (here.train, here.validation))
         read = nn.Identity()
     else:
-        train, validation = torch.tensor(here.train.x), torch.tensor(here.validation.x)
+        train, validation = _in_place(here.train.x), _in_place(here.validation.x)
         if run.device.type == "cuda" and train.nbytes + validation.nbytes > room:
             train, validation = train.pin_memory(), validation.pin_memory()
         else:
             train, validation = train.to(run.device), validation.to(run.device)
     return beside(train, here.train), beside(validation, here.validation), read
+
+
+def _in_place(rows: np.ndarray) -> Tensor:
+    """A tensor of the same memory, which may be the object store's, read by others: nothing may write to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an array that cannot be written to
+        return torch.from_numpy(rows)
 
 
 def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:

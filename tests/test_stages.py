@@ -191,6 +191,7 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     resident = pretrain(arrays, specs, VARIANTS[0]())
     monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
+    monkeypatch.setattr(stages, "_PREPARED_BYTES", 0)
     train, _, read = stages._rows(arrays, stages.prepared(arrays, torch.device("cpu")), stages.Run(), 64, False)
     assert not isinstance(train, Shuffled) and train[0].dtype == torch.uint8
     assert float(read(train[0]).max()) == 1.0
