@@ -82,7 +82,7 @@ def test_the_optimiser_is_torchs_adamw_bit_for_bit(weight_decay: float) -> None:
 def test_early_updates_are_the_same_bit_for_bit(
     vectors: Arrays, variant: Variant, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [(torch.tensor(split.x),) for split in (vectors.train, vectors.validation)]
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     found = []
     for smallest in (2**62, 0):
         monkeypatch.setattr(fit_module, "_LARGE", smallest)
@@ -254,7 +254,7 @@ def test_memory_that_lacks_half_way_back_updates_nothing_twice(
     vectors: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit_module, "_LARGE", 0)
-    rows = [(torch.tensor(split.x),) for split in (vectors.train, vectors.validation)]
+    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     torch.manual_seed(0)
     model, seen = Affine(8, 2), []
     reference = copy.deepcopy(model)

@@ -4,7 +4,7 @@ Samples a second of `fit` against what a user would write instead, and against t
 convolutions) alone. All in one process, one after the other, so that ratios hold on a machine that others use too; peak
 memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part where they are installed:
 
-    uv run --with lightning --with pythae python -m tests.benchmarks.training --root FOLDER
+    uv run --extra benchmarks python -m tests.benchmarks.training --root FOLDER
 """
 
 import argparse
