@@ -51,6 +51,7 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     from aecore.config import Conv, Data, Dense, Experiment, Fit
     from aecore.data import Split, inspect, load
     from aecore.fit import fit
+    from aecore.metrics import over_batches
     from aecore.networks import Layer, Prepare, Stack
     from aecore.specs import layer_specs
 
@@ -63,13 +64,13 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     specs = layer_specs(kind(widths=network.widths, activation="relu"), data, facts, None)
     torch.manual_seed(0)
     net = Stack([Layer(spec) for spec in specs])
-    prepare = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale))
-    x, seen = (prepare(torch.from_numpy(x)) for x in (train.x, arrays.test.x[:VALIDATION]))
+    prepare, device = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale)), torch.device("cpu")
+    x, seen = (over_batches(prepare, x, device) for x in (train.x, arrays.test.x[:VALIDATION]))  # as stages do
 
     def terms(x: Tensor) -> dict[str, Tensor]:
         return {"reconstruction": F.mse_loss(net.reconstruct(x), x)}
 
-    fitted = fit(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch), seed=0, device=torch.device("cpu"))
+    fitted = fit(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch), seed=0, device=device)
     return fitted.history[0]["seconds"]
 
 
