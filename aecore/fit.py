@@ -27,6 +27,8 @@ Report = Callable[[int, dict[str, float]], None]
 _PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
 _CHECK_STEPS = 100
 """Between two looks at the terms where looking waits for the device."""
+_LARGE = 2**19
+"""Numbers of a tensor whose update does not wait for the other gradients; below, the calls cost what it saves."""
 
 
 class Fitted(NamedTuple):
@@ -105,7 +107,8 @@ def fit(
     if team.rank:
         torch.manual_seed(seed + team.rank + len(history))  # other noise for other rows
     due = checkpoints.clock() if checkpoints is not None and team.rank == 0 else repeat(False)
-    with _numerics(precision, device) as autocast:
+    early = device.type == "cpu" and team.size == 1 and spec.clip is None
+    with _numerics(precision, device) as autocast, optimizer.hooked() if early else nullcontext():
         validate = partial(evaluate, model, rows=validation, device=device, seed=seed, autocast=autocast, team=team)
         for epoch in range(len(history) + 1, spec.epochs + 1):
             if spec.patience is not None and epoch - 1 - best_epoch >= spec.patience:
@@ -117,7 +120,7 @@ def fit(
             batches = _shuffled(train, spec.batch_size, shuffle, device, team, normalised)
             for step, (batch, share) in enumerate(batches):
                 rate = spec.lr * _schedule(spec, epoch - 1 + min(step / steps, 1)) * plateau.scale
-                optimizer.zero_grad()
+                optimizer.zero_grad(rate if early and parts == 1 else None)
                 if share:
                     weight = share if team.size > 1 else 1.0
                     losses: Terms = {}
@@ -180,10 +183,31 @@ class _AdamW:
         self.means = [torch.zeros_like(p) for p in self.params]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = torch.zeros((), device=self.params[0].device)
+        self.early: float | None = None
+        self.updated: set[int] = set()
 
-    def zero_grad(self) -> None:
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside, large tensors can be updated early."""
+        large = [number for number, p in enumerate(self.params) if p.numel() >= _LARGE]
+        hooks = [self.params[n].register_post_accumulate_grad_hook(partial(self._update_early, n)) for n in large]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def zero_grad(self, early: float | None = None) -> None:
+        """Let go of all gradients.
+
+        Args:
+            early: the learning rate at which to update a large tensor as soon as the backward pass has its gradient,
+                and to let go of that: one buffer, in the cache, then serves all of them, where a whole step's would go
+                back to the system and be cleared anew. It needs all of a gradient at once, and nothing of the others.
+        """
         for p in self.params:
             p.grad = None
+        self.early = early
 
     def gather(self, team: Team) -> None:
         """Add up the gradients of the team's parts of a batch; a worker whose part is empty adds nothing."""
@@ -192,13 +216,26 @@ class _AdamW:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             team.sum(p.grad for p in self.params if p.grad is not None)
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
-        grads = [p.grad for p in self.params if p.grad is not None]
-        assert len(grads) == len(self.params), "every trained parameter takes part in the loss"
+        """Update all that were not updated early, in a pass that ran out of memory half-way included."""
+        if left := [number for number in range(len(self.params)) if number not in self.updated]:
+            self._update(left, lr)
+        self.updated.clear()
         self.steps += 1
+
+    def _update_early(self, number: int, p: Tensor) -> None:
+        if self.early is not None:
+            self._update([number], self.early)
+            self.updated.add(number)
+            p.grad = None
+
+    @torch.no_grad()
+    def _update(self, numbers: list[int], lr: float) -> None:
+        grads = [grad for number in numbers if (grad := self.params[number].grad) is not None]
+        assert len(grads) == len(numbers), "every trained parameter takes part in the loss"
         torch._fused_adamw_(
-            self.params, grads, self.means, self.squares, [], [self.steps] * len(grads),
+            [self.params[number] for number in numbers], grads, [self.means[number] for number in numbers],
+            [self.squares[number] for number in numbers], [], [self.steps + 1] * len(grads),
             lr=lr, beta1=0.9, beta2=0.999, weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 

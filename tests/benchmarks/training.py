@@ -1,81 +1,106 @@
-"""python -m tests.benchmarks.training --root FOLDER [--repeats 5] [--batch 64 256 1024]
+"""python -m tests.benchmarks.training --root FOLDER [--repeats 5] [--batch 64 256 1024] [--network dense wide conv]
 
-Samples a second of `fit` against what a user would write instead, and against the floor: the matrix products alone.
-All in one process, one after the other, so that ratios hold on a machine that others use too. FOLDER holds MNIST/raw.
-Lightning and Pythae take part where they are installed.
+Samples a second of `fit` against what a user would write instead, and against the floor: the matrix products (or
+convolutions) alone. All in one process, one after the other, so that ratios hold on a machine that others use too; peak
+memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part where they are installed:
+
+    uv run --extra benchmarks python -m tests.benchmarks.training --root FOLDER
 """
 
 import argparse
 import importlib
 import json
+import logging
 import os
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from aecore.config import Data, Dense, Experiment, Fit
-from aecore.data import Arrays, Split, inspect, load
-from aecore.fit import fit
-from aecore.kernels import linear
-from aecore.networks import Layer, Prepare, Stack
-from aecore.specs import LayerSpec, layer_specs
-
-VALIDATION = 1_000
+# what only `fit` needs is imported by it: the others' memory is theirs
+ROWS, VALIDATION = 60_000, 1_000
 
 
-def specs(facts: Any, data: Data, widths: Sequence[int]) -> tuple[LayerSpec, ...]:
-    return tuple(layer_specs(Dense(widths=tuple(widths), activation="relu"), data, facts, None))
+class Network(NamedTuple):
+    widths: tuple[int, ...]
+    conv: bool = False
 
 
-def ours(data: Arrays, built: Sequence[LayerSpec], batch: int) -> float:
+NETWORKS = {
+    "dense": Network((256,)),
+    "wide": Network((1000, 1000, 1000)),
+    "conv": Network((16, 32), conv=True),
+}
+"""784-256, 784-1000-1000-1000, and two convolutions of 3 x 3, stride 2; each unrolled and trained as a whole."""
+
+
+def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     """Seconds of an epoch of `fit`, with the validation that belongs to it."""
+    from aecore.config import Conv, Data, Dense, Experiment, Fit
+    from aecore.data import Split, inspect, load
+    from aecore.fit import fit
+    from aecore.metrics import over_batches
+    from aecore.networks import Layer, Prepare, Stack
+    from aecore.specs import layer_specs
+
+    data = Experiment(data=Data(name="mnist", root=root)).data.model_copy(update={"likelihood": "bernoulli"})
+    facts = inspect(data)
+    arrays = load(data, facts)
+    # of all 60,000, as the others take them
+    train = Split(np.concatenate([arrays.train.x, arrays.validation.x])[:rows], None)
+    kind = Conv if network.conv else Dense
+    specs = layer_specs(kind(widths=network.widths, activation="relu"), data, facts, None)
     torch.manual_seed(0)
-    net = Stack([Layer(spec) for spec in built])
-    prepare = Prepare(torch.tensor(data.shift), torch.tensor(data.scale))
-    train, validation = (prepare(torch.tensor(x)) for x in (data.train.x, data.validation.x))
+    net = Stack([Layer(spec) for spec in specs])
+    prepare, device = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale)), torch.device("cpu")
+    x, seen = (over_batches(prepare, x, device) for x in (train.x, arrays.test.x[:VALIDATION]))  # as stages do
 
-    def terms(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"reconstruction": nn.functional.mse_loss(net.reconstruct(x), x)}
+    def terms(x: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": F.mse_loss(net.reconstruct(x), x)}
 
-    fitted = fit(
-        net, terms, (train,), (validation,), Fit(epochs=1, batch_size=batch), seed=0, device=torch.device("cpu")
-    )
+    fitted = fit(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch), seed=0, device=device)
     return fitted.history[0]["seconds"]
 
 
-def plain(built: Sequence[LayerSpec]) -> nn.Sequential:
-    """The same network as tutorials write it."""
-    sizes = [np.prod(spec.in_shape) for spec in built] + [np.prod(built[-1].code_shape)]
-    layers: list[nn.Module] = []
-    for i, o in pairwise(sizes):
-        layers += [nn.Linear(int(i), int(o)), nn.ReLU()]
-    for i, o in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
-        layers += [nn.Linear(int(i), int(o)), nn.ReLU()]
-    return nn.Sequential(*layers[:-1], nn.Sigmoid())
+def halves(network: Network) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder and decoder of the same network as tutorials write them."""
+    up: list[nn.Module] = []
+    down: list[nn.Module] = []
+    for i, o in pairwise((1 if network.conv else 784, *network.widths)):
+        up += [nn.Conv2d(i, o, 3, 2, 1) if network.conv else nn.Linear(i, o), nn.ReLU()]
+        back = nn.ConvTranspose2d(o, i, 3, 2, 1, output_padding=1) if network.conv else nn.Linear(o, i)
+        down = [back, nn.ReLU(), *down]
+    return nn.Sequential(*up), nn.Sequential(*down[:-1], nn.Sigmoid())
 
 
-def tutorial(root: Path, built: Sequence[LayerSpec], batch: int) -> float:
-    """DataLoader, ToTensor, torch.optim.Adam, loss.item()."""
+def loader(root: Path, batch: int, rows: int) -> Any:
+    from torch.utils.data import DataLoader, Subset
     from torchvision.datasets import MNIST
     from torchvision.transforms import ToTensor
 
-    loader: Any = DataLoader(MNIST(str(root), train=True, transform=ToTensor()), batch_size=batch, shuffle=True)
-    model = plain(built)
+    images: Any = MNIST(str(root), train=True, transform=ToTensor())
+    return DataLoader(images if rows == ROWS else Subset(images, range(rows)), batch_size=batch, shuffle=True)
+
+
+def tutorial(root: Path, network: Network, batch: int, rows: int) -> float:
+    """DataLoader, ToTensor, torch.optim.Adam, loss.item()."""
+    batches, model = loader(root, batch, rows), nn.Sequential(*halves(network))
     optimizer, total, began = torch.optim.Adam(model.parameters(), lr=1e-3), 0.0, time.perf_counter()
-    for images, _ in loader:
-        x = images.view(len(images), -1)
-        loss = nn.functional.mse_loss(model(x), x)
+    for images, _ in batches:
+        x = images if network.conv else images.view(len(images), -1)
+        loss = F.mse_loss(model(x), x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,20 +108,19 @@ def tutorial(root: Path, built: Sequence[LayerSpec], batch: int) -> float:
     return time.perf_counter() - began
 
 
-def lightning(root: Path, built: Sequence[LayerSpec], batch: int) -> float:
+def lightning(root: Path, network: Network, batch: int, rows: int) -> float:
     """The same in a LightningModule; the trainer's own start is not counted."""
     pl: Any = importlib.import_module("lightning.pytorch")
-    from torchvision.datasets import MNIST
-    from torchvision.transforms import ToTensor
+    logging.disable(logging.WARNING)
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.seconds = plain(built), 0.0
+            self.model, self.seconds = nn.Sequential(*halves(network)), 0.0
 
-        def training_step(self, batch: Any, index: int) -> torch.Tensor:
-            x = batch[0].view(len(batch[0]), -1)
-            loss = nn.functional.mse_loss(self.model(x), x)
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x = batch[0] if network.conv else batch[0].view(len(batch[0]), -1)
+            loss = F.mse_loss(self.model(x), x)
             self.log("loss", loss)
             return loss
 
@@ -109,30 +133,159 @@ def lightning(root: Path, built: Sequence[LayerSpec], batch: int) -> float:
         def on_train_epoch_end(self) -> None:
             self.seconds = time.perf_counter() - self.seconds
 
-    loader: Any = DataLoader(MNIST(str(root), train=True, transform=ToTensor()), batch_size=batch, shuffle=True)
     module = Module()
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, loader)
+    trainer.fit(module, loader(root, batch, rows))
     return module.seconds
 
 
-def floor(rows: int, built: Sequence[LayerSpec], batch: int) -> float:
-    """The matrix products of an epoch's steps alone, by the kernels that `fit` uses."""
-    sizes = [int(np.prod(spec.in_shape)) for spec in built] + [int(np.prod(built[-1].code_shape))]
-    pairs = [*pairwise(sizes), *zip(sizes[:0:-1], sizes[-2::-1], strict=True)]
-    weights = [(torch.rand(o, i), torch.zeros(o), torch.rand(batch, i), torch.rand(batch, o)) for i, o in pairs]
+def pythae(root: Path, network: Network, batch: int, rows: int) -> float:
+    """Pythae's AE, given the same encoder and decoder, by its BaseTrainer on images held as floats; its train step
+    alone, without copies and files of the model."""
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.disable(logging.WARNING)
+    models: Any = importlib.import_module("pythae.models")
+    nets: Any = importlib.import_module("pythae.models.nn")
+    outputs: Any = importlib.import_module("pythae.models.base.base_utils")
+    data: Any = importlib.import_module("pythae.data.datasets")
+    trainers: Any = importlib.import_module("pythae.trainers")
+    from torchvision.datasets import MNIST
+
+    up, down = halves(network)
+
+    class Encoder(nets.BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = up
+
+        def forward(self, x: Tensor) -> Any:
+            return outputs.ModelOutput(embedding=self.net(x if network.conv else x.flatten(1)))
+
+    class Decoder(nets.BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = down
+
+        def forward(self, code: Tensor) -> Any:
+            return outputs.ModelOutput(reconstruction=self.net(code).view(len(code), 1, 28, 28))
+
+    images = MNIST(str(root), train=True).data[:rows, None] / 255
+    config = models.AEConfig(input_dim=(1, 28, 28), latent_dim=network.widths[-1])
+    with tempfile.TemporaryDirectory(prefix="diabolo_pythae") as folder:
+        trainer = trainers.BaseTrainer(
+            model=models.AE(config, Encoder(), Decoder()),
+            train_dataset=data.BaseDataset(images, torch.zeros(len(images))),
+            training_config=trainers.BaseTrainerConfig(
+                output_dir=folder, num_epochs=1, learning_rate=1e-3, per_device_train_batch_size=batch, no_cuda=True
+            ),
+        )
+        trainer.prepare_training()
+        began = time.perf_counter()
+        trainer.train_step(1)
+        return time.perf_counter() - began
+
+
+def floor(root: Path, network: Network, batch: int, rows: int) -> float:
+    """The products of an epoch's steps alone, by the kernels that `fit` uses."""
+    modules = [module for half in halves(network) for module in half if hasattr(module, "weight")]
+    x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
+    steps: list[Callable[[], object]] = []
+    for number, module in enumerate(modules):
+        out = module(x).detach()
+        timed = _convolutions if network.conv else _products
+        steps.append(timed(module, x, out, number > 0))
+        x = out
     began = time.perf_counter()
     with torch.no_grad():
         for _ in range(-(-rows // batch)):
-            for number, (weight, bias, x, grad) in enumerate(weights):
-                linear(x, weight, bias)
-                linear(grad.t(), x.t(), torch.zeros(()).expand(x.shape[1]))
-                if number:
-                    linear(grad, weight.t(), torch.zeros(()).expand(x.shape[1]))
+            for step in steps:
+                step()
     return time.perf_counter() - began
+
+
+def _products(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], object]:
+    from aecore.kernels import linear
+
+    weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(()).expand(x.shape[1])
+
+    def step() -> None:
+        linear(x, weight, bias)
+        linear(grad.t(), x.t(), nothing)
+        if deep:
+            linear(grad, weight.t(), nothing)
+
+    return step
+
+
+def _convolutions(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], object]:
+    bias, transposed = list(module.bias.shape), isinstance(module, nn.ConvTranspose2d)
+    rest = module.stride, module.padding, module.dilation, transposed, module.output_padding, 1
+
+    def step() -> None:
+        module(x)
+        torch.ops.aten.convolution_backward(grad, x, module.weight, bias, *rest, [deep, True, True])
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[Path, Network, int, int], float]] = {
+    "fit": ours, "floor": floor, "tutorial": tutorial, "lightning": lightning, "pythae": pythae,
+}  # fmt: skip
+
+
+def peak(root: Path, contestant: str, network: str, batch: int, rows: int) -> float:
+    """Peak RSS, bytes, of a process in which one contestant trains an epoch; NaN where /proc does not say."""
+    command = [sys.executable, "-m", "tests.benchmarks.training", "--root", str(root), "--batch", str(batch)]
+    command += ["--rows", str(rows), "--network", network, "--alone", contestant]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure(
+    root: Path,
+    repeats: int = 5,
+    batches: Sequence[int] = (64,),
+    networks: Sequence[str] = tuple(NETWORKS),
+    rows: int = ROWS,
+    memory: bool = True,
+) -> list[dict[str, Any]]:
+    """A row a network and batch size: medians of `seconds` an epoch, `samples` a second, times that `fit` is quicker
+    (`ratios`, of the same round) and peak `bytes`, by contestant. Those that are not installed are missing."""
+    found = []
+    for name in networks:
+        for batch in batches:
+            seconds: dict[str, list[float]] = {}
+            for _ in range(repeats):
+                for contestant, run in CONTESTANTS.items():
+                    with suppress(ImportError):
+                        seconds.setdefault(contestant, []).append(run(root, NETWORKS[name], batch, rows))
+            seconds = {contestant: all_ for contestant, all_ in seconds.items() if all_}
+            row: dict[str, Any] = {"network": name, "batch": batch, "rows": rows, "repeats": repeats}
+            row["seconds"] = {contestant: median(all_) for contestant, all_ in seconds.items()}
+            row["samples"] = {contestant: rows / value for contestant, value in row["seconds"].items()}
+            row["ratios"] = {
+                contestant: median(s / f for s, f in zip(all_, seconds["fit"], strict=True))
+                for contestant, all_ in seconds.items()
+                if contestant != "fit"
+            }
+            row["bytes"] = {c: peak(root, c, name, batch, rows) for c in seconds if c != "floor"} if memory else {}
+            found.append(row)
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    lines = ["network  batch  contestant  s an epoch  samples/s  fit is quicker  peak RSS, MB"]
+    for row in found:
+        for name, seconds in row["seconds"].items():
+            ratio, size = row["ratios"].get(name), row["bytes"].get(name)
+            lines.append(
+                f"{row['network']:7}  {row['batch']:5}  {name:10}  {seconds:10.2f}  {row['samples'][name]:9,.0f}  "
+                f"{f'{ratio:.2f} x' if ratio else '':>14}  {f'{size / 1e6:.0f}' if size else '':>12}"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -140,41 +293,23 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder that holds MNIST/raw")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", nargs="+", type=int, default=[64])
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rows", type=int, default=ROWS, help="fewer of MNIST's 60,000 training rows")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, an epoch more for each")
+    parser.add_argument("--alone", choices=CONTESTANTS, help="one epoch of this one; print its process's peak RSS")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")  # advice of the peers
-    data = Experiment(data=Data(name="mnist", root=args.root)).data.model_copy(update={"likelihood": "bernoulli"})
-    facts = inspect(data)
-    arrays = load(data, facts)
-    x = np.concatenate([arrays.train.x, arrays.validation.x])  # all 60,000, as the tutorial takes them
-    arrays = arrays._replace(train=Split(x, None), validation=Split(arrays.test.x[:VALIDATION], None))
-    results = []
-    print(f"{'network':18} {'batch':>5} {'fit, s':>7}   times quicker than (median of {args.repeats})")
-    for widths in ((256,), (1000, 1000, 1000)):
-        for batch in args.batch:
-            built = specs(facts, data, widths)
-            found: dict[str, list[float]] = {}
-            contestants: dict[str, Callable[[], float]] = {
-                "fit": partial(ours, arrays, built, batch),
-                "floor": partial(floor, len(x), built, batch),
-                "tutorial": partial(tutorial, args.root, built, batch),
-                "lightning": partial(lightning, args.root, built, batch),
-            }
-            for _ in range(args.repeats):
-                for name, run in contestants.items():
-                    with suppress(ImportError):
-                        found.setdefault(name, []).append(run())
-            ratios = {
-                name: median(s / f for s, f in zip(seconds, found["fit"], strict=True))
-                for name, seconds in found.items()
-                if name != "fit" and seconds
-            }
-            name = "-".join(map(str, (784, *widths)))
-            shown = "  ".join(f"{peer} {ratio:.2f}" for peer, ratio in ratios.items())
-            print(f"{name:18} {batch:5} {median(found['fit']):7.2f}   {shown}", flush=True)
-            results.append({"network": name, "batch": batch, "seconds": median(found["fit"]), "ratios": ratios})
-    print(json.dumps(results))
+    if args.alone:
+        CONTESTANTS[args.alone](args.root, NETWORKS[args.network[0]], args.batch[0], args.rows)
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        print(next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), float("nan")))
+        return
+    found = measure(args.root, args.repeats, args.batch, args.network, args.rows, not args.no_memory)
+    print(table(found))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
