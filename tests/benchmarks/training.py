@@ -51,7 +51,6 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     from aecore.config import Conv, Data, Dense, Experiment, Fit
     from aecore.data import Split, inspect, load
     from aecore.fit import fit
-    from aecore.metrics import over_batches
     from aecore.networks import Layer, Prepare, Stack
     from aecore.specs import layer_specs
 
@@ -65,9 +64,10 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     torch.manual_seed(0)
     net = Stack([Layer(spec) for spec in specs])
     prepare, device = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale)), torch.device("cpu")
-    x, seen = (over_batches(prepare, x, device) for x in (train.x, arrays.test.x[:VALIDATION]))  # as stages do
+    x, seen = torch.from_numpy(train.x), torch.from_numpy(arrays.test.x[:VALIDATION])  # bytes, as stages keep them
 
-    def terms(x: Tensor) -> dict[str, Tensor]:
+    def terms(raw: Tensor) -> dict[str, Tensor]:
+        x = prepare(raw)
         return {"reconstruction": F.mse_loss(net.reconstruct(x), x)}
 
     fitted = fit(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch), seed=0, device=device)
