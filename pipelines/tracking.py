@@ -481,10 +481,11 @@ class Tracker(NamedTuple):
 
     def _close_abandoned(self, client: MlflowClient) -> None:
         """End the runs of drivers of this machine that died without a word, and stages whose job has ended."""
-        for run in self._open():
+        found = self._open()
+        for run in found:
             if "job" in run.data.tags and is_dead(run.data.tags.get("driver", "")):
                 self._close(client, run.info.run_id, "KILLED")
-        for run in self._open():
+        for run in self._open() if found else ():
             parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID) if "stage.fn" in run.data.tags else None
             if parent and client.get_run(parent).info.status != "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")

@@ -9,6 +9,7 @@ of the study here is a stub: it opens its run and keeps a tiny result, on Tune l
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import chdir, closing
+from contextlib import chdir, closing, redirect_stderr
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,7 @@ from pipelines.run import Resources, Share, compute, run_here
 from pipelines.stacked import Stacked, build
 from pipelines.stage import Stage
 from pipelines.tracking import Tracker, _Lease, _mark, connect
-from tests.benchmarks.tables import show
+from tests.benchmarks.tables import last, show
 
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
 RUNS, TRIALS = (10, 100, 1_000, 10_000), (32, 125, 500)
@@ -194,3 +195,82 @@ def store(quick: bool, counts: Sequence[int] = RUNS) -> list[dict[str, Any]]:
                 (runs,) = opened.execute("SELECT count(*) FROM runs").fetchone()
             found.append({"runs": runs, **lookups(here, graph, top, 5 if quick else 20)})
     return found
+
+
+def stub(
+    config: dict[str, Any], *, study: study.Study, facts: Facts, numerics: Numerics, store: Any, parent: str,
+    share: Share, data: Any,
+) -> None:  # fmt: skip
+    """The body of a trial that computes nothing."""
+    from ray import tune
+
+    from pipelines.study import _choice, member
+
+    one = member(study, *_choice(config), facts, numerics)
+    run = Tracker(*store).open_run(one.stage, parent, more=one.tags())
+    run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
+    tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
+
+
+def trials(quick: bool) -> list[dict[str, Any]]:
+    """Milliseconds that a trial of nothing takes, by how many there are."""
+    body, found = study._trial, []
+    study._trial = stub  # type: ignore[assignment]
+    try:
+        for count in TRIALS[: 1 if quick else None]:
+            with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
+                tracker = connect(f"sqlite:///{folder}/mlflow.db", "growth")
+                assert tracker is not None
+                wanted = study.Study(
+                    base=Experiment(pretrain=None, finetune=Finetune(task="reconstruct"), network=Dense(widths=(4,))),
+                    seeds=tuple(range(count)),
+                )
+                facts = inspect(wanted.base.data)
+                with tracker.job_run("compare", "growth", {}, {}) as top:
+                    job = study._Job(wanted, facts, tracker, top, Resources())
+                    members = [m for m in study.expand(wanted, facts, Numerics()) if m.row == "plain"]
+                    if not found:
+                        job.trials(members[:4], lambda line: None)  # Ray and the first workers start
+                        members = members[4:]
+                    began = time.perf_counter()
+                    errors, _ = job.trials(members, lambda line: None)
+                    seconds = time.perf_counter() - began
+                assert not errors and len(tracker.trials(top, "plain")) == count
+            found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
+    finally:
+        study._trial = body
+    return found
+
+
+PARTS: dict[str, tuple[str, Callable[[Path, bool], list[dict[str, Any]]]]] = {
+    "rows": ("784-256-784, batches of 64", lambda root, quick: training(root, "rows", quick)),
+    "width": ("One layer, 15,000 rows", lambda root, quick: training(root, "width", quick)),
+    "layers": ("Layers of 256 end to end, 15,000 rows", lambda root, quick: training(root, "layers", quick)),
+    "store": ("Look-ups, median ms, by runs in a SQLite store", lambda root, quick: store(quick)),
+    "study": ("A study's trials of nothing on Tune", lambda root, quick: trials(quick)),
+}
+
+
+def measure(root: Path, only: Sequence[str] = tuple(PARTS), quick: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Print the tables; what stands in them."""
+    found = {}
+    for part in only:
+        title, act = PARTS[part]
+        with redirect_stderr(io.StringIO()):  # the stages' progress
+            found[part] = act(root, quick)
+        show(title, found[part])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    last(measure(args.root.resolve(), args.only, args.quick))
+    os._exit(0)  # threads of Ray
+
+
+if __name__ == "__main__":
+    main()
