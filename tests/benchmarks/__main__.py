@@ -6,16 +6,18 @@ further options: `python -m tests.benchmarks.jobs --help`, and so on.
 """
 
 import argparse
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import growth, jobs, study, training
+from tests.benchmarks import growth, jobs, study
 from tests.benchmarks.tables import last, show
 
 
 def trained(root: Path, quick: bool) -> list[dict[str, Any]]:
+    training: Any = importlib.import_module("tests.benchmarks.training")  # torch, which the others start without
     rows = training.measure(root, 1 if quick else 5, [64] if quick else [64, 256, 1024])
     show("An epoch of 60,000 rows", rows)
     return rows

@@ -214,8 +214,9 @@ def stub(
 
 def trials(quick: bool) -> list[dict[str, Any]]:
     """Milliseconds that a trial of nothing takes, by how many there are."""
-    body, found = study._trial, []
-    study._trial = stub  # type: ignore[assignment]
+    found: list[dict[str, Any]] = []
+    body = study._trial
+    study._trial = stub
     try:
         for count in TRIALS[: 1 if quick else None]:
             with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
@@ -237,6 +238,7 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                     seconds = time.perf_counter() - began
                 assert not errors and len(tracker.trials(top, "plain")) == count
             found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
+            print(found[-1], flush=True)
     finally:
         study._trial = body
     return found
