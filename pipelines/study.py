@@ -568,7 +568,7 @@ class _Job:
 
 
 def _trial(
-    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str, float],
+    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str, float, bool],
     parent: str, share: Share, data: "list[ObjectRef]",
 ) -> None:  # fmt: skip
     """The body of a trial: restores or computes its stages in this process, and tells Tune of every epoch."""

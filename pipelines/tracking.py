@@ -54,7 +54,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
 
 _FOLDER, _FIGURES, _MODEL, _LOADER = "result", "figures", "model", "aecore.pyfunc"
-_STOPPED = "stopped.epoch"
+_STOPPED, _MARKED = "stopped.epoch", "stage.key.names"
 _SYSTEM_SECONDS = 5.0
 _MODEL_NEEDS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
 _LEASE = "diabolo.lease."
@@ -105,6 +105,8 @@ class Tracker(NamedTuple):
     experiment_id: str
     patience: float = 0.0
     """Seconds for which each call waits for an MLflow that does not answer, before it raises an OutageError."""
+    marked: bool = False
+    """Whether all of the experiment's runs bear their key in a tag's name."""
 
     @property
     def client(self) -> MlflowClient:
@@ -145,8 +147,8 @@ class Tracker(NamedTuple):
 
     def find(self, key: str) -> str | None:
         """The finished run of a stage (or job), if there is one."""
-        runs = self._search(f"tags.`stage.key` = '{key}' and attributes.status = 'FINISHED'", 1)
-        return runs[0].info.run_id if runs else None
+        run = self._with_key(key, " and attributes.status = 'FINISHED'")
+        return run.info.run_id if run else None
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """The last value of each metric of a run, system metrics left out."""
@@ -231,10 +233,10 @@ class Tracker(NamedTuple):
         client = self.direct
 
         def look_then_create() -> tuple[Run, bool]:  # each time: one may have been made though nobody said so
-            found = client.search_runs([self.experiment_id], f"tags.`stage.key` = '{key}'", max_results=1)
+            found = self._with_key(key, client=client)
             if found:
-                return found[0], True
-            return client.create_run(self.experiment_id, began, dict(tags)), False
+                return found, True
+            return client.create_run(self.experiment_id, began, {**tags, _mark(key): "1"}), False
 
         return self.wait_for(look_then_create)
 
@@ -308,14 +310,14 @@ class Tracker(NamedTuple):
         self._end(key, "FAILED", "error", error)
 
     def _end(self, key: str, status: str, tag: str, value: str) -> None:
-        for run in self._search(f"tags.`stage.key` = '{key}' and attributes.status = 'RUNNING'", 1):
+        if run := self._with_key(key, " and attributes.status = 'RUNNING'"):
             self.client.set_tag(run.info.run_id, tag, value)
             self._close(self.client, run.info.run_id, status)
 
     def stopped(self, key: str) -> int | None:
         """The epoch after which a scheduler stopped a trial, if one did."""
-        runs = self._search(f"tags.`stage.key` = '{key}' and tags.`{_STOPPED}` LIKE '%'", 1)
-        return int(runs[0].data.tags[_STOPPED]) if runs else None
+        run = self._with_key(key, f" and tags.`{_STOPPED}` LIKE '%'")
+        return int(run.data.tags[_STOPPED]) if run else None
 
     def trials(self, study: str, row: str) -> list[tuple[dict[str, Any], str]]:
         """Settings and run of each finished trial of a study's row."""
@@ -456,22 +458,36 @@ class Tracker(NamedTuple):
         model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
         return Registered(exact, digest, Result(config, weights, {}), model_id)
 
-    def _search(self, condition: str, limit: int) -> list[Any]:
-        return list(self.client.search_runs([self.experiment_id], condition, max_results=limit))
+    def _search(self, condition: str, limit: int, client: MlflowClient | None = None) -> list[Any]:
+        return list((client or self.client).search_runs([self.experiment_id], condition, max_results=limit))
+
+    def _with_key(self, key: str, condition: str = "", client: MlflowClient | None = None) -> Run | None:
+        """The run with this key, if there is one: by a tag's name or, of runs from before there was one, by a value."""
+        found = self._search(f"tags.`{_mark(key)}` = '1'{condition}", 1, client)
+        if not found and not self.marked:
+            found = self._search(f"tags.`stage.key` = '{key}'{condition}", 1, client)
+        return found[0] if found else None
+
+    def _open(self) -> list[Any]:
+        # few of many: MLflow would go through all tags of a name, of finished runs too, to find them
+        return self._search("attributes.status = 'RUNNING'", 1000)
 
     def _close(self, client: MlflowClient, run_id: str, status: str) -> None:
         """End a run and whichever runs nested in it are open."""
-        for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'RUNNING'", 1000):
-            self._close(client, run.info.run_id, status)
+        for run in self._open():
+            if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == run_id:
+                self._close(client, run.info.run_id, status)
         client.set_terminated(run_id, status)
 
     def _close_abandoned(self, client: MlflowClient) -> None:
         """End the runs of drivers of this machine that died without a word, and stages whose job has ended."""
-        for run in self._search("tags.`job` LIKE '%' and attributes.status = 'RUNNING'", 1000):
-            if is_dead(run.data.tags.get("driver", "")):
+        found = self._open()
+        for run in found:
+            if "job" in run.data.tags and is_dead(run.data.tags.get("driver", "")):
                 self._close(client, run.info.run_id, "KILLED")
-        for run in self._search("tags.`stage.fn` LIKE '%' and attributes.status = 'RUNNING'", 1000):
-            if client.get_run(run.data.tags[MLFLOW_PARENT_RUN_ID]).info.status != "RUNNING":
+        for run in self._open() if found else ():
+            parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID) if "stage.fn" in run.data.tags else None
+            if parent and client.get_run(parent).info.status != "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -704,6 +720,11 @@ _held: dict[str, _Lease] = {}
 """This process's leases."""
 
 
+def _mark(key: str) -> str:
+    """The name of a tag that no other run has: MLflow's tables have an index of tags' names, none of their values."""
+    return f"stage.key.{key}"
+
+
 def _remove(client: MlflowClient, lease: str) -> None:
     with _unless("RESOURCE_DOES_NOT_EXIST"):
         client.delete_registered_model(lease)
@@ -783,12 +804,12 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
                 "restore it or choose another name"
             )
         if found is not None:
-            return Tracker(uri, found.experiment_id)
+            return Tracker(uri, found.experiment_id, marked=_MARKED in found.tags)
         artifacts = (local.parent / "mlruns" / experiment).as_uri() if local is not None else None
         if not create:
             return None
         with _unless("RESOURCE_ALREADY_EXISTS"):  # made by another driver just now
-            return Tracker(uri, client.create_experiment(experiment, artifacts))
+            return Tracker(uri, client.create_experiment(experiment, artifacts, {_MARKED: "yes"}), marked=True)
         return connect(uri, experiment)
     except (MlflowException, OSError, ValueError) as error:
         if isinstance(error, InputError):

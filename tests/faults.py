@@ -110,7 +110,7 @@ class MemoryClient:
     def search_runs(self, experiment_ids: Sequence[str], condition: str, max_results: int = 1000) -> list[Any]:
         def fits(run: Any) -> bool:
             for part in condition.split(" and "):
-                match = re.fullmatch(r"(\S+) (=|LIKE) '(.*)'", part)
+                match = re.fullmatch(r"(.+) (=|LIKE) '(.*)'", part)
                 assert match is not None, part
                 field, operator, value = match.groups()
                 name = field.removeprefix("tags.").strip("`")

@@ -65,6 +65,23 @@ def test_a_finished_stage_is_found_and_restored_bit_for_bit(tracker: Tracker) ->
     assert tracker.client.list_artifacts(run.run_id, "figures")[0].path == "figures/units.png"
 
 
+def test_a_run_is_looked_up_by_what_has_an_index(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.open_run(stage(8), parent(tracker, "index")).commit(RESULT)
+    asked, search = [], MlflowClient.search_runs
+
+    def ask(self: MlflowClient, ids: list[str], condition: str, **more: Any) -> Any:
+        asked.append(condition)
+        return search(self, ids, condition, **more)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", ask)
+    assert tracker.find(stage(8).key) and tracker.find(stage(9).key) is None
+    assert [condition.split("`")[1] for condition in asked] == [f"stage.key.{stage(n).key}" for n in (8, 9)]
+    # a store from before has runs without such a tag
+    old = tracker.client.create_run(tracker.experiment_id, tags={"stage.key": stage(9).key}).info.run_id
+    tracker.client.set_terminated(old, "FINISHED")
+    assert tracker._replace(marked=False).find(stage(9).key) == old
+
+
 def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -> None:
     top = parent(tracker, "attempts")
     run = tracker.open_run(stage(2), top)
