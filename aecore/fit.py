@@ -82,7 +82,7 @@ def fit(
         MemoryError: not even half a batch fits. One that does not fit is cut in two, whose gradients are added up, for
             the rest of the fit; `parts` in the history says so.
     """
-    normalised = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    normalised = _is_normalised(model)
     n = len(train) if isinstance(train, Shuffled) else len(train[0])
     steps = math.ceil(n / spec.batch_size)
     optimizer = _AdamW(model, spec.weight_decay)
@@ -153,8 +153,9 @@ class _Course:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: "_AdamW", spec: Fit, seed: int, monitor: str, report: Report,
-        checkpoints: Checkpoints | None, rank: int = 0, parts: int = 1,
+        self, model: nn.Module, optimizer: "_AdamW", spec: Fit, seed: int, monitor: str,
+        report: Report = lambda epoch, metrics: None, checkpoints: Checkpoints | None = None, rank: int = 0,
+        parts: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.spec, self.monitor, self.report = model, optimizer, spec, monitor, report
         self.checkpoints, self.rank, self.parts = checkpoints, rank, parts
@@ -399,6 +400,11 @@ def _mean(total: Tensor, rows: int, team: Team) -> Any:
     return (total / count).tolist()
 
 
+def _is_normalised(model: nn.Module) -> bool:
+    """Whether it computes statistics of a batch."""
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+
+
 def _agree(model: nn.Module, team: Team) -> None:
     """Average what each worker has seen of the rows besides gradients: the running statistics of normalisations."""
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -421,10 +427,14 @@ def _shuffled(
         for part, share in train.batches(size, seed, team.rank, team.size, least=2 if normalised else 0):
             yield tuple(torch.from_numpy(values).to(device) for values in part), share
         return
-    n = len(train[0])
+    yield from _batches(train, _permutation(len(train[0]), size, shuffle, normalised, team), size, device, team)
+
+
+def _permutation(n: int, size: int, shuffle: torch.Generator, normalised: bool, team: Team = ALONE) -> Tensor:
+    """The order of `n` rows in an epoch, without a last batch that has too few."""
     few = 2 * (team.size if normalised else 1)
     dropped = n % size if n % size < few < n else 0
-    yield from _batches(train, torch.randperm(n, generator=shuffle)[: n - dropped], size, device, team)
+    return torch.randperm(n, generator=shuffle)[: n - dropped]
 
 
 def _batches(
