@@ -11,7 +11,9 @@ from aecore.variants.base import is_zero
 Noise = Literal["gaussian", "masking", "salt_and_pepper"]
 
 
-def corrupt(x: Float[Tensor, "batch ..."], noise: Noise, level: float | Float[Tensor, ""]) -> Float[Tensor, "batch ..."]:
+def corrupt(
+    x: Float[Tensor, "batch ..."], noise: Noise, level: float | Float[Tensor, ""]
+) -> Float[Tensor, "batch ..."]:
     """A corrupted copy of `x`, drawn from torch's global generator.
 
     Args:
