@@ -6,17 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from aecore.variants.base import is_zero
+
 Noise = Literal["gaussian", "masking", "salt_and_pepper"]
 
 
-def corrupt(x: Float[Tensor, "batch ..."], noise: Noise, level: float) -> Float[Tensor, "batch ..."]:
+def corrupt(
+    x: Float[Tensor, "batch ..."], noise: Noise, level: float | Float[Tensor, ""]
+) -> Float[Tensor, "batch ..."]:
     """A corrupted copy of `x`, drawn from torch's global generator.
 
     Args:
         noise: `gaussian` adds N(0, level^2); `masking` sets a share `level` of the features to 0; `salt_and_pepper`
             sets a share `level` of them to 0 or 1, each with probability one half.
     """
-    if level == 0:
+    if is_zero(level):
         return x
     if noise == "gaussian":
         return x + level * torch.randn_like(x)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from itertools import repeat
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aecore.checkpoint import Checkpoints
 from aecore.config import Fit, Precision
 from aecore.errors import DivergenceError
+from aecore.graphs import Replayed
 from aecore.networks import Terms
 from aecore.parallel import ALONE, Team
 from aecore.stream import Shuffled
@@ -27,8 +28,6 @@ Report = Callable[[int, dict[str, float]], None]
 _PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
 _CHECK_STEPS = 100
 """Between two looks at the terms where looking waits for the device."""
-_LARGE = 2**19
-"""Numbers of a tensor whose update does not wait for the other gradients; below, the calls cost what it saves."""
 
 
 class Fitted(NamedTuple):
@@ -83,91 +82,169 @@ def fit(
         MemoryError: not even half a batch fits. One that does not fit is cut in two, whose gradients are added up, for
             the rest of the fit; `parts` in the history says so.
     """
-    normalised = any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
+    normalised = _is_normalised(model)
     n = len(train) if isinstance(train, Shuffled) else len(train[0])
     steps = math.ceil(n / spec.batch_size)
     optimizer = _AdamW(model, spec.weight_decay)
-    shuffle = torch.Generator().manual_seed(seed)
     step_terms = torch.compile(terms) if compile else terms
-    history: list[dict[str, float]] = []
-    best: tuple[float, float] | None = None
-    best_epoch, best_weights, plateau = 0, {}, _Plateau()
-    saved = ""
-
-    kept = checkpoints.load() if checkpoints is not None else None
-    if kept is not None:
-        state, tensors = kept
-        history, best_epoch, plateau = state["history"], state["best_epoch"], _Plateau(*state["plateau"])
-        best = state["best"][0], state["best"][1]
-        best_weights = _unpack(tensors, model, optimizer, shuffle)
-        parts = max(parts, state["parts"])
-        saved = f"; epoch {len(history)} is kept in {checkpoints.place}" if checkpoints else ""
-        for number, past in enumerate(history, 1):
-            report(number, past)
+    course = _Course(model, optimizer, spec, seed, monitor, report, checkpoints, team.rank, parts)
+    parts = course.parts
+    totals: dict[str, Tensor] = {}
     if team.rank:
-        torch.manual_seed(seed + team.rank + len(history))  # other noise for other rows
-    due = checkpoints.clock() if checkpoints is not None and team.rank == 0 else repeat(False)
-    early = device.type == "cpu" and team.size == 1 and spec.clip is None
-    with _numerics(precision, device) as autocast, optimizer.hooked() if early else nullcontext():
+        torch.manual_seed(seed + team.rank + len(course.history))  # other noise for other rows
+    with _numerics(precision, device) as autocast:
         validate = partial(evaluate, model, rows=validation, device=device, seed=seed, autocast=autocast, team=team)
-        for epoch in range(len(history) + 1, spec.epochs + 1):
-            if spec.patience is not None and epoch - 1 - best_epoch >= spec.patience:
-                break
-            began = time.perf_counter()
-            model.train()
-            totals: dict[str, Tensor] = {}
-            rows = 0
-            batches = _shuffled(train, spec.batch_size, shuffle, device, team, normalised)
-            for step, (batch, share) in enumerate(batches):
-                rate = spec.lr * _schedule(spec, epoch - 1 + min(step / steps, 1)) * plateau.scale
-                optimizer.zero_grad(rate if early and parts == 1 else None)
-                if share:
-                    weight = share if team.size > 1 else 1.0
-                    losses: Terms = {}
-                    while not losses:
-                        try:
-                            losses = _backward(step_terms, batch, weight, autocast, parts)
-                        except (MemoryError, RuntimeError) as error:
-                            parts = _fewer_rows(error, parts, len(batch[0]))
-                            optimizer.zero_grad()
-                    rows += len(batch[0])
-                    _add(totals, losses, len(batch[0]))
-                    if device.type == "cpu" or step % _CHECK_STEPS == 0:
-                        _check(totals, f"in epoch {epoch}, batch {step + 1}", saved)
-                optimizer.gather(team)
-                if spec.clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
-                optimizer.step(rate)
-            _agree(model, team)
-            metrics = {f"train/{name}": _mean(total, rows, team) for name, total in totals.items()}
-            metrics["train/loss"] = sum(metrics.values())
-            scores = validate(terms, batch_size=scoring_rows)
-            scores["loss"] = sum(scores.values())
-            if measure is not None:
-                scores |= validate(measure, sums=True)
-            metrics |= {f"val/{name}": value for name, value in scores.items()}
-            _check(metrics, f"in epoch {epoch}", saved)
-            if parts > 1:
-                metrics["parts"] = parts
-            metrics["lr"], metrics["seconds"], metrics["time"] = rate, time.perf_counter() - began, time.time()
-            history.append(metrics)
-            report(epoch, metrics)
 
-            score = (scores[monitor], scores["loss"])
-            if best is None or score < best:
-                best, best_epoch = score, epoch
-                best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            if spec.schedule == "plateau":
-                plateau = plateau.after(scores["loss"])
-            # the last one serves a result that is lost on its way to where results are kept
-            last = epoch == spec.epochs or (spec.patience is not None and epoch - best_epoch >= spec.patience)
-            if checkpoints is not None and (next(due) or (last and team.rank == 0)):
-                state = {"history": history, "best": best, "best_epoch": best_epoch, "plateau": plateau, "parts": parts}
-                checkpoints.save(epoch, state, _pack(model, optimizer, shuffle, best_weights))
-                saved = f"; epoch {epoch} is kept in {checkpoints.place}"
-    model.load_state_dict(best_weights)
-    model.eval()
-    return Fitted(history, best_epoch)
+        def learn(rate: float | Tensor, batch: tuple[Tensor, ...], share: float) -> None:
+            """One step; the terms are added to the totals."""
+            nonlocal parts
+            optimizer.zero_grad()
+            if share:
+                weight = share if team.size > 1 else 1.0
+                losses: Terms = {}
+                while not losses:
+                    try:
+                        losses = _backward(step_terms, batch, weight, autocast, parts)
+                    except (MemoryError, RuntimeError) as error:
+                        parts = _fewer_rows(error, parts, len(batch[0]))
+                        optimizer.zero_grad()
+                _add(totals, losses, len(batch[0]))
+            optimizer.gather(team)
+            if spec.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
+            optimizer.step(rate)
+
+        replayed, rate_there = None, torch.zeros(())
+        if _can_be_captured(train, device, precision, compile, team):
+            # what a graph reads lies on the device, in single precision for AdamW's kernel there
+            rate_there = torch.zeros((), device=device, dtype=None if device.type == "cuda" else torch.float64)
+            replayed = Replayed(lambda *batch: learn(rate_there, batch, 1.0))
+        while not course.over:
+            epoch, began = course.epoch, time.perf_counter()
+            model.train()
+            for total in totals.values():
+                total.zero_()
+            rows = 0
+            batches = _shuffled(train, spec.batch_size, course.shuffle, device, team, normalised)
+            for step, (batch, share) in enumerate(batches):
+                rate = course.rate(step / steps)
+                if replayed is not None and parts == 1 and len(batch[0]) == spec.batch_size:
+                    rate_there.fill_(rate)
+                    replayed(*batch)
+                else:
+                    learn(rate, batch, share)
+                if share:
+                    rows += len(batch[0])
+                    if device.type == "cpu" or step % _CHECK_STEPS == 0:
+                        _check(totals, f"in epoch {epoch}, batch {step + 1}", course.saved)
+            _agree(model, team)
+            losses = {name: _mean(total, rows, team) for name, total in totals.items()}
+            scores = validate(terms, batch_size=scoring_rows)
+            sums = validate(measure, sums=True) if measure is not None else {}
+            course.end_epoch(losses, scores, sums, rate, time.perf_counter() - began, parts)
+    optimizer.zero_grad()
+    return course.end()
+
+
+class _Course:
+    """How far a fit has come, and what follows from it: the rate of a step, the best weights, when to stop.
+
+    It goes on from the newest checkpoint, whose epochs it reports again.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: "_AdamW", spec: Fit, seed: int, monitor: str,
+        report: Report = lambda epoch, metrics: None, checkpoints: Checkpoints | None = None, rank: int = 0,
+        parts: int = 1,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.spec, self.monitor, self.report = model, optimizer, spec, monitor, report
+        self.checkpoints, self.rank, self.parts = checkpoints, rank, parts
+        self.shuffle = torch.Generator().manual_seed(seed)
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, float] | None = None
+        self.best_epoch, self.best_weights, self.plateau = 0, dict[str, Tensor](), _Plateau()
+        self.saved = ""
+        """For messages: what is kept."""
+        kept = checkpoints.load() if checkpoints is not None else None
+        if checkpoints is not None and kept is not None:
+            state, tensors = kept
+            self.history, self.best_epoch = state["history"], state["best_epoch"]
+            self.best, self.plateau = (state["best"][0], state["best"][1]), _Plateau(*state["plateau"])
+            self.best_weights = _unpack(tensors, model, optimizer, self.shuffle)
+            self.parts = max(parts, state["parts"])
+            self.saved = f"; epoch {len(self.history)} is kept in {checkpoints.place}"
+            for number, past in enumerate(self.history, 1):
+                report(number, past)
+        self.due = checkpoints.clock() if checkpoints is not None and rank == 0 else repeat(False)
+
+    @property
+    def epoch(self) -> int:
+        """The one to come, from 1."""
+        return len(self.history) + 1
+
+    @property
+    def over(self) -> bool:
+        done, patience = len(self.history), self.spec.patience
+        return done >= self.spec.epochs or (patience is not None and done - self.best_epoch >= patience)
+
+    def rate(self, share: float) -> float:
+        """The learning rate after a share of the epoch to come."""
+        return self.spec.lr * _schedule(self.spec, self.epoch - 1 + min(share, 1)) * self.plateau.scale
+
+    def end_epoch(
+        self, losses: Mapping[str, float], scores: Mapping[str, float], sums: Mapping[str, float], rate: float,
+        seconds: float, parts: int = 1,
+    ) -> None:  # fmt: skip
+        """Report an epoch, keep its weights if they are the best, and write a checkpoint if one is due.
+
+        Args:
+            losses: terms of the objective, means over the training rows.
+            scores, sums: terms and further measures of the validation rows.
+            rate: of the last step.
+
+        Raises:
+            DivergenceError: a number is not finite.
+        """
+        epoch = self.epoch
+        metrics = {f"train/{name}": value for name, value in losses.items()}
+        metrics["train/loss"] = sum(metrics.values())
+        scores = {**scores, "loss": sum(scores.values()), **sums}
+        metrics |= {f"val/{name}": value for name, value in scores.items()}
+        _check(metrics, f"in epoch {epoch}", self.saved)
+        if parts > 1:
+            metrics["parts"] = parts
+        metrics["lr"], metrics["seconds"], metrics["time"] = rate, seconds, time.time()
+        self.history.append(metrics)
+        self.report(epoch, metrics)
+
+        score = (scores[self.monitor], scores["loss"])
+        if self.best is None or score < self.best:
+            self.best, self.best_epoch = score, epoch
+            self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if self.spec.schedule == "plateau":
+            self.plateau = self.plateau.after(scores["loss"])
+        # the last one serves a result that is lost on its way to where results are kept
+        if self.checkpoints is not None and (next(self.due) or (self.over and self.rank == 0)):
+            state = {
+                "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "plateau": self.plateau,
+                "parts": parts,
+            }  # fmt: skip
+            self.checkpoints.save(epoch, state, _pack(self.model, self.optimizer, self.shuffle, self.best_weights))
+            self.saved = f"; epoch {epoch} is kept in {self.checkpoints.place}"
+
+    def end(self) -> Fitted:
+        """Leave the model with its best weights."""
+        self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+        return Fitted(self.history, self.best_epoch)
+
+
+def _can_be_captured(
+    train: tuple[Tensor, ...] | Shuffled, device: torch.device, precision: Precision, compile: bool, team: Team
+) -> bool:
+    """Whether steps are replayed as a CUDA graph; a streamed set is bound by its reading, bf16 is untried."""
+    small = not isinstance(train, Shuffled) and team.size == 1
+    return device.type == "cuda" and small and not compile and precision != "bf16"
 
 
 class _AdamW:
@@ -183,31 +260,10 @@ class _AdamW:
         self.means = [torch.zeros_like(p) for p in self.params]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = torch.zeros((), device=self.params[0].device)
-        self.early: float | None = None
-        self.updated: set[int] = set()
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Inside, large tensors can be updated early."""
-        large = [number for number, p in enumerate(self.params) if p.numel() >= _LARGE]
-        hooks = [self.params[n].register_post_accumulate_grad_hook(partial(self._update_early, n)) for n in large]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def zero_grad(self, early: float | None = None) -> None:
-        """Let go of all gradients.
-
-        Args:
-            early: the learning rate at which to update a large tensor as soon as the backward pass has its gradient,
-                and to let go of that: one buffer, in the cache, then serves all of them, where a whole step's would go
-                back to the system and be cleared anew. It needs all of a gradient at once, and nothing of the others.
-        """
+    def zero_grad(self) -> None:
         for p in self.params:
             p.grad = None
-        self.early = early
 
     def gather(self, team: Team) -> None:
         """Add up the gradients of the team's parts of a batch; a worker whose part is empty adds nothing."""
@@ -216,26 +272,13 @@ class _AdamW:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             team.sum(p.grad for p in self.params if p.grad is not None)
 
-    def step(self, lr: float) -> None:
-        """Update all that were not updated early, in a pass that ran out of memory half-way included."""
-        if left := [number for number in range(len(self.params)) if number not in self.updated]:
-            self._update(left, lr)
-        self.updated.clear()
-        self.steps += 1
-
-    def _update_early(self, number: int, p: Tensor) -> None:
-        if self.early is not None:
-            self._update([number], self.early)
-            self.updated.add(number)
-            p.grad = None
-
     @torch.no_grad()
-    def _update(self, numbers: list[int], lr: float) -> None:
-        grads = [grad for number in numbers if (grad := self.params[number].grad) is not None]
-        assert len(grads) == len(numbers), "every trained parameter takes part in the loss"
+    def step(self, lr: float | Tensor) -> None:
+        grads = [p.grad for p in self.params if p.grad is not None]
+        assert len(grads) == len(self.params), "every trained parameter takes part in the loss"
+        self.steps += 1
         torch._fused_adamw_(
-            [self.params[number] for number in numbers], grads, [self.means[number] for number in numbers],
-            [self.squares[number] for number in numbers], [], [self.steps + 1] * len(grads),
+            self.params, grads, self.means, self.squares, [], [self.steps] * len(grads),
             lr=lr, beta1=0.9, beta2=0.999, weight_decay=self.weight_decay, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
@@ -251,10 +294,11 @@ def evaluate(
     sums: bool = False,
     batch_size: int = 2048,
     team: Team = ALONE,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means over all rows, in eval mode, with the same noise at every call with the same seed.
 
     Args:
+        terms: as `fit` takes them or, of several fits at once, a vector each; then the means are lists.
         sums: `terms` returns sums over a batch instead of means.
     """
     totals: dict[str, Tensor] = {}
@@ -345,15 +389,20 @@ def _add(totals: dict[str, Tensor], values: Terms, weight: int) -> None:
     """
     for name, value in values.items():
         if name not in totals:
-            totals[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            totals[name] = torch.zeros_like(value, dtype=torch.float64)
         totals[name].add_(value.detach(), alpha=weight)
 
 
-def _mean(total: Tensor, rows: int, team: Team) -> float:
-    """Mean over all rows; the one place that waits for the device."""
+def _mean(total: Tensor, rows: int, team: Team) -> Any:
+    """Mean over all rows, a number or, of several fits at once, a list; the one place that waits for the device."""
     count = torch.tensor(rows, dtype=torch.float64, device=total.device)
     team.sum([total, count])
-    return float(total / count)
+    return (total / count).tolist()
+
+
+def _is_normalised(model: nn.Module) -> bool:
+    """Whether it computes statistics of a batch."""
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
 
 
 def _agree(model: nn.Module, team: Team) -> None:
@@ -378,10 +427,14 @@ def _shuffled(
         for part, share in train.batches(size, seed, team.rank, team.size, least=2 if normalised else 0):
             yield tuple(torch.from_numpy(values).to(device) for values in part), share
         return
-    n = len(train[0])
+    yield from _batches(train, _permutation(len(train[0]), size, shuffle, normalised, team), size, device, team)
+
+
+def _permutation(n: int, size: int, shuffle: torch.Generator, normalised: bool, team: Team = ALONE) -> Tensor:
+    """The order of `n` rows in an epoch, without a last batch that has too few."""
     few = 2 * (team.size if normalised else 1)
     dropped = n % size if n % size < few < n else 0
-    yield from _batches(train, torch.randperm(n, generator=shuffle)[: n - dropped], size, device, team)
+    return torch.randperm(n, generator=shuffle)[: n - dropped]
 
 
 def _batches(

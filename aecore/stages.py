@@ -4,10 +4,11 @@ Each takes a hashed spec and the results of the stages it stands on, and returns
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from aecore.parallel import ALONE, Team
 from aecore.specs import FinetuneSpec, LayerSpec, PretrainSpec, ReferenceSpec
 from aecore.storage import Result, Weights
 from aecore.stream import Shuffled, Spread, Stream, in_turn
+from aecore.variants import Variant
 
 _RESIDENT_BYTES = 2**30
 """Largest set kept on the device as the floats that a layer reads."""
@@ -44,6 +46,28 @@ class Run(NamedTuple):
     spread: Spread = in_turn
     parts: int = 1
     """Into how many a batch is cut whose gradients are added up, where memory lacks."""
+    fit: Callable[..., Fitted] = fit
+    """The training loop, or what has several stages go through it as one: see `aecore.fused`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage minimises, (*batch) -> terms: a variant's loss or, without one, the cross-entropy of labels."""
+
+    model: nn.Module
+    read: nn.Module
+    """Makes of a batch what the model reads."""
+    variant: Variant | None
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Terms:
+        if self.variant is not None:
+            return self.variant.loss(cast(Any, self.model), self.read(x))
+        assert labels is not None
+        return {"cross_entropy": F.cross_entropy(self.model(self.read(x)).float(), labels)}
+
+    def errors(self, x: Tensor, labels: Tensor) -> Terms:
+        """How many rows are classified wrongly."""
+        return {"error": (self.model(self.read(x)).argmax(1) != labels).sum()}
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Result:
@@ -59,11 +83,8 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
     with _seeded(seed):
         layer = Layer(spec.layer).to(run.device)
 
-        def terms(x: Tensor) -> Terms:
-            return spec.variant.loss(layer, read(x))
-
-        fitted = fit(
-            layer, terms, train, validation, spec.fit, seed=seed, device=run.device,
+        fitted = run.fit(
+            layer, Objective(layer, read, spec.variant), train, validation, spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
             parts=run.parts,
@@ -113,19 +134,10 @@ def finetune(
             model.load_state_dict(own | {n: v for n, v in given.items() if same or not n.startswith("head.")})
         model = model.to(run.device)
 
-        def classify(x: Tensor, labels: Tensor) -> Terms:
-            return {"cross_entropy": F.cross_entropy(model(read(x)).float(), labels)}
-
-        def errors(x: Tensor, labels: Tensor) -> Terms:
-            return {"error": (model(read(x)).argmax(1) != labels).sum()}
-
-        def reconstruct(x: Tensor) -> Terms:
-            assert spec.variant is not None
-            return spec.variant.loss(net, read(x))
-
-        fitted = fit(
-            model, classify if supervised else reconstruct, train, validation, spec.fit, seed=seed, device=run.device,
-            measure=errors if supervised else None,
+        objective = Objective(model, read, None if supervised else spec.variant)
+        fitted = run.fit(
+            model, objective, train, validation, spec.fit, seed=seed, device=run.device,
+            measure=objective.errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,

@@ -283,6 +283,8 @@ class Share(NamedTuple):
     """Many short stages for a comparison: without Ray Train's start-up."""
     halved: frozenset[str] = frozenset()
     """Keys of stages that ran out of their node's memory: their batches are cut in two."""
+    fit: Callable[..., Any] | None = None
+    """Trains in place of `aecore.fit.fit`: see `aecore.fused`. It never leaves its process."""
 
 
 def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
@@ -573,6 +575,8 @@ def _execute(
                 run = stages.Run(
                     device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share), parts=parts
                 )
+                if share.fit is not None:
+                    run = run._replace(fit=share.fit)
                 result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result

@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from math import prod
+from functools import partial
+from math import ceil, prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
@@ -30,9 +31,11 @@ from aecore.specs import (
     layer_specs,
     resolve,
 )
+from aecore.storage import Result
 from pipelines.run import (
     Resources,
     Share,
+    Tell,
     check_reach,
     checkpoints_of,
     compute,
@@ -58,6 +61,8 @@ _OVERRIDES = {"variant", "network", "pretrain", "finetune", "settings"}
 _JUDGE = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)
 _TELL_SECONDS = 1.0
+_MOST_AS_ONE = 64
+"""Trials that are one Tune trial: with what a lost worker costs in mind; memory is looked after where they train."""
 
 
 class Range(Frozen):
@@ -443,17 +448,33 @@ class _Job:
         errors: dict[str, str] = {}
         stopped: dict[str, int] = {}
         for left in range(self.resources.retries, -1, -1):
-            choices = [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in members]
-            results = self._fit({"trial": tune.grid_search(choices)}, None, 1)
+            groups = [
+                [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in g] for g in self._groups(members)
+            ]
+            results = self._fit({"trials": tune.grid_search(groups)}, None, 1)
             failed, halted = self._outcome(results)
             stopped |= halted
-            lost = {self._member(*_choice(r.config)).stage.key for r in results if isinstance(r.error, RayActorError)}
+            dead = [choice for r in results if isinstance(r.error, RayActorError) for choice in _choices(r.config)]
+            lost = {self._member(*choice).stage.key for choice in dead}
             members = [m for m in members if left and m.stage.key in lost and m.stage.key in failed]
             errors |= {key: error for key, error in failed.items() if key not in {m.stage.key for m in members}}
             if not members:
                 break
             say(f"warning: {len(members)} trials lost their worker or node; once more")
         return errors, stopped
+
+    def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
+        """Trials that are to train as one: on GPUs, where no scheduler looks at each, those that differ in numbers
+        alone, but so that no GPU is idle."""
+        start_ray()
+        share = share_of(self.resources)
+        if not share.gpus or self.study.scheduler != "none":
+            return [[m] for m in members]
+        import ray
+
+        at_once = int(ray.cluster_resources().get("GPU", 0) / share.gpus)
+        at_once = max(1, min(at_once, self.resources.max_concurrent or at_once))
+        return grouped(members, min(_MOST_AS_ONE, ceil(len(members) / at_once)))
 
     def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
         """Let Optuna choose settings with the first seed, then run the best with the others."""
@@ -546,15 +567,15 @@ class _Job:
         errors: dict[str, str] = {}
         stopped: dict[str, int] = {}
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        for result in results:
-            row, settings, seed = _choice(result.config)
-            one = self._member(row, settings, seed)
+        for result, choice in [(one, choice) for one in results for choice in _choices(one.config)]:
+            one = self._member(*choice)
             key = one.stage.key
             if self.tracker.find(key):
                 continue
-            if result.error is not None:
+            told = (result.metrics or {}).get("errors", {})
+            if result.error is not None or key in told:
                 cause = getattr(result.error, "cause", None) or result.error
-                errors[key] = " ".join(str(cause).strip().splitlines()[-1].split())[:300]
+                errors[key] = told.get(key) or " ".join(str(cause).strip().splitlines()[-1].split())[:300]
                 self.tracker.fail(key, errors[key])
             elif not late and (epoch := (result.metrics or {}).get("epoch")):
                 stopped[key] = epoch
@@ -571,14 +592,15 @@ def _trial(
     config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: tuple[str, str, float, bool],
     parent: str, share: Share, data: "list[ObjectRef]",
 ) -> None:  # fmt: skip
-    """The body of a trial: restores or computes its stages in this process, and tells Tune of every epoch."""
+    """The body of a trial, or of several that train as one: restores or computes its stages in this process, and tells
+    Tune of every epoch."""
     import ray
     from ray import tune
 
     from pipelines.tracking import Tracker
 
-    one = member(study, *_choice(config), facts, numerics)
-    loaded = next(s for s in one.stages().values() if isinstance(s.spec, LoadSpec))
+    members = [member(study, *choice, facts, numerics) for choice in _choices(config)]
+    loaded = next(s for s in members[0].stages().values() if isinstance(s.spec, LoadSpec))
     told = 0.0
 
     def tell(stage: Stage, epoch: int, metrics: dict[str, float]) -> None:
@@ -592,9 +614,60 @@ def _trial(
             told = time.monotonic()
 
     done = {loaded.key: ray.get(data[0])}
-    result = run_trial(one.stage, Tracker(*store), parent, one.tags(), share, done, tell)
+    if len(members) > 1:
+        ended = run_as_one(members, Tracker(*store), parent, share, done, tell)
+        lines = {key: f"{type(e).__name__}: {e}" for key, e in ended.items() if isinstance(e, Exception)}
+        tune.report({"epoch": study.budget.epochs, "errors": {k: " ".join(v.split())[:300] for k, v in lines.items()}})
+        return
+    result = run_trial(members[0].stage, Tracker(*store), parent, members[0].tags(), share, done, tell)
     last = result.config["history"][-1]["val/reconstruction"]
     tune.report({"epoch": study.budget.epochs, "score": last, "chosen": result.metrics[study.choose_metric]})
+
+
+def grouped(members: Sequence[Member], most: int) -> list[list[Member]]:
+    """Trials that differ in numbers alone (see `aecore.fused`), so many together at most, in order."""
+    alike: dict[str, list[Member]] = {}
+    for m in members:
+        alike.setdefault(_but_for_numbers(m), []).append(m)
+    return [same[start : start + most] for same in alike.values() for start in range(0, len(same), most)]
+
+
+def _but_for_numbers(m: Member) -> str:
+    """What a trial's training has in common with those that it may be trained with."""
+    specs = [s.spec.model_dump(mode="json") for s in m.stages().values() if hasattr(s.spec, "fit")]
+    for spec in specs:
+        spec["seed"] = None
+        spec["fit"] = {name: spec["fit"][name] for name in ("epochs", "batch_size")}
+        for name, value in (spec["variant"] or {}).items():
+            if isinstance(value, float):
+                spec["variant"][name] = bool(value)
+    return fingerprint(*specs)
+
+
+def run_as_one(
+    members: Sequence[Member], tracker: "Tracker", parent: str, share: Share, done: dict[str, Any], tell: Tell,
+    everywhere: bool = False,
+) -> dict[str, Result | Exception]:  # fmt: skip
+    """Trials in this process, that train as one: each restores, computes and keeps its own stages in runs of its own,
+    and fails alone.
+
+    Args:
+        everywhere: on CPU, too.
+
+    Returns:
+        The measures of each, or what it failed with, by key.
+    """
+    import torch
+
+    from aecore.fused import together
+
+    def work(m: Member, fit: Callable[..., Any]) -> Result:
+        return run_trial(m.stage, tracker, parent, m.tags(), share._replace(fit=fit), dict(done), tell)
+
+    torch.set_num_threads(share.cpus)
+    with redirect_stdout(sys.stderr):  # as each does for itself, and not in turn
+        ended = together([partial(work, m) for m in members], everywhere)
+    return {m.stage.key: one for m, one in zip(members, ended, strict=True)}
 
 
 def _ended(
@@ -628,11 +701,11 @@ def _spent(m: Member, tracker: "Tracker", metric: str, unsupervised: bool) -> fl
     return sum(tracker.metrics(run_id).get(metric, 0) for run_id in runs if run_id)
 
 
-def _choice(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int]:
-    """Row, settings and seed of a trial, from Tune's config of either search."""
-    if "trial" in config:
-        return config["trial"]["row"], config["trial"]["settings"], config["trial"]["seed"]
-    return config["row"], _settings(config), config["seed"]
+def _choices(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
+    """Row, settings and seed of each trial that is one of Tune's, from its config of either search."""
+    if "trials" in config:
+        return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
+    return [(config["row"], _settings(config), config["seed"])]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -644,7 +717,8 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trial_name(trial: Any) -> str:
-    return trial_name(*_choice(trial.config))
+    first, *others = _choices(trial.config)
+    return trial_name(*first) + (f" and {len(others)} more" if others else "")
 
 
 def _below(stage: Stage) -> Iterator[Stage]:

@@ -1,7 +1,5 @@
-import copy
 import math
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +8,12 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from aecore import fit as fit_module
 from aecore.checkpoint import Checkpoints
 from aecore.config import Fit, Precision
 from aecore.data import Arrays
 from aecore.errors import DivergenceError
 from aecore.fit import Fitted, _AdamW, _schedule, evaluate, fit
-from aecore.networks import Layer, Stack, Terms
-from aecore.specs import LayerSpec
-from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant
+from aecore.networks import Terms
 
 CPU = torch.device("cpu")
 
@@ -32,13 +27,6 @@ class Affine(nn.Module):
 
     def terms(self, x: Tensor) -> Terms:
         return {"reconstruction": (self.decoder(self.encoder(x)) - x).square().sum(1).mean()}
-
-
-def dense(inputs: int, code: int, tied: bool) -> LayerSpec:
-    return LayerSpec(
-        kind="dense", in_shape=(inputs,), code_shape=(code,), activation="sigmoid", likelihood="gaussian",
-        out_activation="linear", levels=0, dropout=0, normalization="none", tied=tied,
-    )  # fmt: skip
 
 
 def run(vectors: Arrays, spec: Fit, seed: int = 0, code: int = 2) -> tuple[Affine, Fitted]:
@@ -72,27 +60,6 @@ def test_the_optimiser_is_torchs_adamw_bit_for_bit(weight_decay: float) -> None:
         mine.step(0.01)
         reference.step()
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
-
-
-@pytest.mark.parametrize(
-    ("variant", "tied"),
-    [(Plain(), False), (Plain(), True), (Sparse(), False), (Denoising(), True), (Contractive(), True)],
-    ids=["plain", "tied", "sparse", "denoising", "contractive"],
-)
-def test_early_updates_are_the_same_bit_for_bit(
-    vectors: Arrays, variant: Variant, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
-    found = []
-    for smallest in (2**62, 0):
-        monkeypatch.setattr(fit_module, "_LARGE", smallest)
-        torch.manual_seed(0)
-        net = Stack([Layer(dense(8, 6, tied)), Layer(dense(6, 3, tied))])
-        fitted = fit(net, partial(variant.loss, net), *rows, Fit(epochs=3, weight_decay=0.1), seed=0, device=CPU)
-        found.append(([epoch["val/loss"] for epoch in fitted.history], net.state_dict()))
-        assert all(p.grad is None for p in net.parameters()) == (smallest == 0)
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
 def test_same_seed_same_bits_and_another_seed_others(vectors: Arrays) -> None:
@@ -248,34 +215,6 @@ def test_a_batch_that_does_not_fit_is_cut_in_two(vectors: Arrays) -> None:
         pytest.raises(MemoryError, match="out of memory with 50 rows at once; lower batch_size or the widths"),
     ):
         fitted(40)
-
-
-def test_memory_that_lacks_half_way_back_updates_nothing_twice(
-    vectors: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fit_module, "_LARGE", 0)
-    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
-    torch.manual_seed(0)
-    model, seen = Affine(8, 2), []
-    reference = copy.deepcopy(model)
-
-    def lacks(grad: Tensor) -> None:
-        seen.append(len(grad))
-        if len(seen) == 1:
-            raise MemoryError
-
-    def terms(x: Tensor) -> Terms:
-        code = model.encoder(x)
-        if code.requires_grad:
-            code.register_hook(lacks)
-        return {"reconstruction": (model.decoder(code) - x).square().sum(1).mean()}
-
-    with pytest.warns(UserWarning, match="cut in two"):
-        fit(model, terms, *rows, Fit(epochs=1, batch_size=400), seed=0, device=CPU)
-    fit(reference, reference.terms, *rows, Fit(epochs=1, batch_size=400), seed=0, device=CPU)
-    # the one step of Adam moves each weight by the learning rate, by the gradient's sign
-    assert seen == [400, 200, 200]
-    assert torch.allclose(model.decoder.weight, reference.decoder.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from aecore.specs import LayerSpec
 
 
+def is_zero(number: float | Tensor) -> bool:
+    """Whether a weight or level is 0, known without looking on the device: fits that are trained as one (see
+    `aecore.fused`) have a tensor where their numbers differ, none of which is 0."""
+    return isinstance(number, float | int) and number == 0
+
+
 class Objective(Frozen, ABC):
     """A way to train an autoencoder: what it asks of the layer, and what it minimises."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from aecore.errors import InputError
-from aecore.variants.base import Objective
+from aecore.variants.base import Objective, is_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,6 @@ class Contractive(Objective):
         from aecore.jacobian import squared_norm
 
         terms = {"reconstruction": model.reconstruction_loss(model.encode(x), x)}
-        if self.weight:
+        if not is_zero(self.weight):
             terms["contraction"] = self.weight * squared_norm(model, x, self.probes).mean()
         return terms

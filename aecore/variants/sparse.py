@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from aecore.errors import InputError
-from aecore.variants.base import Objective
+from aecore.variants.base import Objective, is_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,9 +64,9 @@ class Sparse(Objective):
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
         code = model.encode(x)
         terms = {"reconstruction": model.reconstruction_loss(code, x)}
-        if self.weight and self.penalty == "l1":
+        if self.penalty == "l1" and not is_zero(self.weight):
             terms["l1"] = self.weight * code.abs().sum() / len(code)
-        elif self.weight and self.penalty == "kl":
+        elif self.penalty == "kl" and not is_zero(self.weight):
             terms["kl"] = self.weight * kl_to_rate(code, self.rate)
         return terms
 

@@ -1,0 +1,392 @@
+"""Fits that train as one: the numbers of separate ones, up to rounding; here on CPU, where studies never do so."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aecore import fused, stages
+from aecore.checkpoint import Checkpoints
+from aecore.config import Conv, Data, Dense, Fit, Network
+from aecore.data import Arrays, Split
+from aecore.errors import DivergenceError
+from aecore.fused import together
+from aecore.networks import Terms
+from aecore.specs import Facts, FinetuneSpec, Numerics, PretrainSpec, layer_specs
+from aecore.storage import Result
+from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
+from pipelines.run import Share
+from pipelines.study import Member, Study, expand, grouped, run_as_one
+from pipelines.tracking import Tracker
+from tests.test_checkpoint import KilledError, until
+
+FITS = (
+    Fit(epochs=3), Fit(epochs=3, lr=3e-3, weight_decay=0.1, schedule="cosine"),
+    Fit(epochs=3, lr=5e-3, clip=2.0, schedule="plateau"),
+)  # fmt: skip
+SAME = 1e-4
+"""Largest relative difference, of what isn't random, after some epochs."""
+
+
+@pytest.fixture
+def fusions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many fits each fused one consists of."""
+    sizes: list[int] = []
+    fit_as_one = fused.fit_as_one
+
+    def counted(jobs: Any) -> Any:
+        sizes.append(len(jobs))
+        return fit_as_one(jobs)
+
+    monkeypatch.setattr(fused, "fit_as_one", counted)
+    return sizes
+
+
+NETWORK, DATA = Dense(widths=(12, 6)), Data()
+
+
+def tuning(
+    facts: Facts, variant: Variant, fit: Fit, seed: int, network: Network = NETWORK, data: Data = DATA
+) -> FinetuneSpec:  # fmt: skip
+    layers = layer_specs(network, data, facts, variant.code_activation)
+    built = (*layers[:-1], variant.build(layers[-1], len(layers)))
+    return FinetuneSpec(
+        layers=built, task="reconstruct", classes=(), variant=variant, fit=fit, seed=seed, numerics=Numerics(),
+        served=False,
+    )  # fmt: skip
+
+
+def works(specs: list[FinetuneSpec], data: Arrays, **run: Any) -> list[Callable[..., Result]]:
+    return [lambda fit, spec=spec: stages.finetune(spec, stages.Run(fit=fit, **run), data=data) for spec in specs]
+
+
+def few(digits: tuple[Facts, Arrays], rows: int = 300) -> tuple[Facts, Arrays]:
+    facts, arrays = digits
+    cut = {name: Split(split.x[:rows], split.y[:rows]) for name, split in arrays._asdict().items() if name == "train"}
+    return facts, arrays._replace(**cut)
+
+
+def differ(one: Result, two: Any, but: tuple[str, ...] = ("seconds", "time")) -> float:
+    """The largest relative difference of their curves."""
+    assert isinstance(two, Result), two
+    assert len(one.config["history"]) == len(two.config["history"])
+    pairs = [
+        (before[name], after[name])
+        for before, after in zip(one.config["history"], two.config["history"], strict=True)
+        for name in before.keys() | after.keys()
+        if name not in but
+    ]
+    return max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
+
+
+NETWORKS: dict[str, tuple[Network, list[Variant], Data]] = {
+    "plain": (Dense(widths=(12, 6)), [Plain()] * 3, Data()),
+    "gaussian": (Dense(widths=(12,), tied=True, normalization="layer"), [Plain()] * 3, Data(likelihood="gaussian")),
+    "l1": (Dense(widths=(12,)), [Sparse(weight=w) for w in (0.1, 0.2, 0.3)], Data()),
+    "kl": (Dense(widths=(12,)), [Sparse(penalty="kl", rate=r) for r in (0.1, 0.2, 0.3)], Data()),
+    "topk": (Dense(widths=(12,)), [Sparse(penalty="topk")] * 3, Data(likelihood="continuous_bernoulli")),
+    "contractive": (Dense(widths=(12, 6)), [Contractive(weight=w, probes=None) for w in (0.1, 0.2, 0.3)], Data()),
+    "conv": (
+        Conv(widths=(4, 6), dense=(5,)), [Contractive(weight=0.1, probes=None)] * 3, Data(likelihood="categorical")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_as_one_they_are_what_they_are_alone(
+    case: str, digits: tuple[Facts, Arrays], fusions: list[int]
+) -> None:  # fmt: skip
+    network, variants, data = NETWORKS[case]
+    facts, arrays = few(digits, 200 if case == "conv" else 300)
+    specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    state = torch.get_rng_state()
+    ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [3] and torch.equal(state, torch.get_rng_state())
+    for one, two in zip(alone, ended, strict=True):
+        assert differ(one, two) < SAME
+        assert isinstance(two, Result) and one.config["best_epoch"] == two.config["best_epoch"]
+        assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-3) for name in one.weights)
+
+
+def test_batch_statistics_are_each_ones_own(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = few(digits)
+    network = Dense(widths=(12, 6), normalization="batch")
+    specs = [tuning(facts, Plain(), fit, n, network) for n, fit in enumerate(FITS)]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    for one, two in zip(alone, together(works(specs, arrays), everywhere=True), strict=True):
+        # a bias before the normalisation has no gradient but rounding, which Adam scales up; running means follow it
+        assert differ(one, two, ("seconds", "time", "val/reconstruction", "val/loss")) < SAME
+        assert isinstance(two, Result) and differ(one, two) < 0.05
+        counted = next(name for name in one.weights if name.endswith("num_batches_tracked"))
+        assert one.weights[counted] == two.weights[counted]
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [Denoising(level=level) for level in (0.1, 0.2, 0.3)],
+        [Denoising(noise="gaussian", level=level) for level in (0.1, 0.2, 0.3)],
+        [Variational(beta=beta) for beta in (0.5, 1.0, 2.0)],
+        [Contractive(weight=weight) for weight in (0.1, 0.2, 0.3)],
+    ],
+)
+def test_what_is_random_agrees_on_average(
+    variants: list[Variant], digits: tuple[Facts, Arrays], fusions: list[int]
+) -> None:
+    facts, arrays = digits
+    specs = [tuning(facts, variant, Fit(epochs=3), n) for n, variant in enumerate(variants)]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [3]
+    for one, two in zip(alone, ended, strict=True):
+        assert isinstance(two, Result)
+        last, other = one.config["history"][-1], two.config["history"][-1]
+        assert other["train/reconstruction"] == pytest.approx(last["train/reconstruction"], rel=0.03)
+        assert other["val/loss"] == pytest.approx(last["val/loss"], rel=0.05)
+        assert other["train/reconstruction"] != last["train/reconstruction"]
+
+
+def test_each_draws_noise_of_its_own_and_the_same_at_every_validation(
+    digits: tuple[Facts, Arrays], fusions: list[int]
+) -> None:
+    facts, arrays = few(digits)
+    twins = [tuning(facts, Denoising(level=0.3), Fit(epochs=3, lr=1e-12), 0)] * 2
+    one, two = together(works(twins, arrays), everywhere=True)
+    assert isinstance(one, Result) and isinstance(two, Result) and fusions == [2]
+    first, second = one.config["history"], two.config["history"]
+    assert first[0]["train/loss"] != second[0]["train/loss"] != second[1]["train/loss"]
+    assert first[0]["val/loss"] == pytest.approx(first[2]["val/loss"], rel=1e-6)
+
+
+def test_layers_on_layers_and_classifiers_train_as_one(digits: tuple[Facts, Arrays], fusions: list[int]) -> None:
+    """Rows that each has for itself: codes of its own lower layer, and its own labelled rows."""
+    facts, arrays = few(digits)
+    built = layer_specs(Dense(widths=(12, 6)), Data(), facts)
+
+    def work(seed: int, fit: Callable[..., Any]) -> tuple[Result, Result]:
+        run, below = stages.Run(fit=fit), list[Result]()
+        for number, layer in enumerate(built, 1):
+            spec = PretrainSpec(
+                number=number, layer=layer, variant=Plain(), fit=FITS[seed], seed=seed, numerics=Numerics()
+            )
+            below.append(stages.pretrain_layer(spec, run, data=arrays, below=below))
+        tuned = FinetuneSpec(
+            layers=tuple(built), task="classify", classes=facts.classes, variant=None, fit=FITS[seed], seed=seed,
+            numerics=Numerics(), labels=100, served=False,
+        )  # fmt: skip
+        return below[-1], stages.finetune(tuned, run, data=arrays, layers=below)
+
+    alone = [work(seed, stages.fit) for seed in range(3)]
+    ended = together([partial(work, seed) for seed in range(3)], everywhere=True)
+    assert fusions == [3, 3, 3]
+    for one, two in zip(alone, ended, strict=True):
+        assert not isinstance(two, Exception)
+        assert differ(one[0], two[0]) < SAME and differ(one[1], two[1]) < SAME
+
+
+def test_rows_that_need_preparing_at_each_step(
+    digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch, fusions: list[int]
+) -> None:
+    facts, arrays = few(digits)
+    monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
+    specs = [tuning(facts, Plain(), fit, n) for n, fit in enumerate(FITS)]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [3] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
+
+
+def test_one_that_diverges_or_stops_leaves_the_others_alone(digits: tuple[Facts, Arrays], fusions: list[int]) -> None:
+    facts, arrays = few(digits)
+    specs = [
+        tuning(facts, Plain(), Fit(epochs=6), 0), tuning(facts, Plain(), Fit(epochs=6, lr=1e30), 1),
+        tuning(facts, Plain(), Fit(epochs=6, lr=0.2, patience=1), 2),
+    ]  # fmt: skip
+    alone = [stages.finetune(specs[n], stages.Run(), data=arrays) for n in (0, 2)]
+    assert len(alone[1].config["history"]) < 6
+    ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [3]
+    assert isinstance(ended[1], DivergenceError)
+    assert "train/reconstruction is" in str(ended[1]) and "in epoch 1, batch 2" in str(ended[1])
+    assert differ(alone[0], ended[0]) < SAME and differ(alone[1], ended[2]) < 1e-2  # so large a rate is chaos
+
+
+def test_on_cpu_and_where_more_than_numbers_differ_each_is_trained_alone_to_the_bit(
+    digits: tuple[Facts, Arrays], fusions: list[int]
+) -> None:
+    facts, arrays = few(digits)
+    alike = [tuning(facts, Denoising(), FITS[0], n) for n in range(2)]
+    other = [alike[0], tuning(facts, Denoising(), FITS[0].model_copy(update={"batch_size": 32}), 1)]
+    another = [alike[0], tuning(facts, Denoising(level=0.0), FITS[0], 1)]
+    wider = [alike[0], tuning(facts, Denoising(), FITS[0], 0, Dense(widths=(13, 6)))]
+    for specs, everywhere in ((alike, False), (other, True), (another, True), (wider, True)):
+        alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+        ended = together(works(specs, arrays), everywhere)
+        for one, two in zip(alone, ended, strict=True):
+            assert isinstance(two, Result) and differ(one, two) == 0
+            assert all(np.array_equal(one.weights[name], two.weights[name]) for name in one.weights)
+    assert fusions == []
+
+
+def test_each_goes_on_from_its_own_checkpoint_and_alone_if_need_be(
+    digits: tuple[Facts, Arrays], tmp_path: Path, fusions: list[int]
+) -> None:
+    facts, arrays = few(digits)
+    specs = [tuning(facts, Plain(), Fit(epochs=5, lr=lr, schedule="cosine"), n) for n, lr in enumerate((1e-3, 2e-3))]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    places = [Checkpoints(str(tmp_path / str(n)), seconds=0) for n in range(2)]
+
+    def killable(n: int, fit: Callable[..., Any], epoch: int = 0) -> Result:
+        run = stages.Run(fit=fit, checkpoints=places[n], report=until(epoch, []))
+        return stages.finetune(specs[n], run, data=arrays)
+
+    # both are killed in their third epoch, then one of them, which goes on by itself, in its fourth
+    ended = together([partial(killable, n, epoch=3) for n in range(2)], everywhere=True)
+    assert all(isinstance(one, KilledError) for one in ended)
+    with pytest.raises(KilledError):
+        killable(1, stages.fit, 4)
+    one, two = together([partial(killable, n) for n in range(2)], everywhere=True)
+    assert fusions == [2]
+    assert differ(alone[0], one) < SAME and differ(alone[1], two) < SAME
+
+
+def test_what_cannot_be_vmapped_is_trained_in_turn(digits: tuple[Facts, Arrays], fusions: list[int]) -> None:
+    facts, arrays = few(digits)
+
+    class Stubborn(Plain):
+        def loss(self, model: Any, x: Tensor) -> Terms:
+            terms = super().loss(model, x)
+            return terms if float(terms["reconstruction"].detach()) > 0 else {}
+
+    specs = [
+        tuning(facts, Plain(), FITS[0], n).model_copy(update={"variant": Stubborn()}) for n in range(2)
+    ]  # fmt: skip
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    with pytest.warns(UserWarning, match="2 fits cannot be trained as one"):
+        ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [2] and [differ(one, two) for one, two in zip(alone, ended, strict=True)] == [0, 0]
+
+
+def test_where_memory_lacks_fewer_are_trained_at_once(
+    digits: tuple[Facts, Arrays], fusions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, arrays = few(digits)
+    step = fused._Fits.step
+
+    def tight(self: Any, index: Tensor, rates: Tensor) -> None:
+        if len(index) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, index, rates)
+
+    monkeypatch.setattr(fused._Fits, "step", tight)
+    specs = [tuning(facts, Plain(), FITS[0], n) for n in range(4)]
+    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    ended = together(works(specs, arrays), everywhere=True)
+    assert fusions == [4, 2, 2] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
+
+
+def test_an_interrupt_ends_all(digits: tuple[Facts, Arrays]) -> None:
+    facts, arrays = few(digits)
+    unwound: list[int] = []
+
+    def interrupted(n: int, fit: Callable[..., Any]) -> Result:
+        def report(epoch: int, metrics: dict[str, float]) -> NoReturn:
+            raise KeyboardInterrupt
+
+        try:
+            run = stages.Run(fit=fit, report=report)
+            return stages.finetune(tuning(facts, Plain(), FITS[0], n), run, data=arrays)
+        finally:
+            unwound.append(n)
+
+    with pytest.raises(KeyboardInterrupt):
+        together([partial(interrupted, n) for n in range(3)], everywhere=True)
+    assert sorted(unwound) == [0, 1, 2]
+
+
+STUDY = Study.model_validate({
+    "base": {"data": {"limit": 300}, "network": {"kind": "dense", "widths": [12, 6]}},
+    "variants": {
+        "plain": {"settings": {"finetune.lr": [1e-3, 1e30]}}, "stacked": {"pretrain": {}},
+        "sparse": {"variant": {"kind": "sparse"}, "settings": {"variant.weight": [0.0, 0.1, 0.2]}},
+    },
+    "seeds": [0, 1],
+    "budget": {"epochs": 3},
+    "labels": {"counts": [], "fit": {"epochs": 1}},
+})  # fmt: skip
+
+
+def trials(digits: tuple[Facts, Arrays]) -> list[Member]:
+    return [m for m in expand(STUDY, digits[0], Numerics()) if m.kind not in ("pca", "random")]
+
+
+def test_a_study_groups_what_differs_in_numbers(digits: tuple[Facts, Arrays]) -> None:
+    found = grouped(trials(digits), 64)
+    named = [[m.name for m in group] for group in found]
+    assert named == [
+        [f"plain finetune.lr={lr} seed={seed}" for lr in ("0.001", "1e+30") for seed in (0, 1)],
+        ["stacked seed=0", "stacked seed=1"],
+        ["sparse variant.weight=0 seed=0", "sparse variant.weight=0 seed=1"],
+        [f"sparse variant.weight={weight} seed={seed}" for weight in ("0.1", "0.2") for seed in (0, 1)],
+    ]
+    assert [len(group) for group in grouped(trials(digits), 3)] == [3, 1, 2, 2, 3, 1]
+
+
+def test_trials_as_one_are_those_of_a_study(
+    digits: tuple[Facts, Arrays], tracker: Tracker, tmp_path_factory: pytest.TempPathFactory, fusions: list[int]
+) -> None:
+    """Keys, runs and, up to rounding, numbers; what was finished is restored, and what fails fails alone."""
+    from aecore.data import load
+    from pipelines.run import run_trial
+    from pipelines.tracking import connect
+
+    facts = digits[0]
+    group = [m for m in trials(digits) if m.row == "plain"][:3]  # the third diverges
+    other = connect(f"sqlite:///{tmp_path_factory.mktemp('alone')}/mlflow.db", "test")
+    assert other is not None
+    share = Share(0, 1, 0, study=True)
+    loaded = next(s for s in group[0].stages().values() if not s.kept)
+    done = {loaded.key: load(loaded.spec.data, facts)}  # type: ignore[attr-defined]
+    told: list[str] = []
+
+    def tell(stage: Any, epoch: int, metrics: dict[str, float]) -> None:
+        told.append(stage.name)
+
+    with other.job_run("test", "alone", {}, {}) as top:
+        alone = [run_trial(m.stage, other, top, m.tags(), share, dict(done), tell) for m in group[:2]]
+    with tracker.job_run("test", "as one", {}, {}) as top:
+        ended = run_as_one(group, tracker, top, share, done, tell, everywhere=True)
+        assert list(ended) == [m.stage.key for m in group]
+        assert isinstance(ended[group[2].stage.key], DivergenceError)
+        assert fusions == [3, 2]  # the whole, then the classifiers of those that are left
+        found = {run.data.tags["stage.key"]: run for run in tracker._search("tags.`stage.fn` LIKE '%'", 100)}
+        for m, before in zip(group, alone, strict=False):
+            after = ended[m.stage.key]
+            assert isinstance(after, Result)
+            for name, value in before.metrics.items():
+                if not name.endswith("_seconds"):
+                    assert after.metrics[name] == pytest.approx(value, rel=0.02, abs=0.02), name
+            assert after.metrics["test/reconstruction_mse"] == pytest.approx(
+                before.metrics["test/reconstruction_mse"], rel=SAME
+            )
+            run = found[m.stage.key]
+            assert run.data.tags["row"] == "plain" and run.info.run_name == m.name
+            for key, stage in m.stages().items():
+                if stage.kept:
+                    mine, theirs = tracker.find(key), other.find(key)
+                    assert mine and theirs
+                    curves = [t.metrics(r).get("val/loss") for t, r in ((tracker, mine), (other, theirs))]
+                    assert curves[0] == pytest.approx(curves[1], rel=SAME)
+                    if key != m.stage.key:
+                        assert found[key].data.tags["mlflow.parentRunId"] == run.info.run_id
+        bad = found[group[2].stage.key]
+        assert bad.info.status == "FAILED" and "DivergenceError" in bad.data.tags["error"]
+        told.clear()
+        fusions.clear()
+        again = run_as_one(group[:2], tracker, top, share, done, tell, everywhere=True)
+        assert not told and not fusions and all(isinstance(one, Result) for one in again.values())

@@ -1,0 +1,141 @@
+"""Steps that are captured once and replayed. Without a GPU what is captured is called instead: the same bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aecore import fit as loop
+from aecore import graphs, stages
+from aecore.checkpoint import Checkpoints
+from aecore.config import Fit
+from aecore.data import Arrays
+from aecore.graphs import Replayed
+from tests.test_checkpoint import KilledError, same, spec, until
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
+FITS = [{}, {"schedule": "cosine", "clip": 0.5, "weight_decay": 0.1}, {"schedule": "plateau", "patience": 2}]
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What was captured; each is called in place of its replay."""
+    found: list[Callable[[], None]] = []
+
+    def capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
+        found.append(step)
+        return step
+
+    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: True)
+    monkeypatch.setattr(graphs, "capture", capture)
+    return found
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_replayed_step_is_the_step(
+    fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch, captures: list[Callable[[], None]]
+) -> None:
+    replayed = stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors)
+    assert len(captures) == 1
+    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
+    assert same(replayed, stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors))
+
+
+def test_a_replayed_fit_goes_on_from_its_checkpoint(
+    vectors: Arrays, tmp_path: Path, captures: list[Callable[[], None]]
+) -> None:
+    unbroken = stages.pretrain_layer(spec(), stages.Run(), data=vectors)
+    place = Checkpoints(str(tmp_path), seconds=0)
+    with pytest.raises(KilledError):
+        stages.pretrain_layer(spec(), stages.Run(report=until(5, []), checkpoints=place), data=vectors)
+    assert same(unbroken, stages.pretrain_layer(spec(), stages.Run(checkpoints=place), data=vectors))
+    assert len(captures) == 3
+
+
+def test_a_short_batch_is_not_replayed(monkeypatch: pytest.MonkeyPatch, captures: list[Callable[[], None]]) -> None:
+    sizes: list[int] = []
+    call = Replayed.__call__
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *batch: sizes.append(len(batch[0])) or call(self, *batch))
+    model = torch.nn.Linear(2, 2)
+    rows = (torch.randn(70, 2),)
+    loop.fit(
+        model, lambda x: {"r": (model(x) - x).square().mean()}, rows, rows, Fit(epochs=2, batch_size=16), seed=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert sizes == [16] * 8 and len(captures) == 1
+
+
+def test_inputs_are_read_anew_at_every_replay(captures: list[Callable[[], None]]) -> None:
+    seen: list[float] = []
+    step = Replayed(lambda x: seen.append(float(x)))
+    for value in range(6):
+        step(torch.tensor(float(value)))
+    assert seen == [0, 1, 2, 3, 4, 5] and len(captures) == 1
+
+
+def test_what_cannot_be_captured_is_called_after_one_warning(
+    vectors: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    eager = stages.pretrain_layer(spec(), stages.Run(), data=vectors)
+    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: True)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as warned:
+        assert same(eager, stages.pretrain_layer(spec(), stages.Run(), data=vectors))
+    assert len(warned) == 1
+
+
+def test_only_what_gains_by_it_is_captured() -> None:
+    rows, gpu, cpu = (torch.zeros(1),), torch.device("cuda"), torch.device("cpu")
+    assert loop._can_be_captured(rows, gpu, "fp32", False, loop.ALONE)
+    assert not loop._can_be_captured(rows, cpu, "fp32", False, loop.ALONE)
+    assert not loop._can_be_captured(rows, gpu, "bf16", False, loop.ALONE)
+    assert not loop._can_be_captured(rows, gpu, "fp32", True, loop.ALONE)
+    assert not loop._can_be_captured(rows, gpu, "fp32", False, loop.Team(0, 2))
+
+
+@cuda
+@pytest.mark.parametrize("fit", FITS)
+def test_on_a_gpu_the_graph_gives_the_losses_of_eager_steps(
+    fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stages.Run(torch.device("cuda"))
+    replayed = stages.pretrain_layer(spec(**fit), run, data=vectors)
+    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
+    eager = stages.pretrain_layer(spec(**fit), run, data=vectors)
+    for one, two in zip(replayed.config["history"], eager.config["history"], strict=True):
+        assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-6)
+        assert one["val/loss"] == pytest.approx(two["val/loss"], rel=1e-6)
+
+
+@cuda
+def test_on_a_gpu_noise_differs_from_replay_to_replay() -> None:
+    kept = torch.zeros(10, 4, device="cuda")
+    at = torch.zeros((), dtype=torch.long, device="cuda")
+
+    def step(x: Tensor) -> None:
+        kept.index_copy_(0, at[None], (x + torch.randn(4, device="cuda"))[None])
+        at.add_(1)
+
+    replayed = Replayed(step)
+    for _ in range(10):
+        replayed(torch.zeros(4, device="cuda"))
+    assert len(np.unique(kept[:, 0].cpu().numpy())) == 10
+
+
+@cuda
+def test_on_a_gpu_a_fit_goes_on_from_its_checkpoint(vectors: Arrays, tmp_path: Path) -> None:
+    run = stages.Run(torch.device("cuda"))
+    unbroken = stages.pretrain_layer(spec(), run, data=vectors)
+    place = Checkpoints(str(tmp_path), seconds=0)
+    with pytest.raises(KilledError):
+        stages.pretrain_layer(spec(), run._replace(report=until(5, []), checkpoints=place), data=vectors)
+    resumed = stages.pretrain_layer(spec(), run._replace(checkpoints=place), data=vectors)
+    for one, two in zip(unbroken.config["history"], resumed.config["history"], strict=True):
+        assert one["val/loss"] == pytest.approx(two["val/loss"], rel=1e-6)
