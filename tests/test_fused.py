@@ -15,6 +15,7 @@ from aecore.checkpoint import Checkpoints
 from aecore.config import Conv, Data, Dense, Fit, Network
 from aecore.data import Arrays, Split
 from aecore.errors import DivergenceError
+from aecore.fit import fit
 from aecore.fused import together
 from aecore.networks import Terms
 from aecore.specs import Facts, FinetuneSpec, Numerics, PretrainSpec, layer_specs
@@ -67,8 +68,8 @@ def works(specs: list[FinetuneSpec], data: Arrays, **run: Any) -> list[Callable[
 
 def few(digits: tuple[Facts, Arrays], rows: int = 300) -> tuple[Facts, Arrays]:
     facts, arrays = digits
-    cut = {name: Split(split.x[:rows], split.y[:rows]) for name, split in arrays._asdict().items() if name == "train"}
-    return facts, arrays._replace(**cut)
+    assert arrays.train.y is not None
+    return facts, arrays._replace(train=Split(arrays.train.x[:rows], arrays.train.y[:rows]))
 
 
 def differ(one: Result, two: Any, but: tuple[str, ...] = ("seconds", "time")) -> float:
@@ -182,7 +183,7 @@ def test_layers_on_layers_and_classifiers_train_as_one(digits: tuple[Facts, Arra
         )  # fmt: skip
         return below[-1], stages.finetune(tuned, run, data=arrays, layers=below)
 
-    alone = [work(seed, stages.fit) for seed in range(3)]
+    alone = [work(seed, fit) for seed in range(3)]
     ended = together([partial(work, seed) for seed in range(3)], everywhere=True)
     assert fusions == [3, 3, 3]
     for one, two in zip(alone, ended, strict=True):
@@ -249,7 +250,7 @@ def test_each_goes_on_from_its_own_checkpoint_and_alone_if_need_be(
     ended = together([partial(killable, n, epoch=3) for n in range(2)], everywhere=True)
     assert all(isinstance(one, KilledError) for one in ended)
     with pytest.raises(KilledError):
-        killable(1, stages.fit, 4)
+        killable(1, fit, 4)
     one, two = together([partial(killable, n) for n in range(2)], everywhere=True)
     assert fusions == [2]
     assert differ(alone[0], one) < SAME and differ(alone[1], two) < SAME
@@ -310,7 +311,7 @@ def test_an_interrupt_ends_all(digits: tuple[Facts, Arrays]) -> None:
 
 
 STUDY = Study.model_validate({
-    "base": {"data": {"limit": 300}, "network": {"kind": "dense", "widths": [12, 6]}},
+    "base": {"data": {"limit": 300}, "network": {"kind": "dense", "widths": [12, 6]}, "pretrain": None},
     "variants": {
         "plain": {"settings": {"finetune.lr": [1e-3, 1e30]}}, "stacked": {"pretrain": {}},
         "sparse": {"variant": {"kind": "sparse"}, "settings": {"variant.weight": [0.0, 0.1, 0.2]}},

@@ -15,6 +15,7 @@ from aecore.checkpoint import Checkpoints
 from aecore.config import Fit
 from aecore.data import Arrays
 from aecore.graphs import Replayed
+from aecore.parallel import ALONE, Team
 from tests.test_checkpoint import KilledError, same, spec, until
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none")
@@ -59,7 +60,12 @@ def test_a_replayed_fit_goes_on_from_its_checkpoint(
 def test_a_short_batch_is_not_replayed(monkeypatch: pytest.MonkeyPatch, captures: list[Callable[[], None]]) -> None:
     sizes: list[int] = []
     call = Replayed.__call__
-    monkeypatch.setattr(Replayed, "__call__", lambda self, *batch: sizes.append(len(batch[0])) or call(self, *batch))
+
+    def counted(self: Replayed, *batch: torch.Tensor) -> None:
+        sizes.append(len(batch[0]))
+        call(self, *batch)
+
+    monkeypatch.setattr(Replayed, "__call__", counted)
     model = torch.nn.Linear(2, 2)
     rows = (torch.randn(70, 2),)
     loop.fit(
@@ -93,11 +99,11 @@ def test_what_cannot_be_captured_is_called_after_one_warning(
 
 def test_only_what_gains_by_it_is_captured() -> None:
     rows, gpu, cpu = (torch.zeros(1),), torch.device("cuda"), torch.device("cpu")
-    assert loop._can_be_captured(rows, gpu, "fp32", False, loop.ALONE)
-    assert not loop._can_be_captured(rows, cpu, "fp32", False, loop.ALONE)
-    assert not loop._can_be_captured(rows, gpu, "bf16", False, loop.ALONE)
-    assert not loop._can_be_captured(rows, gpu, "fp32", True, loop.ALONE)
-    assert not loop._can_be_captured(rows, gpu, "fp32", False, loop.Team(0, 2))
+    assert loop._can_be_captured(rows, gpu, "fp32", False, ALONE)
+    assert not loop._can_be_captured(rows, cpu, "fp32", False, ALONE)
+    assert not loop._can_be_captured(rows, gpu, "bf16", False, ALONE)
+    assert not loop._can_be_captured(rows, gpu, "fp32", True, ALONE)
+    assert not loop._can_be_captured(rows, gpu, "fp32", False, Team(0, 2))
 
 
 @cuda

@@ -204,9 +204,10 @@ def stub(
     """The body of a trial that computes nothing."""
     from ray import tune
 
-    from pipelines.study import _choice, member
+    from pipelines.study import _choices, member
 
-    one = member(study, *_choice(config), facts, numerics)
+    ((row, settings, seed),) = _choices(config)
+    one = member(study, row, settings, seed, facts, numerics)
     run = Tracker(*store).open_run(one.stage, parent, more=one.tags())
     run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
