@@ -23,11 +23,11 @@ from tests.benchmarks.tables import last, show
 
 ROOT, HOOK = Path(__file__).parents[2], Path(__file__).parent / "hook"
 PARTS = (
-    "training", "figures", "imports of workers", "other work of stages", "start and end of Ray", "MLflow: import",
-    "MLflow: store", "MLflow: calls", "data and hashes", "the rest",
+    "training", "imports of workers", "measures", "figures", "other work of stages", "start and end of Ray",
+    "MLflow: import", "MLflow: store", "MLflow: calls", "data and hashes", "the rest",
 )  # fmt: skip
 """Of what goes on at once, the first of these counts, so that they add up to the whole."""
-OWN = ("training", "other work of stages")
+OWN = ("training", "measures", "other work of stages")
 """Stages' own work; what is left is orchestration."""
 
 
@@ -135,7 +135,8 @@ def part_of(note: Note, driver: int) -> str | None:
     if note.kind in ("mlflow", "store") and note.process == driver and not note.main:
         return None  # nobody waits for it
     return {
-        "fit": "training", "figures": "figures", "stage": "other work of stages", "ray": "start and end of Ray",
+        "fit": "training", "measure": "measures", "figures": "figures", "stage": "other work of stages",
+        "ray": "start and end of Ray",
         "import ray": "start and end of Ray", "import mlflow": "MLflow: import", "store": "MLflow: store",
         "mlflow": "MLflow: calls", "data": "data and hashes", "import": None,
     }[note.kind]  # fmt: skip

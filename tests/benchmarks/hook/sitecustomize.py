@@ -33,6 +33,7 @@ CALLS = {
     "aecore.stages": {"pretrain_layer": "stage", "finetune": "stage", "reference": "stage"},
     "aecore.evaluation": {"evaluate": "stage", "measure": "stage"},
     "aecore.figures": {"*": "figures"},
+    "aecore.metrics": {"linear_probe": "measure", "nearest": "measure", "clusters": "measure"},
     "aecore.data": {"inspect": "data", "load": "data"},
     "aecore.fingerprint": {"fingerprint": "data"},
 }
