@@ -134,7 +134,11 @@ def measure(root: Path | None, epochs: tuple[int, int] = (10, 15), seeds: int = 
     specs = layers((64,))
     works = [partial(pretrain, data, specs, 2, seed) for seed in range(seeds)]
     one_by_one = wall(lambda: [work() for work in works])
-    as_one = wall(lambda: fused.together([lambda fit, work=work: work(fit=fit) for work in works]))
+
+    def given(work: Callable[..., list[Result]]) -> Callable[[Any], list[Result]]:
+        return lambda fit: work(fit=fit)
+
+    as_one = wall(lambda: fused.together([given(work) for work in works]))
     fits = [
         {f"{seeds} seeds of 784-64": "one after another", "s": one_by_one},
         {f"{seeds} seeds of 784-64": "as one", "s": as_one, "times quicker": one_by_one / as_one},
