@@ -219,9 +219,10 @@ def trials(quick: bool) -> list[dict[str, Any]]:
     body = study._trial
     study._trial = stub
     try:
-        for count in TRIALS[: 1 if quick else None]:
-            with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
-                tracker = connect(f"sqlite:///{folder}/mlflow.db", "growth")
+        # one folder for all: Ray's later workers start where it has started
+        with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
+            for count in TRIALS[: 1 if quick else None]:
+                tracker = connect(f"sqlite:///{folder}/{count}/mlflow.db", "growth")
                 assert tracker is not None
                 wanted = study.Study(
                     base=Experiment(pretrain=None, finetune=Finetune(task="reconstruct"), network=Dense(widths=(4,))),
@@ -238,8 +239,8 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                     errors, _ = job.trials(members, lambda line: None)
                     seconds = time.perf_counter() - began
                 assert not errors and len(tracker.trials(top, "plain")) == count
-            found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
-            print(found[-1], flush=True)
+                found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
+                print(found[-1], flush=True)
     finally:
         study._trial = body
     return found
