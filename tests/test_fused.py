@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aecore import fused, stages
+from aecore import fused, graphs, stages
 from aecore.checkpoint import Checkpoints
 from aecore.config import Conv, Data, Dense, Fit, Network
 from aecore.data import Arrays, Split
@@ -289,6 +289,41 @@ def test_where_memory_lacks_fewer_are_trained_at_once(
     alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [4, 2, 2] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
+
+
+def test_the_step_of_all_is_captured_as_one(
+    digits: tuple[Facts, Arrays], fusions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU what is captured is called instead: the same bits."""
+    facts, arrays = few(digits)
+    specs = [tuning(facts, Denoising(level=0.1 * (n + 1)), fit, n) for n, fit in enumerate(FITS)]
+    captures: list[Callable[[], None]] = []
+
+    def capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
+        captures.append(step)
+        return step
+
+    called = together(works(specs, arrays), everywhere=True)
+    monkeypatch.setattr(fused, "_can_be_captured", lambda *args: True)
+    monkeypatch.setattr(graphs, "capture", capture)
+    replayed = together(works(specs, arrays), everywhere=True)
+    assert fusions == [3, 3] and len(captures) == 1
+    for one, two in zip(called, replayed, strict=True):
+        assert isinstance(one, Result) and differ(one, two) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on CPU nothing is fused unasked, and there is no GPU")
+@pytest.mark.parametrize("case", ["plain", "kl", "topk", "conv"])
+def test_on_a_gpu_as_one_they_are_what_they_are_alone(
+    case: str, digits: tuple[Facts, Arrays], fusions: list[int]
+) -> None:  # fmt: skip
+    network, variants, data = NETWORKS[case]
+    facts, arrays = few(digits)
+    device = torch.device("cuda")
+    specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
+    alone = [stages.finetune(spec, stages.Run(device), data=arrays) for spec in specs]
+    ended = together(works(specs, arrays, device=device))
+    assert fusions == [3] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
 
 
 def test_an_interrupt_ends_all(digits: tuple[Facts, Arrays]) -> None:
