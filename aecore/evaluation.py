@@ -3,6 +3,7 @@
 Both score the selected weights on the test split; nothing is chosen by what they find there.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -48,9 +49,9 @@ def evaluate(
     finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder. Of a streamed set, accuracy
     and reconstruction error are those of all test rows, everything else is of its sample.
     """
-    import scipy.linalg  # noqa: F401  brings its own BLAS, which is to be limited, too
     from threadpoolctl import threadpool_limits
 
+    importlib.import_module("scipy.linalg")  # brings a BLAS of its own, which is to be limited, too
     # figures are drawn while the measures are taken; scikit-learn sets the same limit here and there and then puts back
     # what it found, which of two threads may be what the other has set
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as pen:
@@ -201,7 +202,12 @@ def measure(
         right = [_classify(c, prepare, data.test.x, run.device) == data.test.y for c in classifiers]
         curves["labels"] = {
             "counts": [min(count, len(data.train.x)) for count in spec.labels],
-            "probe": [_probe_with(count, spec.seed, codes, data) for count in spec.labels],
+            "probe": [
+                _probe_with(count, spec.seed, codes, data)
+                if count < len(data.train.x)
+                else float(arrays["correct/probe"].mean())
+                for count in spec.labels
+            ],
             "finetuned": [float(r.mean()) for r in right],
         }
         if right:
@@ -246,28 +252,28 @@ def _reconstruction(
 
 def _probe_with(count: int, seed: int, codes: list[np.ndarray], data: Arrays) -> float:
     """Test accuracy of the probe with `count` labelled rows, the same that the finetuned classifier had."""
-    (x, y), rows = data.train, np.arange(len(data.train.x))
+    x, y = data.train
     assert y is not None and data.validation.y is not None and data.test.y is not None
-    if count < len(x):
-        rows = cut(rows, y, count, "labels", seed)[1]
+    rows = cut(np.arange(len(x)), y, count, "labels", seed)[1]
     probe = metrics.linear_probe((codes[0][rows], y[rows]), (codes[1], data.validation.y))
     return float((probe.predict(codes[2]) == data.test.y).mean())
 
 
 def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarray | None) -> dict[str, Any]:
     """Error of the clean test rows' restoration, and accuracy of the probe, by level of each noise."""
+
+    def point(noisy: Tensor) -> dict[str, float]:
+        code = _over(net.encode, noisy, net)
+        found = {"mse": metrics.reconstruction_mse(x, _over(net.mean, code, net))}
+        if probe is not None:
+            found["accuracy"] = float((probe.predict(_numpy(code.flatten(1))) == y).mean())
+        return found
+
+    clean = point(x)
     curves: dict[str, Any] = {}
     for noise, levels in NOISES.items():
-        curve: dict[str, list[float]] = {"levels": [0.0, *levels], "mse": []}
-        if probe is not None:
-            curve["accuracy"] = []
-        for level in curve["levels"]:
-            noisy = _seeded_noise(x, noise, level)
-            code = _over(net.encode, noisy, net)
-            curve["mse"].append(metrics.reconstruction_mse(x, _over(net.mean, code, net)))
-            if probe is not None:
-                curve["accuracy"].append(float((probe.predict(_numpy(code.flatten(1))) == y).mean()))
-        curves[noise] = curve
+        points = [clean, *(point(_seeded_noise(x, noise, level)) for level in levels)]
+        curves[noise] = {"levels": [0.0, *levels], **{name: [p[name] for p in points] for name in clean}}
     return curves
 
 

@@ -407,9 +407,10 @@ def _kind(job: Job, everywhere: bool) -> str:
     """What jobs must have in common to be trained as one; nothing if this one cannot be."""
     options, rows = job.options, job.train
     device = options["device"]
+    if isinstance(rows, Shuffled):
+        return ""
     fusible = (
         isinstance(job.terms, Objective)
-        and not isinstance(rows, Shuffled)
         and (everywhere or device.type == "cuda")
         and all(tensor.device.type == device.type for tensor in (*rows, *job.validation))
         and options.get("team", ALONE).size == 1
@@ -427,7 +428,7 @@ def _kind(job: Job, everywhere: bool) -> str:
         (name, type(module), {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"})
         for name, module in _Called(job.terms).named_modules()
     ]
-    shapes = [(tensor.shape, tensor.dtype) for tensor in (*rows, *job.validation)]  # type: ignore[misc]
+    shapes = [(tensor.shape, tensor.dtype) for tensor in (*rows, *job.validation)]
     chosen = [options.get(name) for name in ("monitor", "precision", "scoring_rows")]
     # AdamW's kernel counts the steps for all
     done = len(kept[0]["history"]) if kept else 0

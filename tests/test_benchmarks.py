@@ -54,5 +54,6 @@ def test_the_gpu_benchmark_says_that_there_is_none_and_its_pipeline_trains_here_
     )
     assert (done.returncode, done.stderr) == (2, "error: no CUDA GPU here; run this where there is one\n")
     data = gpu.rows(None)
-    few = data._replace(train=Split(data.train.x[:200], data.train.y[:200]))  # type: ignore[index]
+    assert data.train.y is not None
+    few = data._replace(train=Split(data.train.x[:200], data.train.y[:200]))
     assert gpu.pipeline(few, (1, 1), "cpu") > 0

@@ -18,7 +18,7 @@ from aecore.errors import DivergenceError
 from aecore.fit import fit
 from aecore.fused import together
 from aecore.networks import Terms
-from aecore.specs import Facts, FinetuneSpec, Numerics, PretrainSpec, layer_specs
+from aecore.specs import Facts, FinetuneSpec, LoadSpec, Numerics, PretrainSpec, layer_specs
 from aecore.storage import Result
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.run import Share
@@ -387,7 +387,8 @@ def test_trials_as_one_are_those_of_a_study(
     assert other is not None
     share = Share(0, 1, 0, study=True)
     loaded = next(s for s in group[0].stages().values() if not s.kept)
-    done = {loaded.key: load(loaded.spec.data, facts)}  # type: ignore[attr-defined]
+    assert isinstance(loaded.spec, LoadSpec)
+    done = {loaded.key: load(loaded.spec.data, facts)}
     told: list[str] = []
 
     def tell(stage: Any, epoch: int, metrics: dict[str, float]) -> None:

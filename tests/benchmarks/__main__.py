@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import growth, jobs, study
-from tests.benchmarks.tables import last, show
+from tests.benchmarks.tables import last
 
 
 def trained(root: Path, quick: bool) -> list[dict[str, Any]]:
     training: Any = importlib.import_module("tests.benchmarks.training")  # torch, which the others start without
-    rows = training.measure(root, 1 if quick else 5, [64] if quick else [64, 256, 1024])
-    show("An epoch of 60,000 rows", rows)
-    return rows
+    training.torch.set_num_threads(os.cpu_count() or 1)
+    found = (
+        training.measure(root, 1, [64], ["dense"], 6_400, memory=False)
+        if quick
+        else training.measure(root, 5, [64, 256, 1024])
+    )
+    print(training.table(found), flush=True)
+    return found
 
 
 BENCHMARKS: dict[str, Callable[[Path, bool], Any]] = {

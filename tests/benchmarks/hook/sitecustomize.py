@@ -97,6 +97,7 @@ class Finder(importlib.abc.MetaPathFinder):
                 note(IMPORTS[name], began)
             wrap(module, CALLS.get(name, {}))
 
+        # of this one loader, in place: another in its stead would hide what else the import system asks a loader for
         spec.loader.exec_module = watched  # type: ignore[method-assign]
         return spec
 
