@@ -21,6 +21,7 @@ from aecore.graphs import Replayed
 from aecore.networks import Terms
 from aecore.parallel import ALONE, Team
 from aecore.stream import Shuffled
+from aecore.tape import Taped
 
 Report = Callable[[int, dict[str, float]], None]
 """Called once an epoch with its number, from 1, and its metrics."""
@@ -65,7 +66,8 @@ def fit(
     is left out, since batch statistics need two.
 
     Args:
-        terms: (*batch) -> weighted terms of the objective, whose sum is minimised.
+        terms: (*batch) -> weighted terms of the objective, whose sum is minimised. Steps are recorded and repeated:
+            all that it does has to be done by operations on tensors.
         train: tensors of equal length, cut into batches together.
         validation: the same for the validation rows, scored in eval mode with the same noise at every epoch.
         measure: (*batch) -> further sums over the rows of a batch (counts of errors, say), for validation only.
@@ -114,11 +116,26 @@ def fit(
                 nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
             optimizer.step(rate)
 
-        replayed, rate_there = None, torch.zeros(())
+        # what a repeated step reads lies on the device, in single precision for AdamW's kernel on a GPU
+        rate_there = torch.zeros((), device=device, dtype=None if device.type == "cuda" else torch.float64)
+        repeated: Callable[..., None] | None = None
         if _can_be_captured(train, device, precision, compile, team):
-            # what a graph reads lies on the device, in single precision for AdamW's kernel there
-            rate_there = torch.zeros((), device=device, dtype=None if device.type == "cuda" else torch.float64)
-            replayed = Replayed(lambda *batch: learn(rate_there, batch, 1.0))
+            repeated = Replayed(lambda *batch: learn(rate_there, batch, 1.0))
+        elif device.type == "cpu" and team.size == 1 and not compile:
+            repeated = Taped(lambda *batch: learn(rate_there, batch, 1.0))
+
+        def learn_quickly(rate: float, batch: tuple[Tensor, ...], share: float) -> None:
+            """`learn`, repeated where it can be."""
+            nonlocal parts
+            if repeated is None or parts > 1 or len(batch[0]) != spec.batch_size:
+                return learn(rate, batch, share)
+            rate_there.fill_(rate)
+            try:
+                repeated(*batch)
+            except (MemoryError, RuntimeError) as error:
+                parts = _fewer_rows(error, parts, len(batch[0]))
+                learn(rate, batch, share)
+
         while not course.over:
             epoch, began = course.epoch, time.perf_counter()
             model.train()
@@ -128,11 +145,7 @@ def fit(
             batches = _shuffled(train, spec.batch_size, course.shuffle, device, team, normalised)
             for step, (batch, share) in enumerate(batches):
                 rate = course.rate(step / steps)
-                if replayed is not None and parts == 1 and len(batch[0]) == spec.batch_size:
-                    rate_there.fill_(rate)
-                    replayed(*batch)
-                else:
-                    learn(rate, batch, share)
+                learn_quickly(rate, batch, share)
                 if share:
                     rows += len(batch[0])
                     if device.type == "cpu" or step % _CHECK_STEPS == 0:

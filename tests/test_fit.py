@@ -112,17 +112,19 @@ def test_epochs_are_reported_once_each_as_they_end(vectors: Arrays) -> None:
 
 def test_every_row_is_seen_once_an_epoch_in_another_order(vectors: Arrays) -> None:
     torch.manual_seed(0)
-    model, seen = Affine(8, 2), []
+    model, rows = Affine(8, 2), ((torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),))
+    n = len(vectors.train.x)
+    seen, count = torch.zeros(2 * n), torch.zeros((), dtype=torch.long)
 
     def terms(x: Tensor) -> Terms:
-        if model.training:
-            seen.append(x[:, 0])
+        if model.training:  # by operations on tensors, which a repeated step does, too
+            seen.index_copy_(0, count + torch.arange(len(x)), x[:, 0])
+            count.add_(len(x))
         return model.terms(x)
 
-    rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     fit(model, terms, *rows, Fit(epochs=2, batch_size=64), seed=0, device=CPU)
-    first, second = torch.cat(seen[:7]), torch.cat(seen[7:])
-    assert len(seen) == 14 and not torch.equal(first, second)
+    first, second = seen.split(n)
+    assert int(count) == 2 * n and not torch.equal(first, second)
     assert torch.equal(first.sort().values, rows[0][0][:, 0].sort().values)
     assert torch.equal(second.sort().values, rows[0][0][:, 0].sort().values)
 
@@ -175,18 +177,19 @@ def test_a_term_that_is_not_finite_stops_with_its_name(vectors: Arrays) -> None:
 
 
 def test_divergence_names_the_step_and_what_is_kept(vectors: Arrays, tmp_path: Path) -> None:
-    model, steps = Affine(8, 2), [0]
+    model, steps = Affine(8, 2), torch.zeros(())
 
     def terms(x: Tensor) -> Terms:
-        steps[0] += model.training
-        return {name: value * (math.inf if steps[0] == 11 else 1) for name, value in model.terms(x).items()}
+        if model.training:
+            steps.add_(1)
+        return {name: value * torch.where(steps == 11, math.inf, 1.0) for name, value in model.terms(x).items()}
 
     rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     place = Checkpoints(str(tmp_path / "kept"), 0.0)
     said = rf"train/reconstruction is inf in epoch 3, batch 3: .*; epoch 2 is kept in {place.place}"
     with pytest.raises(DivergenceError, match=said):
         fit(model, terms, *rows, Fit(epochs=9, batch_size=100), seed=0, device=CPU, checkpoints=place)
-    assert steps[0] == 11 and place.load() is not None
+    assert int(steps) == 11 and place.load() is not None
 
 
 def test_a_batch_that_does_not_fit_is_cut_in_two(vectors: Arrays) -> None:
