@@ -3,7 +3,9 @@
 Each takes all trials that are to be compared, one for each row and seed, so that a row has one colour in all figures.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +24,7 @@ from aecore.figures import (
     SKY,
     bare,
     legible,
+    plane,
     png,
     show,
     titled,
@@ -288,13 +291,15 @@ def codes_maps(trials: Sequence[Seen], classes: Sequence[str]) -> bytes | None:
     rows = _first(trials, "map")
     if not rows:
         return None
+    with ThreadPoolExecutor(os.cpu_count()) as mappers:
+        maps = dict(zip(rows, mappers.map(lambda trial: plane(trial.arrays["map"]), rows.values()), strict=True))
     agreement = {}
     for row, trial in rows.items():
-        if "map_labels" in trial.arrays and len(trial.arrays["map"]) > 1:
-            plane, labels = trial.arrays["map"], trial.arrays["map_labels"]
-            neighbour = cKDTree(plane).query(plane, 2)[1][:, 1]
+        if "map_labels" in trial.arrays and len(maps[row]) > 1:
+            labels = trial.arrays["map_labels"]
+            neighbour = cKDTree(maps[row]).query(maps[row], 2)[1][:, 1]
             agreement[row] = float((labels[neighbour] == labels).mean())
-    title = f"Codes of {len(next(iter(rows.values())).arrays['map'])} test rows in a plane"
+    title = f"Codes of {len(next(iter(maps.values())))} test rows in a plane"
     if agreement:
         best, worst = _best(agreement, higher=True), _best(agreement, higher=False)
         title += (
@@ -307,18 +312,18 @@ def codes_maps(trials: Sequence[Seen], classes: Sequence[str]) -> bytes | None:
     for axes in grid:
         bare(axes)
     for axes, (row, trial) in zip(grid, rows.items(), strict=False):
-        plane, known = trial.arrays["map"], trial.arrays.get("map_labels")
+        points, known = maps[row], trial.arrays.get("map_labels")
         axes.set_title(f"{row}, {_percent(agreement[row])}" if row in agreement else row, fontsize=_FONT)
         if known is None:
-            axes.scatter(plane[:, 0], plane[:, 1], s=3, color=looks(trials)[row].colour, linewidths=0)
+            axes.scatter(points[:, 0], points[:, 1], s=3, color=looks(trials)[row].colour, linewidths=0)
             continue
         for number, name in enumerate(map(legible, classes)):
-            points, colour = plane[known == number], CLASS_COLOURS[number % len(CLASS_COLOURS)]
-            axes.scatter(points[:, 0], points[:, 1], s=3, color=colour, linewidths=0)
-            if len(points):
+            own, colour = points[known == number], CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            axes.scatter(own[:, 0], own[:, 1], s=3, color=colour, linewidths=0)
+            if len(own):
                 box = {"facecolor": "white", "alpha": 0.75, "pad": 0.6, "lw": 0}
                 style: dict[str, Any] = {"fontsize": _FONT, "fontweight": "bold", "ha": "center", "va": "center"}
-                axes.text(*np.median(points, 0), name, color=colour, bbox=box, **style)
+                axes.text(*np.median(own, 0), name, color=colour, bbox=box, **style)
     return png(figure)
 
 

@@ -4,8 +4,9 @@ Both score the selected weights on the test split; nothing is chosen by what the
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -137,7 +138,8 @@ def _variant_pictures(
         if isinstance(spec.variant, Denoising) and images:
             # half more noise than it was trained with: what it does where it has not been
             level = 1.5 * spec.variant.level
-            noisy = _seeded_noise(x[:_SHOWN], spec.variant.noise, level)
+            with _same_noise(x.device):
+                noisy = corrupt(x[:_SHOWN], spec.variant.noise, level)
             name = f"{spec.variant.noise.replace('_', ' ')} noise, {level:g}"
             restored = _numpy(stack.reconstruct(noisy))
             return {"restored": pen.submit(figures.triptych, _numpy(x[:_SHOWN]), _numpy(noisy), restored, name)}
@@ -180,8 +182,8 @@ def measure(
         A result with `metrics`; curves in `config`: `history` of training, `labels` (counts, probe, finetuned),
         `robustness` by noise (levels, mse, accuracy), `contraction` (radius, ratio); and arrays in `weights`: `sse`
         (rows,) and `correct/...` (rows,) of the test rows; with `spec.pictures` also `inputs`, `reconstructed`,
-        `corrupted`, `restored`, `map`, `map_labels`, `codes`, `filters`, and of a variational one `samples` and
-        `manifold`.
+        `corrupted`, `restored`, `filters`, `codes` and, of more rows and all units, to be mapped, `map`, its
+        `map_labels`, and of a variational one `samples` and `manifold`.
     """
     prepare = prepared(data, run.device)
     data = held(data)
@@ -236,18 +238,18 @@ def _reconstruction(
     net: Stack, prepare: Prepare, data: Arrays, x: Tensor
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Errors of the test rows x, and of the validation rows, by which settings are chosen."""
-    squares = (x - _over(net.reconstruct, x, net)).square().flatten(1)
+    errors = _over(lambda rows: (rows - net.reconstruct(rows)).square().flatten(1).sum(1), x, net)
+    total = float(errors.sum(dtype=torch.float64))
     centre = metrics.over_batches(prepare, data.train.x, x.device).mean(0)
-    spread = (x - centre).square().flatten(1).sum(1)
     held_out = metrics.over_batches(prepare, data.validation.x, x.device)
     scores = {
-        "test/reconstruction_mse": float(squares.mean(dtype=torch.float64)),
-        "test/reconstruction_sse": float(squares.sum(1).mean(dtype=torch.float64)),
+        "test/reconstruction_mse": total / x.numel(),
+        "test/reconstruction_sse": total / len(x),
         # of the squared error that the training rows' mean makes
-        "test/unexplained": float(squares.sum(dtype=torch.float64) / spread.sum(dtype=torch.float64)),
+        "test/unexplained": total / (metrics.reconstruction_mse(x, centre.expand_as(x)) * x.numel()),
         "val/reconstruction_mse": metrics.reconstruction_mse(held_out, _over(net.reconstruct, held_out, net)),
     }
-    return scores, {"sse": _numpy(squares.sum(1))}
+    return scores, {"sse": _numpy(errors)}
 
 
 def _probe_with(count: int, seed: int, codes: list[np.ndarray], data: Arrays) -> float:
@@ -262,26 +264,32 @@ def _probe_with(count: int, seed: int, codes: list[np.ndarray], data: Arrays) ->
 def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarray | None) -> dict[str, Any]:
     """Error of the clean test rows' restoration, and accuracy of the probe, by level of each noise."""
 
-    def point(noisy: Tensor) -> dict[str, float]:
-        code = _over(net.encode, noisy, net)
-        found = {"mse": metrics.reconstruction_mse(x, _over(net.mean, code, net))}
+    def point(noise: Noise, level: float) -> dict[str, float]:
+        error, codes = 0.0, []
+        with _same_noise(x.device), torch.no_grad():
+            for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(net.first.spec))):
+                code = net.encode(corrupt(rows, noise, level))
+                error += metrics.squared_error(rows, net.mean(code))
+                codes.append(_numpy(code.flatten(1)))
+        found = {"mse": error / x.numel()}
         if probe is not None:
-            found["accuracy"] = float((probe.predict(_numpy(code.flatten(1))) == y).mean())
+            found["accuracy"] = float((probe.predict(np.concatenate(codes)) == y).mean())
         return found
 
-    clean = point(x)
+    clean = point("gaussian", 0.0)
     curves: dict[str, Any] = {}
     for noise, levels in NOISES.items():
-        points = [clean, *(point(_seeded_noise(x, noise, level)) for level in levels)]
+        points = [clean, *(point(noise, level) for level in levels)]
         curves[noise] = {"levels": [0.0, *levels], **{name: [p[name] for p in points] for name in clean}}
     return curves
 
 
-def _seeded_noise(x: Tensor, noise: Noise, level: float) -> Tensor:
-    """The same noise for every model."""
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """What is drawn meanwhile is the same for every model."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return corrupt(x, noise, level)
+        yield
 
 
 def _units(net: Stack, codes: np.ndarray) -> dict[str, float]:
@@ -320,8 +328,7 @@ def _contraction(net: Stack, x: Tensor, codes: np.ndarray) -> tuple[dict[str, fl
 
 def _bound(net: Stack, variant: Variational, x: Tensor) -> dict[str, float]:
     """The evidence lower bound of the test rows, its parts, and, of binarised rows, the likelihood estimate; nats."""
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
+    with _same_noise(x.device), torch.no_grad():
         binary = torch.bernoulli(x) if net.likelihood == "bernoulli" else x
         bound = generation.bound(net, binary if variant.binarize else x)
         found = {
@@ -355,7 +362,8 @@ def _pictures(
     net: Stack, spec: MeasureSpec, x: Tensor, codes: np.ndarray, y: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     shown = x[:_SHOWN]
-    corrupted = _seeded_noise(shown[: _SHOWN // 2], *RESTORED)
+    with _same_noise(x.device):
+        corrupted = corrupt(shown[: _SHOWN // 2], *RESTORED)
     with torch.no_grad():
         found = {
             "inputs": _numpy(shown),
@@ -363,7 +371,7 @@ def _pictures(
             "corrupted": _numpy(corrupted),
             "restored": _numpy(net.reconstruct(corrupted)),
             "codes": codes[:64, :256],
-            "map": figures.plane(codes[:_MAPPED]),
+            "map": codes[:_MAPPED],  # as they are: only those that a report shows are mapped
         }
         if y is not None:
             found["map_labels"] = y[:_MAPPED]
@@ -418,7 +426,7 @@ def _codes(stack: Stack, prepare: Prepare, split: Split, device: torch.device) -
 def _over(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Tensor:
     """`fn` of the rows of x, in batches that hold what the stack's outputs take."""
     with torch.no_grad():
-        return torch.cat([fn(rows) for rows in x.split(scoring_rows(stack.first.spec))])
+        return torch.cat([fn(rows) for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(stack.first.spec)))])
 
 
 def _splits(data: Arrays) -> tuple[Split, Split, Split]:

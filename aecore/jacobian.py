@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aecore.config import Activation
 from aecore.kernels import linear
-from aecore.networks import Autoencoder, Layer
+from aecore.networks import Autoencoder, Layer, Stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,8 @@ def squared_norm(
     Args:
         probes: random directions a row; None is exact.
     """
+    if isinstance(model, Stack) and len(model.layers) == 1:
+        model = model.first
     if isinstance(model, Layer) and model.spec.kind == "dense" and model.spec.normalization == "none":
         affine = model.encoder.affine
         assert affine.bias is not None
