@@ -294,7 +294,10 @@ def _told(place: str, error: ValidationError) -> str:
 def member(
     study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
 ) -> Member:  # fmt: skip
-    """One trial of a row."""
+    """One trial of a row, or of a reference."""
+    for kind in REFERENCES:
+        if row == kind:
+            return reference(study, kind, seed, facts, numerics)
     experiment = experiment_of(study, row, settings, seed)
     label = f"{trial_name(row, settings, seed)}: "
     try:
@@ -367,14 +370,21 @@ def _classify(
 
 
 def shared(members: Sequence[Member]) -> list[Stage]:
-    """The stages that several trials stand on, and all of the references', in an order in which they can run."""
-    uses = Counter(key for m in members for key in m.stages())
+    """The stages that several trials stand on, in an order in which they can run."""
+    used = [set(m.stages()) for m in members if m.kind not in REFERENCES]
+    used += [{key for m in same for key in m.stages()} for same in _references(members)]
+    uses = Counter(key for keys in used for key in keys)
     stages: dict[str, Stage] = {}
     for m in members:
         for key, stage in m.stages().items():
             stages.setdefault(key, stage)
-    ours = {key for m in members if m.kind in REFERENCES for key in m.stages()}
-    return [s for key, s in stages.items() if s.kept and (uses[key] > 1 or key in ours)]
+    return [stage for key, stage in stages.items() if stage.kept and uses[key] > 1]
+
+
+def _references(members: Sequence[Member]) -> list[list[Member]]:
+    """Those of each kind, which are one of Tune's trials: seeds share what a reference is made of."""
+    kinds = [[m for m in members if m.kind == kind] for kind in REFERENCES]
+    return [same for same in kinds if same]
 
 
 def run(
@@ -401,7 +411,7 @@ def run(
     before = _finished(members, tracker)
     if missing:
         job.prepare(missing, say)
-        failed, halted = job.trials([m for m in missing if m.kind not in REFERENCES], say)
+        failed, halted = job.trials(missing, say)
         errors |= failed
         stopped |= halted
     if study.search == "optuna":
@@ -468,13 +478,14 @@ class _Job:
         alone, but so that no GPU is idle."""
         start_ray()
         share = share_of(self.resources)
+        last, members = _references(members), [m for m in members if m.kind not in REFERENCES]
         if not share.gpus or self.study.scheduler != "none":
-            return [[m] for m in members]
+            return [[m] for m in members] + last
         import ray
 
         at_once = int(ray.cluster_resources().get("GPU", 0) / share.gpus)
         at_once = max(1, min(at_once, self.resources.max_concurrent or at_once))
-        return grouped(members, min(_MOST_AS_ONE, ceil(len(members) / at_once)))
+        return grouped(members, max(1, min(_MOST_AS_ONE, ceil(len(members) / at_once)))) + last
 
     def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
         """Let Optuna choose settings with the first seed, then run the best with the others."""
@@ -614,6 +625,10 @@ def _trial(
             told = time.monotonic()
 
     done = {loaded.key: ray.get(data[0])}
+    if members[0].kind in REFERENCES:
+        for m in members:  # nothing to tell: they have no epochs, and no scheduler is to compare others with them
+            run_trial(m.stage, Tracker(*store), parent, m.tags(), share, done, tell)
+        return
     if len(members) > 1:
         ended = run_as_one(members, Tracker(*store), parent, share, done, tell)
         lines = {key: f"{type(e).__name__}: {e}" for key, e in ended.items() if isinstance(e, Exception)}

@@ -60,12 +60,13 @@ def test_one_tree_study_trials_stages(first: tuple[Path, Done]) -> None:
     folder, done = first
     found = {run.info.run_id: run for run in runs(folder)}
     trials = {key: run for key, run in found.items() if "row" in run.data.tags}
-    # those of the references are stages that are computed beforehand
-    assert sorted(run.data.tags["row"] for run in trials.values()) == ["plain", "stacked", "stacked", "stacked"]
+    rows = sorted(run.data.tags["row"] for run in trials.values())
+    assert rows == ["pca", "plain", "random", "stacked", "stacked", "stacked"]
     assert {run.data.tags["mlflow.parentRunId"] for run in trials.values()} == {done.report["run_id"]}
     for key, run in trials.items():
         below = [r for r in found.values() if r.data.tags["mlflow.parentRunId"] == key]
-        assert {r.data.tags["stage.fn"] for r in below} == {"stages.finetune"} and len(below) == 3
+        made = "stages.reference" if run.data.tags["row"] in ("pca", "random") else "stages.finetune"
+        assert sorted(r.data.tags["stage.fn"] for r in below) == sorted([made, "stages.finetune", "stages.finetune"])
         assert "probe/accuracy" in run.data.metrics
     top = store(folder).client.get_run(done.report["run_id"])
     assert top.info.status == "FINISHED" and top.data.tags["job"] == "compare"
