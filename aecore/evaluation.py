@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aecore import figures, generation, metrics
-from aecore.corruption import Noise, corrupt
+from aecore.corruption import Noise, corrupt, drawn
 from aecore.data import Arrays, Split, cut
 from aecore.jacobian import squared_norm
 from aecore.networks import Prepare, Stack
@@ -264,11 +264,12 @@ def _probe_with(count: int, seed: int, codes: list[np.ndarray], data: Arrays) ->
 def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarray | None) -> dict[str, Any]:
     """Error of the clean test rows' restoration, and accuracy of the probe, by level of each noise."""
 
-    def point(noise: Noise, level: float) -> dict[str, float]:
+    def point(noise: Noise, level: float, draw: Tensor) -> dict[str, float]:
         error, codes = 0.0, []
-        with _same_noise(x.device), torch.no_grad():
-            for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(net.first.spec))):
-                code = net.encode(corrupt(rows, noise, level))
+        size = min(metrics.CACHED_ROWS, scoring_rows(net.first.spec))
+        with torch.no_grad():
+            for rows, own in zip(x.split(size), draw.split(size), strict=True):
+                code = net.encode(corrupt(rows, noise, level, own))
                 error += metrics.squared_error(rows, net.mean(code))
                 codes.append(_numpy(code.flatten(1)))
         found = {"mse": error / x.numel()}
@@ -276,10 +277,12 @@ def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarra
             found["accuracy"] = float((probe.predict(np.concatenate(codes)) == y).mean())
         return found
 
-    clean = point("gaussian", 0.0)
+    clean = point("gaussian", 0.0, x)
     curves: dict[str, Any] = {}
     for noise, levels in NOISES.items():
-        points = [clean, *(point(noise, level) for level in levels)]
+        with _same_noise(x.device):
+            draw = drawn(x, noise)
+        points = [clean, *(point(noise, level, draw) for level in levels)]
         curves[noise] = {"levels": [0.0, *levels], **{name: [p[name] for p in points] for name in clean}}
     return curves
 

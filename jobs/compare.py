@@ -13,7 +13,7 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Resources, open_store
+from pipelines.run import Resources, done_with_ray, open_store
 from pipelines.scratch import scratch
 from pipelines.study import Study, expand, run, shared
 
@@ -54,7 +54,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     members = expand(study, facts, settings.resources.numerics)
     # one run a study: more seeds or another row are added to it
     key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
-    tracker = open_store(settings.resources, create=not settings.plan)
+    tracker = open_store(settings.resources, create=not settings.plan, warm=False)
     if settings.plan:
         common = {stage.key for stage in shared(members)}
         for m in members:
@@ -83,7 +83,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
             "seeds": ", ".join(map(str, study.seeds)),
             "budget": f"{study.budget.epochs} passes over the training rows per trial",
         }
-        with scratch() as temporary:
+        with scratch() as temporary, done_with_ray():
             written = report.write(trials, study.name, described, facts.classes, temporary, study.choose_metric)
             # not from the user's folder: whatever else lies there is no artifact
             tracker.log_folder(run_id, temporary, "report")

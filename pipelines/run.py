@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -287,9 +288,14 @@ class Share(NamedTuple):
     """Trains in place of `aecore.fit.fit`: see `aecore.fused`. It never leaves its process."""
 
 
-def open_store(resources: Resources, create: bool = True, ready: bool = True) -> "Tracker | None":
+def open_store(
+    resources: Resources, create: bool = True, ready: bool = True, warm: bool = True
+) -> "Tracker | None":  # fmt: skip
     """The store of results. Where it is new, nothing can be restored: Ray starts while MLflow is imported and makes its
     tables, unless `ready` is false.
+
+    Args:
+        warm: see `start_ray`.
 
     Returns:
         None where there is no store yet and `create` is false.
@@ -307,7 +313,7 @@ def open_store(resources: Resources, create: bool = True, ready: bool = True) ->
     if create and ready and store_is_empty():
         refuse_what_is_not_here(resources)
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
-        start_ray()
+        start_ray(warm)
         tracker = connecting.result()
     else:
         tracker = _connect(create)
@@ -320,8 +326,11 @@ def _connect(create: bool) -> "Tracker | None":
     return connect(create=create)
 
 
-def start_ray() -> None:
+def start_ray(warm: bool = True) -> None:
     """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time.
+
+    Args:
+        warm: let one worker of an embedded one load torch, for the first stage. Ray Tune takes workers of its own.
 
     Raises:
         InputError: no cluster answers there.
@@ -345,9 +354,18 @@ def start_ray() -> None:
         _check_address(os.environ.get("RAY_ADDRESS", ""))
         ray.init(logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
-        if embedded:
+        if embedded and warm:
             # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
             ray.remote(num_cpus=os.cpu_count() or 1)(_warm).remote()
+
+
+@contextmanager
+def done_with_ray() -> Iterator[None]:
+    """Ray ends meanwhile, if it runs, or lets go of the cluster; which takes a second or two."""
+    with ThreadPoolExecutor(1) as aside:
+        if "ray" in sys.modules:
+            aside.submit(sys.modules["ray"].shutdown)
+        yield
 
 
 def _check_address(address: str) -> None:

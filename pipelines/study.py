@@ -476,7 +476,7 @@ class _Job:
     def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
         """Trials that are to train as one: on GPUs, where no scheduler looks at each, those that differ in numbers
         alone, but so that no GPU is idle."""
-        start_ray()
+        start_ray(warm=False)
         share = share_of(self.resources)
         last, members = _references(members), [m for m in members if m.kind not in REFERENCES]
         if not share.gpus or self.study.scheduler != "none":
@@ -544,7 +544,7 @@ class _Job:
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler
 
-        start_ray()
+        start_ray(warm=False)
         check_reach(self.tracker.uri, self.resources.storage_path)
         share = share_of(self.resources)._replace(study=True)
         if self.data is None:
