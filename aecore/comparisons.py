@@ -286,13 +286,18 @@ def _first(trials: Sequence[Seen], *names: str) -> dict[str, Seen]:
     return {row: members[0] for row, members in rows.items()}
 
 
-def codes_maps(trials: Sequence[Seen], classes: Sequence[str]) -> bytes | None:
-    """The codes of the same test rows in a plane, one map a row of the study, coloured by class if there are labels."""
+def planes(trials: Sequence[Seen]) -> dict[str, np.ndarray]:
+    """The codes of the same test rows in a plane, (rows, 2), by row of the study; takes seconds, in threads."""
+    rows = _first(trials, "map")
+    with ThreadPoolExecutor(os.cpu_count()) as mappers:
+        return dict(zip(rows, mappers.map(lambda trial: plane(trial.arrays["map"]), rows.values()), strict=True))
+
+
+def codes_maps(trials: Sequence[Seen], maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes | None:
+    """One map of `planes` a row of the study, coloured by class if there are labels."""
     rows = _first(trials, "map")
     if not rows:
         return None
-    with ThreadPoolExecutor(os.cpu_count()) as mappers:
-        maps = dict(zip(rows, mappers.map(lambda trial: plane(trial.arrays["map"]), rows.values()), strict=True))
     agreement = {}
     for row, trial in rows.items():
         if "map_labels" in trial.arrays and len(maps[row]) > 1:

@@ -120,7 +120,7 @@ def _evaluate(
 def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
     """Squared error a feature, over all test rows."""
     total, values = 0.0, 0
-    size = scoring_rows(stack.first.spec)
+    size = scoring_rows(stack.first.spec, run.device)
     for rows in all_test_rows(data, run):
         for start in range(0, len(rows.x), size):  # as floats, a chunk and all made of it would be hundreds of MB
             x = metrics.over_batches(prepare, rows.x[start : start + size], run.device)
@@ -266,7 +266,7 @@ def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarra
 
     def point(noise: Noise, level: float, draw: Tensor) -> dict[str, float]:
         error, codes = 0.0, []
-        size = min(metrics.CACHED_ROWS, scoring_rows(net.first.spec))
+        size = scoring_rows(net.first.spec, x.device)
         with torch.no_grad():
             for rows, own in zip(x.split(size), draw.split(size), strict=True):
                 code = net.encode(corrupt(rows, noise, level, own))
@@ -429,7 +429,7 @@ def _codes(stack: Stack, prepare: Prepare, split: Split, device: torch.device) -
 def _over(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Tensor:
     """`fn` of the rows of x, in batches that hold what the stack's outputs take."""
     with torch.no_grad():
-        return torch.cat([fn(rows) for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(stack.first.spec)))])
+        return torch.cat([fn(rows) for rows in x.split(scoring_rows(stack.first.spec, x.device))])
 
 
 def _splits(data: Arrays) -> tuple[Split, Split, Split]:

@@ -21,8 +21,7 @@ def reconstruction_loss(
     """
     out = out.float()  # sums over features lose too much in bf16
     if kind == "gaussian":
-        difference = (out - target).flatten()
-        total = difference.dot(difference)  # a tenth of mse_loss's time on CPU
+        total = F.mse_loss(out, target, reduction="sum")
     elif kind == "bernoulli":
         total = F.binary_cross_entropy_with_logits(out, target, reduction="sum")
     elif kind == "continuous_bernoulli":

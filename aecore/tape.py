@@ -26,22 +26,23 @@ class Taped:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.next: Step = self._begin
+        self.calls = 0
+        self.tape: _Recorder | None = None
+        self.replay: Step | None = None
 
     def __call__(self, *inputs: Tensor) -> None:
-        self.next(*inputs)
-
-    def _begin(self, *inputs: Tensor) -> None:
-        """What is kept from step to step comes into being."""
+        if self.replay is not None:
+            return self.replay(*inputs)
+        self.calls += 1  # the first brings into being what is kept from step to step
+        if self.calls == 2:
+            with _Recorder(inputs) as self.tape:
+                return self.step(*inputs)
+        if self.tape is not None and not self.tape.branches:
+            tape, self.tape = self.tape, None
+            return self._compare(tape, inputs)
         self.step(*inputs)
-        self.next = self._record
 
-    def _record(self, *inputs: Tensor) -> None:
-        with _Recorder(inputs) as tape:
-            self.step(*inputs)
-        self.next = self.step if tape.branches else lambda *again: self._compare(tape, *again)
-
-    def _compare(self, tape: "_Recorder", *inputs: Tensor) -> None:
+    def _compare(self, tape: "_Recorder", inputs: Sequence[Tensor]) -> None:
         replay, kept = torch.no_grad()(tape.compiled()), tape.constants
         before, random = [tensor.detach().clone() for tensor in kept], torch.get_rng_state()
         replay(*inputs)
@@ -49,10 +50,10 @@ class Taped:
         _put_back(kept, before)
         torch.set_rng_state(random)
         self.step(*inputs)
-        same = torch.equal(torch.get_rng_state(), drawn) and all(map(torch.equal, kept, replayed))
-        if not same:
+        if torch.equal(torch.get_rng_state(), drawn) and all(map(torch.equal, kept, replayed)):
+            self.replay = replay
+        else:
             warnings.warn("a recorded step gives other numbers: trained without it", stacklevel=2)
-        self.next = replay if same else self.step
 
 
 @torch.no_grad()
@@ -150,4 +151,4 @@ class _Recorder(TorchDispatchMode):
             live.update(call.read)
         source = "\n    ".join([f"def replay({', '.join(self.inputs)}):", *reversed(lines)])
         exec(source, self.values)
-        return self.values["replay"]
+        return self.values.pop("replay")  # else it would hold itself, and all its tensors, until garbage is collected

@@ -3,6 +3,7 @@
 import json
 from base64 import b64encode
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,20 +95,23 @@ def write(
     chosen = _chosen(trials, choose)
     compared = [trial for trial in trials if _key(trial.settings) == _key(chosen[trial.row])]
     stopped = [t for t in trials if t.status == "stopped" and _key(t.settings) != _key(chosen[t.row])]
-    drawn = {
-        "learning_curves": comparisons.learning_curves([*compared, *stopped]),
-        "label_efficiency": comparisons.label_efficiency(compared),
-        "robustness": comparisons.robustness(compared),
-        "contraction": comparisons.contraction(compared),
-        "codes_maps": comparisons.codes_maps(compared, classes),
-        "reconstructions": comparisons.reconstructions(compared),
-        "triptychs": comparisons.triptychs(compared),
-        "activations": comparisons.activations(compared),
-        "identity_risk": comparisons.identity_risk(compared),
-        "samples": comparisons.samples(compared),
-        "importance": comparisons.importance(trials, choose),
-    }
-    figures = {name: png for name, png in drawn.items() if png}
+    with ThreadPoolExecutor(1) as aside:
+        maps = aside.submit(comparisons.planes, compared)  # as long as all the rest, which goes on beside it
+        measures = _measures(compared, list(chosen))
+        drawn = {
+            "learning_curves": comparisons.learning_curves([*compared, *stopped]),
+            "label_efficiency": comparisons.label_efficiency(compared),
+            "robustness": comparisons.robustness(compared),
+            "contraction": comparisons.contraction(compared),
+            "reconstructions": comparisons.reconstructions(compared),
+            "triptychs": comparisons.triptychs(compared),
+            "activations": comparisons.activations(compared),
+            "identity_risk": comparisons.identity_risk(compared),
+            "samples": comparisons.samples(compared),
+            "importance": comparisons.importance(trials, choose),
+        }
+        drawn["codes_maps"] = comparisons.codes_maps(compared, maps.result(), classes)
+    figures = {name: png for name in CAPTIONS if (png := drawn[name])}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.parquet", folder / "results.csv"]
     for name, png in figures.items():
@@ -116,7 +120,6 @@ def write(
     frame = _frame(trials)
     frame.to_parquet(files[1], index=False)
     frame.to_csv(files[2], index=False)
-    measures = _measures(compared, list(chosen))
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -397,18 +397,16 @@ def run(
     """
     members = expand(study, facts, resources.numerics)
     job = _Job(study, facts, tracker, parent, resources)
-    done: set[str] = set()
     stopped: dict[str, int] = {}
     errors: dict[str, str] = {}
+    before = _finished(members, tracker)
     for m in members:
-        if tracker.find(m.stage.key):
-            done.add(m.stage.key)
+        if m.stage.key in before:
             say(f"{m.name}: restored")
         elif study.scheduler == "asha" and (epoch := tracker.stopped(m.stage.key)) is not None:
             stopped[m.stage.key] = epoch
             say(f"{m.name}: stopped at epoch {epoch} before")
-    missing = [m for m in members if m.stage.key not in done and m.stage.key not in stopped]
-    before = _finished(members, tracker)
+    missing = [m for m in members if m.stage.key not in before and m.stage.key not in stopped]
     if missing:
         job.prepare(missing, say)
         failed, halted = job.trials(missing, say)
@@ -421,14 +419,16 @@ def run(
                 members += found
                 errors |= failed
                 stopped |= halted
-    trials = [_ended(m, tracker, study.budget.epochs, errors, stopped) for m in members]
-    return Ended(trials, len(_finished(members, tracker) - before), len(before))
+    runs = _finished(members, tracker)
+    trials = [_ended(m, tracker, runs, study.budget.epochs, errors, stopped) for m in members]
+    return Ended(trials, len(runs.keys() - before.keys()), len(before))
 
 
-def _finished(members: Sequence[Member], tracker: "Tracker") -> set[str]:
-    """Keys of the finished stages of some trials."""
+def _finished(members: Sequence[Member], tracker: "Tracker") -> dict[str, str]:
+    """The runs of the finished stages of some trials, by key."""
     stages = {key for m in members for key, stage in m.stages().items() if stage.kept}
-    return {key for key in stages if tracker.find(key)}
+    found = {key: tracker.find(key) for key in stages}
+    return {key: run_id for key, run_id in found.items() if run_id}
 
 
 class _Job:
@@ -686,34 +686,29 @@ def run_as_one(
 
 
 def _ended(
-    m: Member, tracker: "Tracker", epochs: int, errors: dict[str, str], stopped: dict[str, int]
+    m: Member, tracker: "Tracker", runs: Mapping[str, str], epochs: int, errors: dict[str, str],
+    stopped: dict[str, int],
 ) -> Trial:  # fmt: skip
     """A member as the report wants it."""
     key, planned = m.stage.key, 0 if m.kind in REFERENCES else epochs
     trial = Trial(m.row, m.settings, m.seed, m.kind, "failed", errors.get(key, "did not run"), epochs_planned=planned)
     if key in stopped:
         return trial._replace(status="stopped", error="", epochs_used=stopped[key])
-    if run_id := tracker.find(key):
-        result = restore(run_id, tracker)
-        if result is None:
-            return trial._replace(error="its result is lost; start the study again")
-        curves = dict(result.config)
-        return trial._replace(
-            status="finished", error="", run_id=run_id, metrics=result.metrics,
-            history=tuple(curves.pop("history")), curves=curves, arrays=result.weights,
-            epochs_used=round(_spent(m, tracker, "epochs", unsupervised=True)),
-            seconds=_spent(m, tracker, "train_seconds", unsupervised=False),
-        )  # fmt: skip
-    return trial
-
-
-def _spent(m: Member, tracker: "Tracker", metric: str, unsupervised: bool) -> float:
-    """A metric's sum over the stages of a trial, of all or of those that train without labels."""
-    stages = [s for s in m.stages().values() if s.kept and s.key != m.stage.key]
-    if unsupervised:
-        stages = [s for s in stages if getattr(s.spec, "variant", None) is not None]
-    runs = [tracker.find(stage.key) for stage in stages]
-    return sum(tracker.metrics(run_id).get(metric, 0) for run_id in runs if run_id)
+    if key not in runs:
+        return trial
+    result = restore(runs[key], tracker)
+    if result is None:
+        return trial._replace(error="its result is lost; start the study again")
+    curves = dict(result.config)
+    stages = [stage for stage in m.stages().values() if stage.key in runs and stage.key != key]
+    spent = {stage.key: tracker.metrics(runs[stage.key]) for stage in stages}
+    unsupervised = [stage.key for stage in stages if getattr(stage.spec, "variant", None) is not None]
+    return trial._replace(
+        status="finished", error="", run_id=runs[key], metrics=result.metrics,
+        history=tuple(curves.pop("history")), curves=curves, arrays=result.weights,
+        epochs_used=round(sum(spent[key].get("epochs", 0) for key in unsupervised)),
+        seconds=sum(metrics.get("train_seconds", 0) for metrics in spent.values()),
+    )  # fmt: skip
 
 
 def _choices(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], int]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from aecore import generation, kernels, likelihood
 from aecore.config import Activation
-from aecore.corruption import Noise, corrupt
+from aecore.corruption import Noise, corrupt, drawn
 from aecore.errors import InputError
 from aecore.jacobian import squared_norm
 from aecore.networks import Layer, Stack
@@ -71,6 +71,18 @@ def test_salt_and_pepper_are_equally_frequent() -> None:
     assert set(y.unique().tolist()) == {0.0, 0.5, 1.0}
     assert float((y == 0).float().mean()) == pytest.approx(0.2, abs=0.005)
     assert float((y == 1).float().mean()) == pytest.approx(0.2, abs=0.005)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "masking", "salt_and_pepper"])
+def test_rows_are_corrupted_at_several_levels_by_one_draw(noise: Noise) -> None:
+    x = torch.rand(40, 50)
+    torch.manual_seed(0)
+    draw = drawn(x, noise)
+    for level in (0.1, 0.5):
+        torch.manual_seed(0)
+        assert torch.equal(corrupt(x, noise, level, draw), corrupt(x, noise, level))
+        parts = [corrupt(rows, noise, level, own) for rows, own in zip(x.split(16), draw.split(16), strict=True)]
+        assert torch.equal(torch.cat(parts), corrupt(x, noise, level, draw))
 
 
 def dense(activation: Activation = "tanh", inputs: int = 6, units: int = 3, **fields: Any) -> LayerSpec:

@@ -242,7 +242,9 @@ def test_figures_without_their_data_are_left_out() -> None:
     assert (
         comparisons.learning_curves(bare) is comparisons.label_efficiency(bare) is comparisons.robustness(bare) is None
     )
-    assert comparisons.contraction(bare) is comparisons.codes_maps(bare, CLASSES) is comparisons.samples(bare) is None
+    assert (
+        comparisons.contraction(bare) is comparisons.codes_maps(bare, {}, CLASSES) is comparisons.samples(bare) is None
+    )
     assert comparisons.reconstructions(bare) is comparisons.triptychs(bare) is comparisons.activations(bare) is None
     assert comparisons.identity_risk(bare) is comparisons.importance(bare, "probe/accuracy") is None
 

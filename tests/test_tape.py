@@ -1,6 +1,8 @@
 """Steps that are recorded once and replayed on CPU, to the bits of steps that are not."""
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -36,7 +38,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Taped]:
 
 
 def replayed(step: Taped) -> bool:
-    return step.next.__name__ == "replay"
+    return step.replay is not None
 
 
 def without(monkeypatch: pytest.MonkeyPatch, work: Any) -> Any:
@@ -159,7 +161,7 @@ def test_where_memory_lacks_in_a_replay_batches_are_cut_in_two(monkeypatch: pyte
             torch.empty(2**50)  # "DefaultCPUAllocator: can't allocate memory"
 
         found = Taped(step)
-        found.next = lacking
+        found.replay = lacking
         return found
 
     model = linear()
@@ -182,3 +184,16 @@ def test_a_number_that_is_not_finite_is_found_at_its_step() -> None:
 
     with pytest.raises(DivergenceError, match="train/r is nan in epoch 2, batch 3"):
         trained(terms, model)
+
+
+def test_what_was_trained_is_let_go_at_once() -> None:
+    def once() -> weakref.ref[Tensor]:
+        model = linear()
+        trained(lambda x: {"r": (model(x) - x).square().mean()}, model)
+        return weakref.ref(model.weight)
+
+    gc.disable()
+    try:
+        assert once()() is None
+    finally:
+        gc.enable()

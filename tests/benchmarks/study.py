@@ -22,7 +22,7 @@ from tests.benchmarks.tables import last, show
 from tests.benchmarks.timeline import PARTS, Done, split
 
 ROWS, VALIDATION, WIDTH, BATCH, SEEDS = 10_000, 1_500, 64, 64, (0, 1)
-EPOCHS = 20  # half of what a study spends by default; the fewer, the more its measuring weighs
+EPOCHS = 40  # what a study spends by default; the fewer, the more its measuring weighs
 
 
 def rates(count: int) -> list[float]:
