@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 
 from aecore.figures import (
     BLACK,
@@ -289,7 +290,8 @@ def _first(trials: Sequence[Seen], *names: str) -> dict[str, Seen]:
 def planes(trials: Sequence[Seen]) -> dict[str, np.ndarray]:
     """The codes of the same test rows in a plane, (rows, 2), by row of the study; takes seconds, in threads."""
     rows = _first(trials, "map")
-    with ThreadPoolExecutor(os.cpu_count()) as mappers:
+    # in all threads alike: scikit-learn sets this limit in each, and then puts back what it found
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as mappers:
         return dict(zip(rows, mappers.map(lambda trial: plane(trial.arrays["map"]), rows.values()), strict=True))
 
 

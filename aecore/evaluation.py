@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from math import prod
+from math import nan, prod
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ def _evaluate(
 def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
     """Squared error a feature, over all test rows."""
     total, values = 0.0, 0
-    size = scoring_rows(stack.first.spec, run.device)
+    size = scoring_rows(stack.first.spec)
     for rows in all_test_rows(data, run):
         for start in range(0, len(rows.x), size):  # as floats, a chunk and all made of it would be hundreds of MB
             x = metrics.over_batches(prepare, rows.x[start : start + size], run.device)
@@ -241,12 +241,13 @@ def _reconstruction(
     errors = _over(lambda rows: (rows - net.reconstruct(rows)).square().flatten(1).sum(1), x, net)
     total = float(errors.sum(dtype=torch.float64))
     centre = metrics.over_batches(prepare, data.train.x, x.device).mean(0)
+    spread = metrics.reconstruction_mse(x, centre.expand_as(x)) * x.numel()
     held_out = metrics.over_batches(prepare, data.validation.x, x.device)
     scores = {
         "test/reconstruction_mse": total / x.numel(),
         "test/reconstruction_sse": total / len(x),
         # of the squared error that the training rows' mean makes
-        "test/unexplained": total / (metrics.reconstruction_mse(x, centre.expand_as(x)) * x.numel()),
+        "test/unexplained": total / spread if spread else nan,
         "val/reconstruction_mse": metrics.reconstruction_mse(held_out, _over(net.reconstruct, held_out, net)),
     }
     return scores, {"sse": _numpy(errors)}
@@ -266,7 +267,7 @@ def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarra
 
     def point(noise: Noise, level: float, draw: Tensor) -> dict[str, float]:
         error, codes = 0.0, []
-        size = scoring_rows(net.first.spec, x.device)
+        size = min(metrics.CACHED_ROWS, scoring_rows(net.first.spec))
         with torch.no_grad():
             for rows, own in zip(x.split(size), draw.split(size), strict=True):
                 code = net.encode(corrupt(rows, noise, level, own))
@@ -315,7 +316,8 @@ def _contraction(net: Stack, x: Tensor, codes: np.ndarray) -> tuple[dict[str, fl
     """The encoder's mean Jacobian norm, also in units of the codes' own spread, and how far codes move in random
     directions, by length of the step."""
     with torch.no_grad():
-        norm = float(squared_norm(net, x[:_ROWS], None).sqrt().mean())
+        encoder = net.first if len(net.layers) == 1 else net  # a layer's own may have a closed form
+        norm = float(squared_norm(encoder, x[:_ROWS], None).sqrt().mean())
         rows = x[:_MAPPED]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(rows.shape, generator=generator).to(x.device).flatten(1)
@@ -429,7 +431,7 @@ def _codes(stack: Stack, prepare: Prepare, split: Split, device: torch.device) -
 def _over(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Tensor:
     """`fn` of the rows of x, in batches that hold what the stack's outputs take."""
     with torch.no_grad():
-        return torch.cat([fn(rows) for rows in x.split(scoring_rows(stack.first.spec, x.device))])
+        return torch.cat([fn(rows) for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(stack.first.spec)))])
 
 
 def _splits(data: Arrays) -> tuple[Split, Split, Split]:

@@ -152,7 +152,7 @@ def plane(codes: np.ndarray) -> np.ndarray:
     Maaten & Hinton 2008)."""
     if codes.shape[1] <= 2:
         return np.column_stack([codes, np.zeros((len(codes), 2 - codes.shape[1]), codes.dtype)])
-    if not codes.std(0).any():
+    if not np.isfinite(codes).all() or not codes.std(0).any():
         return np.zeros((len(codes), 2), np.float32)
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits

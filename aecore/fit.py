@@ -67,7 +67,8 @@ def fit(
 
     Args:
         terms: (*batch) -> weighted terms of the objective, whose sum is minimised. Steps are recorded and repeated:
-            all that it does has to be done by operations on tensors.
+            all that it does has to be done by operations on tensors, and none of their values to reach Python
+            (`.tolist()`, `.numpy()`).
         train: tensors of equal length, cut into batches together.
         validation: the same for the validation rows, scored in eval mode with the same noise at every epoch.
         measure: (*batch) -> further sums over the rows of a batch (counts of errors, say), for validation only.
@@ -131,10 +132,10 @@ def fit(
                 return learn(rate, batch, share)
             rate_there.fill_(rate)
             try:
-                repeated(*batch)
+                return repeated(*batch)
             except (MemoryError, RuntimeError) as error:
                 parts = _fewer_rows(error, parts, len(batch[0]))
-                learn(rate, batch, share)
+            learn(rate, batch, share)  # when nothing holds what did not fit
 
         while not course.over:
             epoch, began = course.epoch, time.perf_counter()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from aecore.config import Activation
 from aecore.kernels import linear
-from aecore.networks import Autoencoder, Layer, Stack
+from aecore.networks import Autoencoder, Layer
+from aecore.specs import LayerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +38,7 @@ def squared_norm(
     Args:
         probes: random directions a row; None is exact.
     """
-    if isinstance(model, Stack) and len(model.layers) == 1:
-        model = model.first
-    if isinstance(model, Layer) and model.spec.kind == "dense" and model.spec.normalization == "none":
+    if isinstance(model, Layer) and _has_closed_form(model.spec):
         affine = model.encoder.affine
         assert affine.bias is not None
         slope = _SLOPES[model.spec.activation](linear(x.flatten(1), affine.weight, affine.bias))
@@ -52,6 +51,10 @@ def squared_norm(
         direction = torch.randint(0, 2, code.shape, device=x.device).to(code.dtype) * 2 - 1
         norms.append(pull(direction)[0].flatten(1).square().sum(1))
     return torch.stack(norms).mean(0)
+
+
+def _has_closed_form(spec: LayerSpec) -> bool:
+    return spec.kind == "dense" and spec.normalization == "none" and not (spec.top_k or spec.top_k_encoding)
 
 
 def _exact(model: Autoencoder, x: Tensor) -> Tensor:

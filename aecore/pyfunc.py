@@ -27,7 +27,7 @@ class Model:
         self.autoencoder = self.net if isinstance(self.net, Stack) else stages.build_autoencoder(result)
         if self.autoencoder is not None:
             self.autoencoder.to(device).eval()
-        self.batch = stages.scoring_rows(LayerSpec.model_validate(result.config["layers"][0]), self.device)
+        self.batch = stages.scoring_rows(LayerSpec.model_validate(result.config["layers"][0]))
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
 
     def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -86,7 +86,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
         fitted = run.fit(
             layer, Objective(layer, read, spec.variant), train, validation, spec.fit, seed=seed, device=run.device,
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layer, run.device), team=run.team, checkpoints=run.checkpoints,
+            scoring_rows=scoring_rows(spec.layer), team=run.team, checkpoints=run.checkpoints,
             parts=run.parts,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
@@ -140,7 +140,7 @@ def finetune(
             measure=objective.errors if supervised else None,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=scoring_rows(spec.layers[0], run.device), team=run.team, checkpoints=run.checkpoints,
+            scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,
             parts=run.parts,
         )  # fmt: skip
     config = {
@@ -184,7 +184,7 @@ def _reference(
         found["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
         if autoencoder is not None:
             autoencoder.eval()
-            parts = x.split(scoring_rows(autoencoder.first.spec, x.device))
+            parts = x.split(scoring_rows(autoencoder.first.spec))
             found["error"] = torch.cat([metrics.row_errors(part, autoencoder.reconstruct(part)) for part in parts])
     label = {} if rows.y is None else {"label": rows.y[drawn]}
     return {name: value.cpu().numpy() for name, value in found.items()} | label
@@ -319,11 +319,9 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
     return data._replace(train=Split(x[rows], None if y is None else y[rows]))
 
 
-def scoring_rows(spec: LayerSpec, device: torch.device) -> int:
-    """Rows of a batch that is scored at once: on a CPU what its cache holds, elsewhere as many as keep it busy; fewer
-    where each has many outputs (256 a colour value, say)."""
-    rows = metrics.CACHED_ROWS if device.type == "cpu" else _BATCH_ROWS
-    return max(1, min(rows, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
+def scoring_rows(spec: LayerSpec) -> int:
+    """Rows of a batch that is scored at once: fewer where each has many outputs (256 a colour value, say)."""
+    return max(1, min(_BATCH_ROWS, _SCORED_VALUES // (max(spec.levels, 1) * prod(spec.in_shape))))
 
 
 def _weights(module: nn.Module) -> Weights:

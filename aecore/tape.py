@@ -6,6 +6,7 @@ of the time of a small layer's step.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Step = Callable[..., None]
+
+_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Taped:
@@ -43,17 +46,25 @@ class Taped:
         self.step(*inputs)
 
     def _compare(self, tape: "_Recorder", inputs: Sequence[Tensor]) -> None:
-        replay, kept = torch.no_grad()(tape.compiled()), tape.constants
-        before, random = [tensor.detach().clone() for tensor in kept], torch.get_rng_state()
-        replay(*inputs)
-        replayed, drawn = [tensor.detach().clone() for tensor in kept], torch.get_rng_state()
-        _put_back(kept, before)
+        kept, random = [*tape.constants, *inputs], torch.get_rng_state()
+        before: list[Tensor] = []
+        replayed: list[Tensor] = []
+        try:
+            replay = torch.no_grad()(tape.compiled())
+            before = [tensor.detach().clone() for tensor in kept]
+            replay(*inputs)
+            replayed = [torch.get_rng_state(), *(tensor.detach().clone() for tensor in kept)]
+            reason = "gives other numbers"
+        except Exception as error:  # whatever it is, the step itself may do
+            reason = f"fails ({' '.join(str(error).split())[:160]})"
+        if before:
+            _put_back(kept, before)
         torch.set_rng_state(random)
         self.step(*inputs)
-        if torch.equal(torch.get_rng_state(), drawn) and all(map(torch.equal, kept, replayed)):
+        if replayed and all(map(torch.equal, [torch.get_rng_state(), *kept], replayed)):
             self.replay = replay
         else:
-            warnings.warn("a recorded step gives other numbers: trained without it", stacklevel=2)
+            warnings.warn(f"a recorded step {reason}: trained without it", stacklevel=2)
 
 
 @torch.no_grad()
@@ -84,11 +95,12 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         """That were there before; views of them, made on the way, not included."""
         self.branches = False
-        """A number was read from a tensor: what follows may depend on it."""
+        """A number or a shape was read from values: what follows may depend on it."""
         self.inputs = [f"x{number}" for number in range(len(inputs))]
         self.names = WeakTensorKeyDictionary()
         for name, tensor in zip(self.inputs, inputs, strict=True):
             self.names[tensor] = name
+        self.numbers = count()
         self.values: dict[str, Any] = {}
 
     @classmethod
@@ -109,15 +121,16 @@ class _Recorder(TorchDispatchMode):
             for tensor in tensors:
                 self._constant(tensor)
         else:
-            self.branches |= not tensors and not changes
-            made = [self._variable(one) if isinstance(one, Tensor) and not changes else "_" for one in outs]
+            self.branches |= (not tensors and not changes) or not _DEPENDENT.isdisjoint(func.tags)
+            fresh = [isinstance(one, Tensor) and one not in self.names for one in outs]  # not what was written to
+            made = [self._variable(one) if new else "_" for one, new in zip(outs, fresh, strict=True)]
             code = f"{self._constant(getattr(func, '_op', func))}({', '.join(given)})"
             code = f"{', '.join(made)}{', ' * (out is not outs[0])}= {code}" if made else code
             self.calls.append(_Call(made, code, read, changes or torch.Tag.nondeterministic_seeded in func.tags))
         return out
 
     def _variable(self, tensor: Tensor) -> str:
-        self.names[tensor] = name = f"v{len(self.names)}_{len(self.calls)}"
+        self.names[tensor] = name = f"v{next(self.numbers)}"
         return name
 
     def _constant(self, value: Any) -> str:

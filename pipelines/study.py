@@ -61,6 +61,7 @@ _OVERRIDES = {"variant", "network", "pretrain", "finetune", "settings"}
 _JUDGE = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)
 _TELL_SECONDS = 1.0
+_LATE = "the study's time was up"
 _MOST_AS_ONE = 64
 """Trials that are one Tune trial: with what a lost worker costs in mind; memory is looked after where they train."""
 
@@ -410,6 +411,7 @@ def run(
     if missing:
         job.prepare(missing, say)
         failed, halted = job.trials(missing, say)
+        errors |= dict.fromkeys((m.stage.key for m in missing), _LATE) if job.late else {}
         errors |= failed
         stopped |= halted
     if study.search == "optuna":
@@ -440,6 +442,11 @@ class _Job:
         self.resources = resources if resources.cpus else resources.model_copy(update={"cpus": 1})
         self.data: ObjectRef | None = None
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
+
+    @property
+    def late(self) -> bool:
+        """Whether the study's time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def prepare(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
         """Compute what several trials stand on, each once, as chained tasks."""
@@ -478,14 +485,14 @@ class _Job:
         alone, but so that no GPU is idle."""
         start_ray(warm=False)
         share = share_of(self.resources)
-        last, members = _references(members), [m for m in members if m.kind not in REFERENCES]
+        first, members = _references(members), [m for m in members if m.kind not in REFERENCES]
         if not share.gpus or self.study.scheduler != "none":
-            return [[m] for m in members] + last
+            return first + [[m] for m in members]
         import ray
 
         at_once = int(ray.cluster_resources().get("GPU", 0) / share.gpus)
         at_once = max(1, min(at_once, self.resources.max_concurrent or at_once))
-        return grouped(members, max(1, min(_MOST_AS_ONE, ceil(len(members) / at_once)))) + last
+        return first + grouped(members, max(1, min(_MOST_AS_ONE, ceil(len(members) / at_once))))
 
     def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
         """Let Optuna choose settings with the first seed, then run the best with the others."""
@@ -515,7 +522,7 @@ class _Job:
             )  # fmt: skip
             results = self._fit({"row": row, "seed": first, **space}, search, left)
             errors, stopped = self._outcome(results)
-            for settings in (_settings(result.config) for result in results):
+            for settings in (_settings(result.config) for result in results if result.config):
                 if run_id := self.tracker.find(self._member(row, settings, first).stage.key):
                     score = self.tracker.metrics(run_id)[study.choose_metric]
                     tried[json.dumps(settings, sort_keys=True)] = settings, score
@@ -577,7 +584,6 @@ class _Job:
     def _outcome(self, results: Any) -> tuple[dict[str, str], dict[str, int]]:
         errors: dict[str, str] = {}
         stopped: dict[str, int] = {}
-        late = self.deadline is not None and time.monotonic() >= self.deadline
         for result, choice in [(one, choice) for one in results for choice in _choices(one.config)]:
             one = self._member(*choice)
             key = one.stage.key
@@ -588,14 +594,14 @@ class _Job:
                 cause = getattr(result.error, "cause", None) or result.error
                 errors[key] = told.get(key) or " ".join(str(cause).strip().splitlines()[-1].split())[:300]
                 self.tracker.fail(key, errors[key])
-            elif not late and (epoch := (result.metrics or {}).get("epoch")):
+            elif not self.late and (epoch := (result.metrics or {}).get("epoch")):
                 stopped[key] = epoch
                 self.tracker.stop(key, epoch)
                 for stage in one.stages().values():
                     if place := checkpoints_of(stage, self.tracker.uri, share_of(self.resources)):
                         place.clear()
             else:
-                errors[key] = "the study's time was up"
+                errors[key] = _LATE
         return errors, stopped
 
 
@@ -626,17 +632,28 @@ def _trial(
 
     done = {loaded.key: ray.get(data[0])}
     if members[0].kind in REFERENCES:
-        for m in members:  # nothing to tell: they have no epochs, and no scheduler is to compare others with them
-            run_trial(m.stage, Tracker(*store), parent, m.tags(), share, done, tell)
+        ended: dict[str, Result | Exception] = {}
+        for m in members:
+            try:
+                ended[m.stage.key] = run_trial(m.stage, Tracker(*store), parent, m.tags(), share, done, tell)
+            except Exception as error:
+                ended[m.stage.key] = error
+        # at an epoch that no scheduler looks at: others are not to be compared with them
+        tune.report({"epoch": 0, "score": math.nan, "chosen": math.nan, "errors": _errors(ended)})
         return
     if len(members) > 1:
         ended = run_as_one(members, Tracker(*store), parent, share, done, tell)
-        lines = {key: f"{type(e).__name__}: {e}" for key, e in ended.items() if isinstance(e, Exception)}
-        tune.report({"epoch": study.budget.epochs, "errors": {k: " ".join(v.split())[:300] for k, v in lines.items()}})
+        tune.report({"epoch": study.budget.epochs, "errors": _errors(ended)})
         return
     result = run_trial(members[0].stage, Tracker(*store), parent, members[0].tags(), share, done, tell)
     last = result.config["history"][-1]["val/reconstruction"]
     tune.report({"epoch": study.budget.epochs, "score": last, "chosen": result.metrics[study.choose_metric]})
+
+
+def _errors(ended: Mapping[str, Result | Exception]) -> dict[str, str]:
+    """A line for each that failed, by key."""
+    lines = {key: f"{type(e).__name__}: {e}" for key, e in ended.items() if isinstance(e, Exception)}
+    return {key: " ".join(line.split())[:300] for key, line in lines.items()}
 
 
 def grouped(members: Sequence[Member], most: int) -> list[list[Member]]:
@@ -711,8 +728,11 @@ def _ended(
     )  # fmt: skip
 
 
-def _choices(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], int]]:
-    """Row, settings and seed of each trial that is one of Tune's, from its config of either search."""
+def _choices(config: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any], int]]:
+    """Row, settings and seed of each trial that is one of Tune's, from its config of either search; none of one whose
+    turn never came, since Tune forgets it."""
+    if config is None:
+        return []
     if "trials" in config:
         return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
     return [(config["row"], _settings(config), config["seed"])]

@@ -158,6 +158,18 @@ def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path, head: dict[str, s
     assert again.report["stages"]["computed"] == 0 and again.report["trials"]["stopped"] > 0
 
 
+def test_when_time_is_up_what_is_left_is_told_and_done_the_next_time(tmp_path: Path, head: dict[str, str]) -> None:
+    study = {**SHARING, "variants": {"plain": {}}, "seeds": [0, 1, 2, 3]}
+    done = compare(tmp_path, study, "--budget.hours", "0.0005", **head)
+    assert done.code == 0, done.err
+    counts = done.report["trials"]
+    assert counts["failed"] and sum(counts.values()) == 12 and not counts["stopped"]
+    assert done.err.count("failed: the study's time was up") == counts["failed"]
+    again = compare(tmp_path, study, **head)
+    assert again.code == 0, again.err
+    assert again.report["trials"] == {"finished": 12, "stopped": 0, "failed": 0}
+
+
 def test_bad_studies_end_in_one_line(tmp_path: Path) -> None:
     done = compare(tmp_path, {**SHARING, "variants": {"kl": {"variant": {"kind": "sparse", "penalty": "kl"}}}})
     assert done.code == 2 and not done.out

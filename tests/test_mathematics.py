@@ -193,7 +193,7 @@ ENCODERS: dict[str, Callable[[], Layer | Stack]] = {
     "dense linear": lambda: Layer(dense("linear")),
     "dense, layer norm": lambda: Layer(dense("tanh", normalization="layer")),
     "two layers": lambda: Stack([Layer(dense("sigmoid", 6, 5)), Layer(dense("elu", 5, 3))]),
-    "a stack of one": lambda: Stack([Layer(dense("gelu"))]),
+    "top-k": lambda: Layer(dense("linear", 6, 5, top_k=2, top_k_encoding=2)),
     "conv": lambda: Layer(conv()),
     "conv relu under dense": lambda: Stack([Layer(conv("relu")), Layer(dense("tanh", 36, 4))]),
 }

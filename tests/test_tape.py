@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aecore import fit as loop
-from aecore import stages
+from aecore import stages, tape
 from aecore.config import Data, Dense, Fit
 from aecore.data import Arrays
 from aecore.errors import DivergenceError
@@ -124,6 +124,38 @@ def test_a_step_that_reads_a_number_is_not_recorded(
     assert found == without(monkeypatch, losses)
 
 
+def test_a_step_whose_shapes_depend_on_values_is_not_recorded(steps: list[Taped]) -> None:
+    model = linear()
+
+    def terms(x: Tensor) -> Terms:
+        some = x[x[:, 0] > 0]
+        return {"r": (model(some) - some).square().sum() / len(some)}
+
+    trained(terms, model)
+    assert not replayed(steps[0])
+
+
+def test_a_step_that_cannot_be_replayed_is_trained_all_the_same(
+    steps: list[Taped], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def losses() -> list[float]:
+        model = linear()
+        return [epoch["val/r"] for epoch in trained(lambda x: {"r": (model(x) - x).square().mean()}, model)]
+
+    def half(self: Any) -> Any:
+        def replay(*inputs: Tensor) -> None:
+            self.constants[0].detach().mul_(2)  # gone wrong half-way
+            raise MemoryError("no room")
+
+        return replay
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"a recorded step fails \(no room\)"):
+        patch.setattr(tape._Recorder, "compiled", half)
+        found = losses()
+    assert not replayed(steps[0])
+    assert found == without(monkeypatch, losses)
+
+
 def test_a_step_that_python_changes_is_found_out(steps: list[Taped], monkeypatch: pytest.MonkeyPatch) -> None:
     def losses() -> list[float]:
         model, calls = linear(), [0]
@@ -153,6 +185,19 @@ def test_noise_is_drawn_anew_at_every_replay_and_short_batches_are_not_replayed(
     trained(terms, model, rows=90)
     assert replayed(steps[0]) and int(at) == 180
     assert len(seen[:180].unique()) == 180
+
+
+def test_what_an_operation_writes_to_and_what_it_makes_are_told_apart(steps: list[Taped]) -> None:
+    model, mean, spread = linear(), torch.zeros(3), torch.ones(3)
+    normalise = torch.ops.aten._native_batch_norm_legit.default
+
+    def terms(x: Tensor) -> Terms:
+        made, *_ = normalise(model(x), None, None, mean, spread, model.training, 0.1, 1e-5)
+        low, high = made.split([1, 2], dim=1)
+        return {"low": low.square().mean(), "high": (high - 1).square().clamp(max=math.inf).mean()}
+
+    trained(terms, model)
+    assert replayed(steps[0])
 
 
 def test_where_memory_lacks_in_a_replay_batches_are_cut_in_two(monkeypatch: pytest.MonkeyPatch) -> None:

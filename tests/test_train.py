@@ -89,7 +89,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[
         return report
 
     monkeypatch.setattr(jobs.train, "compute", compute_here)
-    monkeypatch.setattr("pipelines.run.start_ray", lambda: None)
+    monkeypatch.setattr("pipelines.run.start_ray", lambda warm: None)
     monkeypatch.chdir(tmp_path)
     return run
 
