@@ -291,8 +291,8 @@ class Share(NamedTuple):
 def open_store(
     resources: Resources, create: bool = True, ready: bool = True, warm: bool = True
 ) -> "Tracker | None":  # fmt: skip
-    """The store of results. Where it is new, nothing can be restored: Ray starts while MLflow is imported and makes its
-    tables, unless `ready` is false.
+    """The store of results. While MLflow is imported, Ray starts, where the store is new, so that nothing can be
+    restored, or a cluster is connected to; unless `ready` is false.
 
     Args:
         warm: see `start_ray`.
@@ -310,10 +310,15 @@ def open_store(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    if create and ready and store_is_empty():
+    new = store_is_empty()
+    if create and ready and (new or os.environ.get("RAY_ADDRESS")):
         refuse_what_is_not_here(resources)
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
-        start_ray(warm)
+        try:
+            start_ray(warm)
+        except Exception:
+            if new:
+                raise  # else all may be restored, which needs no Ray; whoever does need it meets this again
         tracker = connecting.result()
     else:
         tracker = _connect(create)
@@ -330,7 +335,8 @@ def start_ray(warm: bool = True) -> None:
     """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time.
 
     Args:
-        warm: let one worker of an embedded one load torch, for the first stage. Ray Tune takes workers of its own.
+        warm: let one worker of a single, idle machine load torch, for the first stage. Ray Tune has workers of its
+            own.
 
     Raises:
         InputError: no cluster answers there.
@@ -354,9 +360,11 @@ def start_ray(warm: bool = True) -> None:
         _check_address(os.environ.get("RAY_ADDRESS", ""))
         ray.init(logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
-        if embedded and warm:
-            # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
-            ray.remote(num_cpus=os.cpu_count() or 1)(_warm).remote()
+        if warm and len(nodes := _nodes()) == 1:
+            cpus = nodes[0]["CPU"]
+            if embedded or ray.available_resources().get("CPU") == cpus:
+                # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
+                ray.remote(num_cpus=cpus)(_warm).remote()
 
 
 @contextmanager

@@ -174,6 +174,15 @@ def test_the_same_again_computes_nothing_and_starts_no_ray(first: tuple[Path, Do
     assert done.seconds < 20  # 6 s on a quiet machine
 
 
+def test_a_cluster_that_is_gone_is_told_and_what_is_kept_needs_none(first: tuple[Path, Done], tmp_path: Path) -> None:
+    gone = {"RAY_ADDRESS": "127.0.0.1:9"}
+    done = train(tmp_path, *QUICK, **gone)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: RAY_ADDRESS: no answer from 127.0.0.1:9")
+    done = train(first[0], *QUICK, "--register", "digits", **gone)
+    assert done.code == 0 and done.report["stages"] == {"computed": 0, "restored": 7}
+
+
 def test_a_changed_finetuning_runs_alone_on_restored_layers(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, before = first
     done = train(folder, *QUICK, "--finetune.lr", "5e-4", "--control", "false", **head)
