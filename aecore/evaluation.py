@@ -67,6 +67,11 @@ def _evaluate(
     everything, data = data, held(data)
     scores: dict[str, float] = {}
     pictures: dict[str, Future[bytes]] = {}
+    if spec.pictures:
+        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
+        if finetuned is not None:
+            named["finetuning"] = finetuned.config
+        pictures["loss_curves"] = pen.submit(figures.loss_curves, named)
     if finetuned is not None and spec.task == "classify":
         table = np.zeros((len(spec.classes),) * 2, np.int64)
         for rows in all_test_rows(everything, run):
@@ -109,11 +114,6 @@ def _evaluate(
             pictures |= _variant_pictures(spec, stack, x, test, pen)
             if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
                 scores |= _bound(stack, spec.variant, x)
-    if spec.pictures:
-        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
-        if finetuned is not None:
-            named["finetuning"] = finetuned.config
-        pictures["loss_curves"] = pen.submit(figures.loss_curves, named)
     return Result({}, {}, scores, {name: picture.result() for name, picture in pictures.items()})
 
 

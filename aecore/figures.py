@@ -5,13 +5,15 @@ Colours are Okabe & Ito's, told apart with any colour vision.
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from aecore.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
@@ -22,19 +24,21 @@ _MOST_LETTERS = 24
 """Of a class's name."""
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def titled(width: float, height: float, title: str) -> Figure:
+def titled(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure  # takes half a second, which whoever draws in a thread spends there
+
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
     return figure
 
 
-def show(axes: Axes, image: np.ndarray, limit: float | None = None) -> None:
+def show(axes: "Axes", image: np.ndarray, limit: float | None = None) -> None:
     """One image (channels, height, width); `limit` centres the grey scale on zero."""
     picture = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
     if limit is not None:
@@ -59,7 +63,7 @@ def legible(name: str) -> str:
     return (text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…").replace("$", r"\$")
 
 
-def bare(axes: Axes) -> None:
+def bare(axes: "Axes") -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

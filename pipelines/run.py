@@ -9,9 +9,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -291,8 +290,8 @@ class Share(NamedTuple):
 def open_store(
     resources: Resources, create: bool = True, ready: bool = True, warm: bool = True
 ) -> "Tracker | None":  # fmt: skip
-    """The store of results. While MLflow is imported, Ray starts, where the store is new, so that nothing can be
-    restored, or a cluster is connected to; unless `ready` is false.
+    """The store of results. Unless `ready` is false a cluster is connected to before MLflow is imported, or, where the
+    store is new, so that nothing can be restored, Ray starts meanwhile.
 
     Args:
         warm: see `start_ray`.
@@ -310,15 +309,17 @@ def open_store(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    new = store_is_empty()
-    if create and ready and (new or os.environ.get("RAY_ADDRESS")):
-        refuse_what_is_not_here(resources)
-        connecting = ThreadPoolExecutor(1).submit(_connect, create)
+    new, cluster = store_is_empty(), os.environ.get("RAY_ADDRESS")
+    if create and ready and cluster:
         try:
-            start_ray(warm)
+            start_ray(warm)  # takes no time, and a worker loads torch while MLflow is imported here
         except Exception:
             if new:
                 raise  # else all may be restored, which needs no Ray; whoever does need it meets this again
+    if create and ready and new and not cluster:
+        refuse_what_is_not_here(resources)
+        connecting = ThreadPoolExecutor(1).submit(_connect, create)
+        start_ray(warm)
         tracker = connecting.result()
     else:
         tracker = _connect(create)
@@ -367,13 +368,10 @@ def start_ray(warm: bool = True) -> None:
                 ray.remote(num_cpus=cpus)(_warm).remote()
 
 
-@contextmanager
-def done_with_ray() -> Iterator[None]:
-    """Ray ends meanwhile, if it runs, or lets go of the cluster; which takes a second or two."""
-    with ThreadPoolExecutor(1) as aside:
-        if "ray" in sys.modules:
-            aside.submit(sys.modules["ray"].shutdown)
-        yield
+def let_go_of_ray() -> None:
+    """End Ray, if it runs, or leave the cluster, which takes a second or two, while this process does the rest."""
+    if "ray" in sys.modules:
+        ThreadPoolExecutor(1).submit(sys.modules["ray"].shutdown)
 
 
 def _check_address(address: str) -> None:
