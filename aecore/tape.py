@@ -5,7 +5,7 @@ of the time of a small layer's step.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -16,6 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Step = Callable[..., None]
 
+_LARGE = 2**19
+"""Numbers of a tensor that is updated as soon as its gradient is there, while a cache holds both. All gradients of such
+a size, let go at the end of a step, would go back to the system, to come anew, cleared, in the next."""
+_UPDATE, _ADD = torch.ops.aten._fused_adamw_.tensor_lr, torch.ops.aten.add_.Tensor
 _DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -24,7 +28,8 @@ class Taped:
     on replayed, to the same bits: at the third both are done and compared.
 
     What it reads besides must lie at the same place at every step and is read anew at each: weights, the optimiser's
-    state, a learning rate. Random numbers are drawn anew, too.
+    state, a learning rate. Random numbers are drawn anew, too. Where memory runs out amid a replay, large tensors may have
+    their update already.
     """
 
     def __init__(self, step: Step) -> None:
@@ -74,12 +79,40 @@ def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
             tensor.copy_(value)
 
 
+def _parts(params: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], ...]]:
+    """The arguments of an update of all tensors as those of several: of each that is large, and of all others."""
+    large = [[n] for n, tensor in enumerate(params) if tensor.numel() >= _LARGE]
+    small = [n for n, tensor in enumerate(params) if tensor.numel() < _LARGE]
+    for chosen in [*large, *([small] if small else [])]:
+        yield tuple([tensors[n] for n in chosen] if tensors else [] for tensors in (params, *others))
+
+
 class _Call(NamedTuple):
     made: list[str]
     code: str
     read: list[str]
     needed: bool
     """Even where nothing reads what it makes: it changes something or draws random numbers."""
+    reads: set[str]
+    """What it reads and what that is a view of."""
+    changes: set[str]
+    """What of this it may change."""
+    early: bool
+    """It may come as soon as those before, on which it depends, are done."""
+
+    def waits_for(self, other: "_Call") -> bool:
+        return bool(self.reads & {*other.made, *other.changes} or self.changes & other.reads)
+
+
+def _ordered(calls: Iterable[_Call]) -> list[_Call]:
+    """As they came, but the early ones as early as they may."""
+    ordered: list[_Call] = []
+    for call in calls:
+        place = len(ordered)
+        while call.early and place and not call.waits_for(ordered[place - 1]):
+            place -= 1
+        ordered.insert(place, call)
+    return ordered
 
 
 class _Recorder(TorchDispatchMode):
@@ -100,6 +133,8 @@ class _Recorder(TorchDispatchMode):
         self.names = WeakTensorKeyDictionary()
         for name, tensor in zip(self.inputs, inputs, strict=True):
             self.names[tensor] = name
+        self.views: dict[str, str] = {}
+        """What each view is one of."""
         self.numbers = count()
         self.values: dict[str, Any] = {}
 
@@ -108,26 +143,42 @@ class _Recorder(TorchDispatchMode):
         return False  # or it imports the compiler, which takes two seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read: list[str] = []
-        given = [self._written(arg, read) for arg in args]
-        given += [f"{name}={self._written(arg, read)}" for name, arg in (kwargs or {}).items()]
         out = func(*args, **(kwargs or {}))
         outs = out if isinstance(out, tuple | list) else [out]
-        tensors = [one for one in outs if isinstance(one, Tensor)]
-        changes = func._schema.is_mutable
         if func is torch.ops.aten.detach.default:
-            self.names[out] = read[0]
-        elif func.is_view and not any(name[0] in "vx" for name in read):
-            for tensor in tensors:
-                self._constant(tensor)
+            self.names[out] = self._written(args[0], [])
+        elif func is _UPDATE:
+            for part in _parts(*args):
+                self._call(func, part, kwargs, [], changes=[*part[0], *part[2], *part[3]])
         else:
-            self.branches |= (not tensors and not changes) or not _DEPENDENT.isdisjoint(func.tags)
-            fresh = [isinstance(one, Tensor) and one not in self.names for one in outs]  # not what was written to
-            made = [self._variable(one) if new else "_" for one, new in zip(outs, fresh, strict=True)]
-            code = f"{self._constant(getattr(func, '_op', func))}({', '.join(given)})"
-            code = f"{', '.join(made)}{', ' * (out is not outs[0])}= {code}" if made else code
-            self.calls.append(_Call(made, code, read, changes or torch.Tag.nondeterministic_seeded in func.tags))
+            self._call(func, args, kwargs or {}, outs, single=out is outs[0])
         return out
+
+    def _call(
+        self, func: Any, args: Any, kwargs: Any, outs: Sequence[Any], single: bool = False,
+        changes: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        read: list[str] = []
+        given = [self._written(arg, read) for arg in args]
+        given += [f"{name}={self._written(arg, read)}" for name, arg in kwargs.items()]
+        tensors = [one for one in outs if isinstance(one, Tensor)]
+        if func.is_view and not any(name[0] in "vx" for name in read):
+            for tensor in tensors:
+                self.views[self._constant(tensor)] = self.views.get(read[0], read[0])
+            return
+        mutable = func._schema.is_mutable
+        self.branches |= (not tensors and not mutable) or not _DEPENDENT.isdisjoint(func.tags)
+        fresh = [isinstance(one, Tensor) and one not in self.names for one in outs]  # not what was written to
+        made = [self._variable(one) if new else "_" for one, new in zip(outs, fresh, strict=True)]
+        code = f"{self._constant(getattr(func, '_op', func))}({', '.join(given)})"
+        code = f"{', '.join(made)}{', ' * (not single)}= {code}" if made else code
+        if func.is_view:
+            self.views |= dict.fromkeys(made, self.views.get(read[0], read[0]))
+        reads = {self.views.get(name, name) for name in read} | set(read)
+        changed = {self.names[tensor] for tensor in changes} or (reads if mutable else set())
+        needed = mutable or torch.Tag.nondeterministic_seeded in func.tags
+        early = func is _UPDATE or (func is _ADD and all(name[0] == "c" for name in read))
+        self.calls.append(_Call(made, code, read, needed, reads, changed, early))
 
     def _variable(self, tensor: Tensor) -> str:
         self.names[tensor] = name = f"v{next(self.numbers)}"
@@ -155,7 +206,7 @@ class _Recorder(TorchDispatchMode):
         """What repeats it all, on the inputs that it is given; a variable is let go after its last use."""
         lines: list[str] = []
         live: set[str] = set()
-        for call in reversed(self.calls):
+        for call in reversed(_ordered(self.calls)):
             if not call.needed and live.isdisjoint(call.made):
                 continue
             last = {name for name in (*call.read, *call.made) if name[0] == "v"} - live

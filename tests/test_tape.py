@@ -97,6 +97,36 @@ def test_finetuning_is_replayed_to_the_bit(
     assert same(found, without(monkeypatch, work))
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_large_tensor_is_updated_as_soon_as_its_gradient_is_there_to_the_bit(
+    tied: bool, clip: float | None, digits: tuple[Facts, Arrays], steps: list[Taped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tape, "_LARGE", 1000)
+    spec = tuning(layer_specs(Dense(widths=(300, 30), tied=tied), Data(), digits[0]), "reconstruct", clip=clip)
+    orders: list[list[bool]] = []
+    ordered = tape._ordered
+
+    def watched(calls: Any) -> Any:
+        found = ordered(calls)
+        orders.append([bool(call.changes) and call.early for call in found])
+        return found
+
+    monkeypatch.setattr(tape, "_ordered", watched)
+
+    def work() -> Result:
+        return stages.finetune(spec, stages.Run(), data=digits[1])
+
+    found = work()
+    assert list(map(replayed, steps)) == [True]
+    assert same(found, without(monkeypatch, work))
+    (order,) = orders
+    updates = 3 if tied else 5  # a product's weight each, and one of all biases
+    assert sum(order) == 1 + updates  # with the count of steps
+    behind = len(order) - order.index(False) - order[order.index(False) :].index(True)
+    assert behind == updates if clip else behind > 2 * updates  # a gradient that is clipped waits for all others
+
+
 def trained(terms: Any, model: nn.Module, rows: int = 80) -> list[dict[str, float]]:
     x = (torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)),)
     return loop.fit(model, terms, x, x, Fit(epochs=2, batch_size=16), seed=0, device=CPU).history
