@@ -28,8 +28,8 @@ class Taped:
     on replayed, to the same bits: at the third both are done and compared.
 
     What it reads besides must lie at the same place at every step and is read anew at each: weights, the optimiser's
-    state, a learning rate. Random numbers are drawn anew, too. Where memory runs out amid a replay, large tensors may have
-    their update already.
+    state, a learning rate. Random numbers are drawn anew, too. Where memory runs out amid a replay, large tensors
+    may have their update already.
     """
 
     def __init__(self, step: Step) -> None:
