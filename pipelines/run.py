@@ -349,6 +349,8 @@ def start_ray(warm: bool = True) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's workers yield to everything else by default, which costs threads that wait for each other a third
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # nor workers that nobody asked for, which import Ray beside all that has to
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # where a node runs out of memory, Ray would try the same again for ever
     os.environ.setdefault("RAY_task_oom_retries", "0")
     import ray

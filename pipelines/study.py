@@ -62,6 +62,8 @@ _JUDGE = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)
 _TELL_SECONDS = 1.0
 _LATE = "the study's time was up"
+Runs = Mapping[str, tuple[str, dict[str, float]]]
+"""Finished runs by their stages' keys, with their metrics."""
 _MOST_AS_ONE = 64
 """Trials that are one Tune trial: with what a lost worker costs in mind; memory is looked after where they train."""
 
@@ -426,11 +428,11 @@ def run(
     return Ended(trials, len(runs.keys() - before.keys()), len(before))
 
 
-def _finished(members: Sequence[Member], tracker: "Tracker") -> dict[str, str]:
-    """The runs of the finished stages of some trials, by key."""
+def _finished(members: Sequence[Member], tracker: "Tracker") -> Runs:
+    """Those of the finished stages of some trials."""
     stages = {key for m in members for key, stage in m.stages().items() if stage.kept}
-    found = {key: tracker.find(key) for key in stages}
-    return {key: run_id for key, run_id in found.items() if run_id}
+    found = {key: tracker.finished(key) for key in stages}
+    return {key: run for key, run in found.items() if run}
 
 
 class _Job:
@@ -703,7 +705,7 @@ def run_as_one(
 
 
 def _ended(
-    m: Member, tracker: "Tracker", runs: Mapping[str, str], epochs: int, errors: dict[str, str],
+    m: Member, tracker: "Tracker", runs: Runs, epochs: int, errors: dict[str, str],
     stopped: dict[str, int],
 ) -> Trial:  # fmt: skip
     """A member as the report wants it."""
@@ -713,15 +715,16 @@ def _ended(
         return trial._replace(status="stopped", error="", epochs_used=stopped[key])
     if key not in runs:
         return trial
-    result = restore(runs[key], tracker)
+    run_id, _ = runs[key]
+    result = restore(run_id, tracker)
     if result is None:
         return trial._replace(error="its result is lost; start the study again")
     curves = dict(result.config)
     stages = [stage for stage in m.stages().values() if stage.key in runs and stage.key != key]
-    spent = {stage.key: tracker.metrics(runs[stage.key]) for stage in stages}
+    spent = {stage.key: runs[stage.key][1] for stage in stages}
     unsupervised = [stage.key for stage in stages if getattr(stage.spec, "variant", None) is not None]
     return trial._replace(
-        status="finished", error="", run_id=runs[key], metrics=result.metrics,
+        status="finished", error="", run_id=run_id, metrics=result.metrics,
         history=tuple(curves.pop("history")), curves=curves, arrays=result.weights,
         epochs_used=round(sum(spent[key].get("epochs", 0) for key in unsupervised)),
         seconds=sum(metrics.get("train_seconds", 0) for metrics in spent.values()),

@@ -147,13 +147,17 @@ class Tracker(NamedTuple):
 
     def find(self, key: str) -> str | None:
         """The finished run of a stage (or job), if there is one."""
+        found = self.finished(key)
+        return found[0] if found else None
+
+    def finished(self, key: str) -> tuple[str, dict[str, float]] | None:
+        """The same with its metrics."""
         run = self._with_key(key, " and attributes.status = 'FINISHED'")
-        return run.info.run_id if run else None
+        return (run.info.run_id, _metrics(run)) if run else None
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """The last value of each metric of a run, system metrics left out."""
-        metrics = self.client.get_run(run_id).data.metrics
-        return {name: value for name, value in metrics.items() if not name.startswith("system/")}
+        return _metrics(self.client.get_run(run_id))
 
     def restore(self, run_id: str) -> Result:
         """The result of a finished stage.
@@ -718,6 +722,10 @@ class _Lease:
 
 _held: dict[str, _Lease] = {}
 """This process's leases."""
+
+
+def _metrics(run: Run) -> dict[str, float]:
+    return {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
 
 
 def _mark(key: str) -> str:
