@@ -21,8 +21,8 @@ from tests.benchmarks.jobs import cold
 from tests.benchmarks.tables import last, show
 from tests.benchmarks.timeline import PARTS, Done, split
 
-ROWS, VALIDATION, WIDTH, BATCH, SEEDS = 10_000, 1_500, 64, 64, (0, 1)
-EPOCHS = 40  # what a study spends by default; the fewer, the more its measuring weighs
+ROWS, VALIDATION, WIDTH, BATCH, SEEDS = 20_000, 1_500, 64, 64, (0, 1)
+EPOCHS = 40  # what a study spends by default; the fewer, and the fewer the rows, the more its measuring weighs
 
 
 def rates(count: int) -> list[float]:
