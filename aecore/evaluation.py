@@ -67,11 +67,7 @@ def _evaluate(
     everything, data = data, held(data)
     scores: dict[str, float] = {}
     pictures: dict[str, Future[bytes]] = {}
-    if spec.pictures:
-        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
-        if finetuned is not None:
-            named["finetuning"] = finetuned.config
-        pictures["loss_curves"] = pen.submit(figures.loss_curves, named)
+    table: np.ndarray | None = None
     if finetuned is not None and spec.task == "classify":
         table = np.zeros((len(spec.classes),) * 2, np.int64)
         for rows in all_test_rows(everything, run):
@@ -81,10 +77,8 @@ def _evaluate(
         low, high = metrics.accuracy_interval(accuracy, int(table.sum()))
         scores |= {"test/accuracy": accuracy, "test/error": 1 - accuracy}
         scores |= {"test/accuracy_low": low, "test/accuracy_high": high}
-        if spec.pictures:
-            pictures["confusion"] = pen.submit(figures.confusion, table, spec.classes)
 
-    stack = None
+    stack, codes = None, None
     if finetuned is not None and spec.task == "reconstruct":
         stack = build_stack(finetuned)
     elif layers:
@@ -97,7 +91,7 @@ def _evaluate(
         if isinstance(everything, Stream):
             scores["test/reconstruction_mse"] = _streamed_mse(stack, prepare, everything, run)
         if spec.pictures:
-            train, validation, test = (_codes(stack, prepare, split, run.device) for split in _splits(data))
+            train, _, test = codes = [_codes(stack, prepare, split, run.device) for split in _splits(data)]
             plane = train.shape[1] == 2  # small enough to show every training row
             shown = (train, data.train.y) if plane else (test[:_MAPPED], data.test.y)
             pictures["codes"] = pen.submit(figures.codes_map, *shown, spec.classes, "training" if plane else "test")
@@ -107,13 +101,21 @@ def _evaluate(
             )  # fmt: skip
             units = unit_images(stack, prepare, data.train.x[:2048], run.device)
             pictures["units"] = pen.submit(figures.units, units)
-            if data.train.y is not None and data.validation.y is not None and data.test.y is not None:
-                probe = metrics.linear_probe((train, data.train.y), (validation, data.validation.y))
-                scores["probe/accuracy"] = float((probe.predict(test) == data.test.y).mean())
-                scores["knn/accuracy"] = float((metrics.nearest((train, data.train.y), test) == data.test.y).mean())
             pictures |= _variant_pictures(spec, stack, x, test, pen)
             if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
                 scores |= _bound(stack, spec.variant, x)
+    if spec.pictures:
+        if table is not None:
+            pictures["confusion"] = pen.submit(figures.confusion, table, spec.classes)
+        named = {f"layer {n}": result.config for n, result in enumerate(layers, 1)}
+        if finetuned is not None:
+            named["finetuning"] = finetuned.config
+        pictures["loss_curves"] = pen.submit(figures.loss_curves, named)
+    if codes and data.train.y is not None and data.validation.y is not None and data.test.y is not None:
+        train, validation, test = codes
+        probe = metrics.linear_probe((train, data.train.y), (validation, data.validation.y))
+        scores["probe/accuracy"] = float((probe.predict(test) == data.test.y).mean())
+        scores["knn/accuracy"] = float((metrics.nearest((train, data.train.y), test) == data.test.y).mean())
     return Result({}, {}, scores, {name: picture.result() for name, picture in pictures.items()})
 
 
