@@ -144,20 +144,18 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        outs = out if isinstance(out, tuple | list) else [out]
         if func is torch.ops.aten.detach.default:
             self.names[out] = self._written(args[0], [])
         elif func is _UPDATE:
             for part in _parts(*args):
-                self._call(func, part, kwargs, [], changes=[*part[0], *part[2], *part[3]])
+                self._call(func, part, kwargs, out, changes=[*part[0], *part[2], *part[3]])
         else:
-            self._call(func, args, kwargs or {}, outs, single=out is outs[0])
+            self._call(func, args, kwargs or {}, out)
         return out
 
-    def _call(
-        self, func: Any, args: Any, kwargs: Any, outs: Sequence[Any], single: bool = False,
-        changes: Sequence[Tensor] = (),
-    ) -> None:  # fmt: skip
+    def _call(self, func: Any, args: Any, kwargs: Any, out: Any, changes: Sequence[Tensor] = ()) -> None:
+        several = isinstance(out, tuple | list)
+        outs = out if several else [out]
         read: list[str] = []
         given = [self._written(arg, read) for arg in args]
         given += [f"{name}={self._written(arg, read)}" for name, arg in kwargs.items()]
@@ -171,7 +169,7 @@ class _Recorder(TorchDispatchMode):
         fresh = [isinstance(one, Tensor) and one not in self.names for one in outs]  # not what was written to
         made = [self._variable(one) if new else "_" for one, new in zip(outs, fresh, strict=True)]
         code = f"{self._constant(getattr(func, '_op', func))}({', '.join(given)})"
-        code = f"{', '.join(made)}{', ' * (not single)}= {code}" if made else code
+        code = f"{', '.join(made)}{', ' * several}= {code}" if made else code
         if func.is_view:
             self.views |= dict.fromkeys(made, self.views.get(read[0], read[0]))
         reads = {self.views.get(name, name) for name in read} | set(read)

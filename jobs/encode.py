@@ -62,7 +62,7 @@ def encode(settings: Encode) -> dict[str, Any]:
         raise InputError(
             f"model: {store_uri()} does not exist, so there is no {settings.model}; set MLFLOW_TRACKING_URI"
         )
-    tracker = open_store(Resources())
+    tracker = open_store(Resources(), ready=False)
     assert tracker is not None
     model = tracker.load_model(settings.model)
     way, data, facts, rows = _read_from(settings, model.result, model.uri, model.digest)

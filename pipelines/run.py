@@ -309,20 +309,18 @@ def open_store(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    new, cluster = store_is_empty(), os.environ.get("RAY_ADDRESS")
-    if create and ready and cluster:
+    new, connecting = store_is_empty(), None
+    if create and ready and os.environ.get("RAY_ADDRESS"):
         try:
             start_ray(warm)  # takes no time, and a worker loads torch while MLflow is imported here
         except Exception:
             if new:
                 raise  # else all may be restored, which needs no Ray; whoever does need it meets this again
-    if create and ready and new and not cluster:
+    elif create and ready and new:
         refuse_what_is_not_here(resources)
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
         start_ray(warm)
-        tracker = connecting.result()
-    else:
-        tracker = _connect(create)
+    tracker = connecting.result() if connecting else _connect(create)
     return tracker and tracker._replace(patience=resources.mlflow_patience)
 
 
@@ -332,12 +330,12 @@ def _connect(create: bool) -> "Tracker | None":
     return connect(create=create)
 
 
-def start_ray(warm: bool = True) -> None:
+def start_ray(warm: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS names, else start an embedded one; does nothing the second time.
 
     Args:
-        warm: let one worker of a single, idle machine load torch, for the first stage. Ray Tune has workers of its
-            own.
+        warm: let one worker of a single, idle machine load torch, for the first stage; which gains something if
+            the driver has other things to do before. Ray Tune has workers of its own.
 
     Raises:
         InputError: no cluster answers there.

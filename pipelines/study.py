@@ -485,7 +485,7 @@ class _Job:
     def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
         """Trials that are to train as one: on GPUs, where no scheduler looks at each, those that differ in numbers
         alone, but so that no GPU is idle."""
-        start_ray(warm=False)
+        start_ray()
         share = share_of(self.resources)
         first, members = _references(members), [m for m in members if m.kind not in REFERENCES]
         if not share.gpus or self.study.scheduler != "none":
@@ -553,7 +553,7 @@ class _Job:
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler
 
-        start_ray(warm=False)
+        start_ray()
         check_reach(self.tracker.uri, self.resources.storage_path)
         share = share_of(self.resources)._replace(study=True)
         if self.data is None:

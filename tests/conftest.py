@@ -41,7 +41,7 @@ def mnist_root() -> Path:
     """The folder that holds MNIST/raw."""
     root = os.environ.get("DIABOLO_DATA")
     if not root:
-        pytest.skip("real MNIST is not shipped: DIABOLO_DATA=FOLDER names the one that holds MNIST/raw")
+        pytest.skip("MNIST is neither shipped nor downloaded by tests; DIABOLO_DATA=FOLDER names what holds MNIST/raw")
     return Path(root).resolve()
 
 

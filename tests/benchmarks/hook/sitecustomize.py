@@ -98,7 +98,7 @@ class Finder(importlib.abc.MetaPathFinder):
             wrap(module, CALLS.get(name, {}))
 
         # of this one loader, in place: another in its stead would hide what else the import system asks a loader for
-        spec.loader.exec_module = watched  # type: ignore[method-assign]
+        vars(spec.loader)["exec_module"] = watched
         return spec
 
 
