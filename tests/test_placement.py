@@ -1,5 +1,7 @@
 """What a stage gets of a cluster, with the cluster's answers made up."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from ray.core.generated import autoscaler_pb2
 
 from aecore.config import Fit
 from aecore.errors import InputError
-from pipelines.run import Resources, Share, checkpoints_of, share_of
+from pipelines.run import Resources, Share, check_reach, checkpoints_of, share_of
 from pipelines.stage import Stage
 
 PROTO: Any = autoscaler_pb2  # generated, without hints
@@ -83,3 +85,27 @@ def test_where_checkpoints_are_kept(cluster: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert place(server) is None
     assert place("sqlite:////there/mlflow.db") == "/there/checkpoints"
+
+
+def test_a_folder_that_another_node_does_not_see_is_named(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a mount hid it there; tests/test_nodes.py has a real one, which takes root."""
+    cluster({"CPU": 4}, {"CPU": 4})
+    nodes = [{**node, "NodeID": f"{n:056}", "NodeManagerHostname": f"host{n}"} for n, node in enumerate(ray.nodes())]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+    blind = {nodes[1]["NodeID"]}
+
+    def seen_from(exists: Callable[[Path], bool], scheduling_strategy: Any) -> Any:
+        return SimpleNamespace(remote=lambda mark: scheduling_strategy.node_id not in blind and exists(mark))
+
+    def remote(**_: Any) -> Any:
+        return lambda exists: SimpleNamespace(options=partial(seen_from, exists))
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", lambda seen: seen)
+    with pytest.raises(InputError, match=r"resources\.storage_path: .*checkpoints is another folder on host1; name"):
+        check_reach("http://store:5000", str(tmp_path / "checkpoints"))
+    blind.clear()
+    check_reach("http://store:5000", str(tmp_path / "checkpoints"))
