@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aecore.errors import printable
+from aecore.imports import quickly
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,8 @@ def png(figure: "Figure") -> bytes:
 
 
 def titled(width: float, height: float, title: str) -> "Figure":
-    from matplotlib.figure import Figure  # takes half a second, which whoever draws in a thread spends there
+    with quickly():
+        from matplotlib.figure import Figure  # takes half a second, which whoever draws in a thread spends there
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", wrap=True)
@@ -158,7 +160,8 @@ def plane(codes: np.ndarray) -> np.ndarray:
         return np.column_stack([codes, np.zeros((len(codes), 2 - codes.shape[1]), codes.dtype)])
     if not np.isfinite(codes).all() or not codes.std(0).any():
         return np.zeros((len(codes), 2), np.float32)
-    from sklearn.manifold import TSNE
+    with quickly():
+        from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(codes) - 1) / 3)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aecore.imports import quickly
+
 Labelled = tuple[np.ndarray, np.ndarray]
 """Codes (rows, features) and class numbers (rows,)."""
 _CLUSTERED_ROWS = 20_000
@@ -62,8 +64,9 @@ def linear_probe(train: Labelled, validation: Labelled) -> Probe:
     Args:
         train, validation: codes (rows, features) and class numbers (rows,).
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+    with quickly():
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
     scaler = StandardScaler().fit(train[0])

@@ -24,6 +24,7 @@ from aecore.config import Precision
 from aecore.data import Arrays, load
 from aecore.errors import InputError, OutageError
 from aecore.fingerprint import Frozen
+from aecore.imports import quickly
 from aecore.specs import LoadSpec, Numerics
 from aecore.storage import Result
 from aecore.stream import Spread, Stream, in_turn, open_stream
@@ -325,9 +326,10 @@ def open_store(
 
 
 def _connect(create: bool) -> "Tracker | None":
-    from pipelines.tracking import connect  # MLflow takes seconds to import
+    with quickly():
+        from pipelines.tracking import connect  # MLflow takes seconds to import, and its store once more
 
-    return connect(create=create)
+        return connect(create=create)
 
 
 def start_ray(warm: bool = False) -> None:
@@ -351,7 +353,8 @@ def start_ray(warm: bool = False) -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # where a node runs out of memory, Ray would try the same again for ever
     os.environ.setdefault("RAY_task_oom_retries", "0")
-    import ray
+    with quickly():
+        import ray
 
     if not ray.is_initialized():
         options: dict[str, Any] = (
@@ -389,7 +392,8 @@ def _check_address(address: str) -> None:
 
 def _warm() -> None:
     """Import in a worker what every stage needs, while the driver does other things."""
-    importlib.import_module("aecore.stages")
+    with quickly():
+        importlib.import_module("aecore.stages")
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -583,9 +587,10 @@ def _execute(
         # what was lost with its node after it was kept is not computed, let alone kept, again
         if attempt and (restored := _kept_before(stage, store)):
             return restored
-        import torch
+        with quickly():
+            import torch
 
-        from aecore import stages
+            from aecore import stages
 
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
@@ -746,8 +751,9 @@ def _say(line: str) -> None:
 
 def _in_ray_train(fn: Callable[..., Result], run: "Run") -> Result:
     """`fn` as a Ray Train loop, in local mode: one device, in this process."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
+    with quickly():
+        import ray.train
+        from ray.train.torch import TorchTrainer
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every report
 
