@@ -20,6 +20,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 from aecore.config import Conv, Dense, Experiment, Finetune, Fit, overlay
 from aecore.errors import InputError, shown
 from aecore.fingerprint import Frozen, fingerprint
+from aecore.imports import quickly
 from aecore.specs import (
     Facts,
     FinetuneSpec,
@@ -461,8 +462,9 @@ class _Job:
         """Run trials on Ray Tune; errors by key, and epochs of those that were stopped by key."""
         if not members:
             return {}, {}
-        from ray import tune
-        from ray.exceptions import RayActorError
+        with quickly():
+            from ray import tune
+            from ray.exceptions import RayActorError
 
         errors: dict[str, str] = {}
         stopped: dict[str, int] = {}
@@ -613,10 +615,11 @@ def _trial(
 ) -> None:  # fmt: skip
     """The body of a trial, or of several that train as one: restores or computes its stages in this process, and tells
     Tune of every epoch."""
-    import ray
-    from ray import tune
+    with quickly():
+        import ray
+        from ray import tune
 
-    from pipelines.tracking import Tracker
+        from pipelines.tracking import Tracker
 
     members = [member(study, *choice, facts, numerics) for choice in _choices(config)]
     loaded = next(s for s in members[0].stages().values() if isinstance(s.spec, LoadSpec))

@@ -1,0 +1,20 @@
+import gc
+
+import pytest
+
+from aecore.imports import quickly
+
+
+def test_garbage_is_collected_again_after_imports_whatever_happens() -> None:
+    with pytest.raises(ImportError), quickly():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_imports_within_imports_leave_it_to_the_outer_ones() -> None:
+    with quickly():
+        with quickly():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
