@@ -166,7 +166,7 @@ def plane(codes: np.ndarray) -> np.ndarray:
 
     perplexity = min(30.0, (len(codes) - 1) / 3)
     with threadpool_limits(1, "openmp"):  # so few rows gain a fifth by a second thread, which others can use better
-        return TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(codes)
+        return TSNE(2, perplexity=perplexity, init="pca", angle=0.8, random_state=0, max_iter=500).fit_transform(codes)
 
 
 def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str], rows: str) -> bytes:
