@@ -17,6 +17,7 @@ from torch import Tensor
 from aecore import figures, generation, metrics
 from aecore.corruption import Noise, corrupt, drawn
 from aecore.data import Arrays, Split, cut
+from aecore.imports import quickly
 from aecore.jacobian import squared_norm
 from aecore.networks import Prepare, Stack
 from aecore.specs import EvaluateSpec, MeasureSpec
@@ -52,6 +53,11 @@ def evaluate(
     """
     from threadpoolctl import threadpool_limits
 
+    if spec.pictures:
+        # here, since two threads that import parts of scikit-learn at once may each find the other's half made
+        with quickly():
+            for name in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"):
+                importlib.import_module(name)
     importlib.import_module("scipy.linalg")  # brings a BLAS of its own, which is to be limited, too
     # figures are drawn while the measures are taken; scikit-learn sets the same limit here and there and then puts back
     # what it found, which of two threads may be what the other has set

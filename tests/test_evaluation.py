@@ -1,5 +1,7 @@
 """What a study measures: known models, known numbers."""
 
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -174,3 +176,34 @@ def test_dead_and_saturated_units_are_counted() -> None:
     found = evaluation._units(net, codes)
     assert found["units/dead"] == 0.25 and found["units/saturated"] == pytest.approx(3 / 8)
     assert found["units/mean_activation"] == pytest.approx(codes.mean())
+
+
+ELSEWHERE = """
+import sys, threading
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("scipy", "sklearn") and threading.current_thread() is not threading.main_thread():
+            print(name)
+
+sys.meta_path.insert(0, Watch())
+from aecore import evaluation, stages
+from aecore.config import Dense, Experiment, Finetune, Fit
+from aecore.data import inspect, load
+from aecore.specs import Numerics, resolve
+from pipelines.stacked import build
+
+experiment = Experiment(network=Dense(widths=(4,)), pretrain=Fit(epochs=1), finetune=Finetune(epochs=1))
+facts = inspect(experiment.data)
+experiment = resolve(experiment, facts)
+arrays = load(experiment.data, facts)
+specs = {stage.name: stage.spec for stage in build(experiment, facts, Numerics()).kept()}
+layer = stages.pretrain_layer(specs["layer 1"], stages.Run(), data=arrays)
+found = evaluation.evaluate(specs["evaluate"], stages.Run(), data=arrays, layers=[layer])
+print(*sorted(found.figures), "probe/accuracy" in found.metrics)
+"""
+
+
+def test_no_two_threads_import_scikit_learn() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE], capture_output=True, text=True, check=True)
+    assert done.stdout == "codes loss_curves reconstructions units True\n"

@@ -100,18 +100,18 @@ def loop(path: str, weights: str, output: str) -> tuple[int, float]:
 
 def watched(command: list[str], folder: Path) -> tuple[dict[str, Any], float]:
     """The last line of a command, and the peak memory of its processes in GB."""
-    with (folder / "log.txt").open("w") as log:
-        process = start(command, folder, log)
+    with (folder / "log.txt").open("w") as log, start(command, folder, log) as process:
         peak = 0
         while process.poll() is None:
             with suppress(psutil.Error):
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 peak = max(peak, sum(memory_of(member)[1] for member in family))
             time.sleep(2)  # asking costs a third of a second
-    assert process.stdout is not None
+        assert process.stdout is not None
+        told = process.stdout.read()
     if process.returncode:
         raise SystemExit((folder / "log.txt").read_text()[-2000:])
-    return json.loads(process.stdout.read().splitlines()[-1]), peak / 1e9
+    return json.loads(told.splitlines()[-1]), peak / 1e9
 
 
 def start(command: list[str], folder: Path, log: Any) -> subprocess.Popen[str]:
@@ -145,17 +145,15 @@ def compared(output: Path, weights: Path, x: np.ndarray) -> tuple[int, float]:
 
 def killed(path: Path, output: Path, folder: Path) -> int:
     """Start a job and kill it and its workers when half of the files are there; how many those are."""
-    with (folder / "log.txt").open("w") as log:
-        process = start(encoding(path, output), folder, log)
+    with (folder / "log.txt").open("w") as log, start(encoding(path, output), folder, log) as process:
         while process.poll() is None and len(list(output.glob("part-*"))) < 3:
             time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.wait()
-        psutil.wait_procs(family, timeout=20)
-        for member in family:
+        for member in [process, *family]:  # at once: workers left to notice would write what is missing
             with suppress(psutil.Error):
                 member.kill()
+        process.wait()
+        psutil.wait_procs(family, timeout=20)
     return len(list(output.glob("part-*")))
 
 
