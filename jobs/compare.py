@@ -13,7 +13,7 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Resources, let_go_of_ray, open_store
+from pipelines.run import Resources, open_store
 from pipelines.scratch import scratch
 from pipelines.study import Study, expand, run, shared
 
@@ -83,7 +83,6 @@ def compare(settings: Compare) -> dict[str, Any] | None:
             "seeds": ", ".join(map(str, study.seeds)),
             "budget": f"{study.budget.epochs} passes over the training rows per trial",
         }
-        let_go_of_ray()
         with scratch() as temporary:
             written = report.write(trials, study.name, described, facts.classes, temporary, study.choose_metric)
             # not from the user's folder: whatever else lies there is no artifact

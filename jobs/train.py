@@ -14,7 +14,7 @@ from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
 from jobs import cli
-from pipelines.run import Outcome, Resources, compute, let_go_of_ray, open_store
+from pipelines.run import Outcome, Resources, compute, open_store
 from pipelines.stacked import build
 
 
@@ -69,7 +69,6 @@ def train(settings: Train) -> dict[str, Any] | None:
         tracker.client.log_dict(run_id, kept, "experiment.json")
         tracker.log_data(run_id, experiment.data.name, facts)
         outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
-        let_go_of_ray()
         metrics = dict(outcomes["evaluate"].metrics)
         if graph.finetune is not None:
             best = {k: v for k, v in outcomes["finetune"].metrics.items() if k.startswith("best/")}

@@ -371,12 +371,6 @@ def start_ray(warm: bool = False) -> None:
                 ray.remote(num_cpus=cpus)(_warm).remote()
 
 
-def let_go_of_ray() -> None:
-    """End Ray, if it runs, or leave the cluster, which takes a second or two, while this process does the rest."""
-    if "ray" in sys.modules:
-        ThreadPoolExecutor(1).submit(sys.modules["ray"].shutdown)
-
-
 def _check_address(address: str) -> None:
     """Whether anyone listens where a cluster is said to be: Ray itself would ask for minutes and then say little."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
