@@ -96,13 +96,14 @@ def _evaluate(
         scores["test/reconstruction_mse"] = metrics.reconstruction_mse(x, reconstruction)
         if isinstance(everything, Stream):
             scores["test/reconstruction_mse"] = _streamed_mse(stack, prepare, everything, run)
+        reconstruction = reconstruction[:_SHOWN].clone()  # not all rows as floats, until the end
         if spec.pictures:
             train, _, test = codes = [_codes(stack, prepare, split, run.device) for split in _splits(data)]
             plane = train.shape[1] == 2  # small enough to show every training row
             shown = (train, data.train.y) if plane else (test[:_MAPPED], data.test.y)
             pictures["codes"] = pen.submit(figures.codes_map, *shown, spec.classes, "training" if plane else "test")
             pictures["reconstructions"] = pen.submit(
-                figures.reconstructions, x[:_SHOWN].cpu().numpy(), reconstruction[:_SHOWN].cpu().numpy(),
+                figures.reconstructions, _numpy(x[:_SHOWN]).copy(), _numpy(reconstruction),
                 scores["test/reconstruction_mse"],
             )  # fmt: skip
             units = unit_images(stack, prepare, data.train.x[:2048], run.device)
@@ -110,6 +111,7 @@ def _evaluate(
             pictures |= _variant_pictures(spec, stack, x, test, pen)
             if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
                 scores |= _bound(stack, spec.variant, x)
+        del x
     if spec.pictures:
         if table is not None:
             pictures["confusion"] = pen.submit(figures.confusion, table, spec.classes)
@@ -438,8 +440,7 @@ def _codes(stack: Stack, prepare: Prepare, split: Split, device: torch.device) -
 
 def _over(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Tensor:
     """`fn` of the rows of x, in batches that hold what the stack's outputs take."""
-    with torch.no_grad():
-        return torch.cat([fn(rows) for rows in x.split(min(metrics.CACHED_ROWS, scoring_rows(stack.first.spec)))])
+    return metrics.over_batches(fn, x, x.device, min(metrics.CACHED_ROWS, scoring_rows(stack.first.spec)))
 
 
 def _splits(data: Arrays) -> tuple[Split, Split, Split]:

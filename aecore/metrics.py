@@ -18,16 +18,23 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 """Inverse regularisation tried by the linear probe, chosen on validation."""
 
 
-def over_batches(fn: Callable[[Tensor], Tensor], x: np.ndarray, device: torch.device, batch_size: int = 2048) -> Tensor:
+def over_batches(
+    fn: Callable[[Tensor], Tensor], x: np.ndarray | Tensor, device: torch.device, batch_size: int = 2048
+) -> Tensor:
     """`fn` applied to the rows of `x` in batches on `device`; the results together, there."""
+
+    def of(start: int) -> Tensor:
+        rows = x[start : start + batch_size]
+        return fn(rows if isinstance(rows, Tensor) else torch.tensor(rows, device=device))
+
     with torch.no_grad():
-        first = fn(torch.tensor(x[:batch_size], device=device))
+        first = of(0)
         if len(x) <= batch_size:
             return first
         found = first.new_empty((len(x), *first.shape[1:]))  # in place: no second copy of it all
         found[:batch_size] = first
         for start in range(batch_size, len(x), batch_size):
-            found[start : start + batch_size] = fn(torch.tensor(x[start : start + batch_size], device=device))
+            found[start : start + batch_size] = of(start)
         return found
 
 

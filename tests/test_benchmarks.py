@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from aecore.data import Split
-from tests.benchmarks import gpu
+from tests.benchmarks import gpu, training
 from tests.benchmarks.tables import shown
 from tests.benchmarks.timeline import HOOK, PARTS, ROOT, Note, read, split
 
@@ -57,3 +58,9 @@ def test_the_gpu_benchmark_says_that_there_is_none_and_its_pipeline_trains_here_
     assert data.train.y is not None
     few = data._replace(train=Split(data.train.x[:200], data.train.y[:200]))
     assert gpu.pipeline(few, (1, 1), "cpu") > 0
+
+
+def test_the_floor_with_updates_trains_by_the_gradient_of_its_products() -> None:
+    weight, seen = torch.ones(3, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 0.0]])
+    training._updated(weight, lambda: seen)()
+    assert weight.flatten().tolist() == pytest.approx([0.999, 1, 1.001, 1, 0.999, 1])  # Adam's first step is the rate

@@ -1,8 +1,9 @@
 """python -m tests.benchmarks.training --root FOLDER [--repeats 5] [--batch 64 256 1024] [--network dense wide conv]
 
 Samples a second of `fit` against what a user would write instead, and against the floor: the matrix products (or
-convolutions) alone. All in one process, one after the other, so that ratios hold on a machine that others use too; peak
-memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part where they are installed:
+convolutions) alone, and with AdamW's updates. All in one process, one after the other, so that ratios hold on a machine
+that others use too; peak memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part
+where they are installed:
 
     uv run --extra benchmarks python -m tests.benchmarks.training --root FOLDER
 """
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -188,15 +190,20 @@ def pythae(root: Path, network: Network, batch: int, rows: int) -> float:
         return time.perf_counter() - began
 
 
-def floor(root: Path, network: Network, batch: int, rows: int) -> float:
-    """The products of an epoch's steps alone, by the kernels that `fit` uses."""
+def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False) -> float:
+    """The products of an epoch's steps alone, by the kernels that `fit` uses.
+
+    Args:
+        update: and AdamW's update of each weight, right after its gradient, which no such training is spared.
+    """
     modules = [module for half in halves(network) for module in half if hasattr(module, "weight")]
     x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
     steps: list[Callable[[], object]] = []
     for number, module in enumerate(modules):
         out = module(x).detach()
         timed = _convolutions if network.conv else _products
-        steps.append(timed(module, x, out, number > 0))
+        step = timed(module, x, out, number > 0)
+        steps.append(_updated(module.weight.detach(), step) if update else step)
         x = out
     began = time.perf_counter()
     with torch.no_grad():
@@ -206,34 +213,47 @@ def floor(root: Path, network: Network, batch: int, rows: int) -> float:
     return time.perf_counter() - began
 
 
-def _products(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], object]:
+def _products(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
     from aecore.kernels import linear
 
     weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(()).expand(x.shape[1])
 
-    def step() -> None:
+    def step() -> Tensor:
         linear(x, weight, bias)
-        linear(grad.t(), x.t(), nothing)
         if deep:
             linear(grad, weight.t(), nothing)
+        return linear(grad.t(), x.t(), nothing)
 
     return step
 
 
-def _convolutions(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], object]:
+def _convolutions(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
     bias, transposed = list(module.bias.shape), isinstance(module, nn.ConvTranspose2d)
     rest = module.stride, module.padding, module.dilation, transposed, module.output_padding, 1
 
-    def step() -> None:
+    def step() -> Tensor:
         module(x)
-        torch.ops.aten.convolution_backward(grad, x, module.weight, bias, *rest, [deep, True, True])
+        found: Any = torch.ops.aten.convolution_backward(grad, x, module.weight, bias, *rest, [deep, True, True])
+        return found[1]
 
     return step
 
 
+def _updated(weight: Tensor, step: Callable[[], Tensor]) -> Callable[[], None]:
+    mean, square, count = torch.zeros_like(weight), torch.zeros_like(weight), torch.ones(())
+    numbers: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+
+    def both() -> None:
+        torch._fused_adamw_([weight], [step()], [mean], [square], [], [count], amsgrad=False, maximize=False, **numbers)
+
+    return both
+
+
 CONTESTANTS: dict[str, Callable[[Path, Network, int, int], float]] = {
-    "fit": ours, "floor": floor, "tutorial": tutorial, "lightning": lightning, "pythae": pythae,
+    "fit": ours, "floor": floor, "and AdamW": partial(floor, update=True), "tutorial": tutorial,
+    "lightning": lightning, "pythae": pythae,
 }  # fmt: skip
+FLOORS = ("floor", "and AdamW")
 
 
 def peak(root: Path, contestant: str, network: str, batch: int, rows: int) -> float:
@@ -271,7 +291,7 @@ def measure(
                 for contestant, all_ in seconds.items()
                 if contestant != "fit"
             }
-            row["bytes"] = {c: peak(root, c, name, batch, rows) for c in seconds if c != "floor"} if memory else {}
+            row["bytes"] = {c: peak(root, c, name, batch, rows) for c in seconds if c not in FLOORS} if memory else {}
             found.append(row)
     return found
 
