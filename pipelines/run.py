@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -319,6 +319,8 @@ def open_store(
                 raise  # else all may be restored, which needs no Ray; whoever does need it meets this again
     elif create and ready and new:
         refuse_what_is_not_here(resources)
+        with quickly():
+            importlib.import_module("ray")  # not beside MLflow: each might find half made what both import
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
         start_ray(warm)
     tracker = connecting.result() if connecting else _connect(create)
@@ -362,13 +364,27 @@ def start_ray(warm: bool = False) -> None:
         )
         handler = signal.getsignal(signal.SIGTERM)
         _check_address(os.environ.get("RAY_ADDRESS", ""))
-        ray.init(logging_level=logging.WARNING, **options)
+        with _alone() if embedded else contextlib.nullcontext():
+            ray.init(logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits without a word
         if warm and len(nodes := _nodes()) == 1:
             cpus = nodes[0]["CPU"]
             if embedded or ray.available_resources().get("CPU") == cpus:
                 # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
                 ray.remote(num_cpus=cpus)(_warm).remote()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Ray starts without the autoscaler's monitor and the dashboard's server, which have nothing to do on one machine.
+    They cost two imports of Ray at the start, beside all that has to be imported, and a second at the end."""
+    node: Any = importlib.import_module("ray._private.node").Node  # Any: its hints know of nothing that is left out
+    started = node.start_monitor, node.start_api_server
+    node.start_monitor = node.start_api_server = lambda self, **options: None
+    try:
+        yield
+    finally:
+        node.start_monitor, node.start_api_server = started
 
 
 def _check_address(address: str) -> None:

@@ -202,8 +202,8 @@ def floor(root: Path, network: Network, batch: int, rows: int, update: bool = Fa
     for number, module in enumerate(modules):
         out = module(x).detach()
         timed = _convolutions if network.conv else _products
-        step = timed(module, x, out, number > 0)
-        steps.append(_updated(module.weight.detach(), step) if update else step)
+        products = timed(module, x, out, number > 0)
+        steps.append(_updated(module.weight.data, products) if update else products)
         x = out
     began = time.perf_counter()
     with torch.no_grad():
@@ -239,7 +239,7 @@ def _convolutions(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[
     return step
 
 
-def _updated(weight: Tensor, step: Callable[[], Tensor]) -> Callable[[], None]:
+def _updated(weight: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
     mean, square, count = torch.zeros_like(weight), torch.zeros_like(weight), torch.ones(())
     numbers: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
 
