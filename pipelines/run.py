@@ -319,8 +319,7 @@ def open_store(
                 raise  # else all may be restored, which needs no Ray; whoever does need it meets this again
     elif create and ready and new:
         refuse_what_is_not_here(resources)
-        with quickly():
-            importlib.import_module("ray")  # not beside MLflow: each might find half made what both import
+        _import_ray()  # not beside MLflow: each might find half made what both import
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
         start_ray(warm)
     tracker = connecting.result() if connecting else _connect(create)
@@ -344,20 +343,10 @@ def start_ray(warm: bool = False) -> None:
     Raises:
         InputError: no cluster answers there.
     """
-    embedded = not os.environ.get("RAY_ADDRESS")
-    if embedded:
-        # the embedded cluster shares this environment; Ray would build each worker another one
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray's workers yield to everything else by default, which costs threads that wait for each other a third
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # nor workers that nobody asked for, which import Ray beside all that has to
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    # where a node runs out of memory, Ray would try the same again for ever
-    os.environ.setdefault("RAY_task_oom_retries", "0")
-    with quickly():
-        import ray
+    _import_ray()
+    import ray
 
+    embedded = not os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         options: dict[str, Any] = (
             {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()} if embedded else {}
@@ -372,6 +361,22 @@ def start_ray(warm: bool = False) -> None:
             if embedded or ray.available_resources().get("CPU") == cpus:
                 # takes all CPUs, so that the first stage waits for it and then finds a worker that has torch
                 ray.remote(num_cpus=cpus)(_warm).remote()
+
+
+def _import_ray() -> None:
+    """With the settings that it reads when it is imported."""
+    if not os.environ.get("RAY_ADDRESS"):
+        # the embedded cluster shares this environment; Ray would build each worker another one
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's workers yield to everything else by default, which costs threads that wait for each other a third
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # nor workers that nobody asked for, which import Ray beside all that has to
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # where a node runs out of memory, Ray would try the same again for ever
+    os.environ.setdefault("RAY_task_oom_retries", "0")
+    with quickly():
+        importlib.import_module("ray")
 
 
 @contextlib.contextmanager
