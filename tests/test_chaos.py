@@ -35,7 +35,7 @@ def truth_here(tracker: Tracker, args: list[str]) -> None:
 def test_a_worker_and_the_driver_are_killed_and_nothing_shows(world: World, tracker: Tracker, tmp_path: Path) -> None:
     rng = random.Random(0)
     args = [
-        *DENOISING, "--network.widths", "[256]", "--pretrain.epochs", "60", "--finetune", "null", "--resources.cpus",
+        *DENOISING, "--network.widths", "[256]", "--pretrain.epochs", "200", "--finetune", "null", "--resources.cpus",
         "1", "--resources.checkpoint_every", "0.05",
     ]  # fmt: skip
     (tmp_path / "job" / "tmp").mkdir(parents=True)
