@@ -49,7 +49,7 @@ def fit(
     *,
     seed: int,
     device: torch.device,
-    measure: Callable[..., Terms] | None = None,
+    scored: Callable[..., tuple[Terms, Terms]] | None = None,
     monitor: str = "loss",
     precision: Precision = "fp32",
     compile: bool = False,
@@ -71,8 +71,9 @@ def fit(
             (`.tolist()`, `.numpy()`).
         train: tensors of equal length, cut into batches together.
         validation: the same for the validation rows, scored in eval mode with the same noise at every epoch.
-        measure: (*batch) -> further sums over the rows of a batch (counts of errors, say), for validation only.
-        monitor: the validation metric, a term's or measure's name or `loss`, to choose the best epoch by; the loss
+        scored: (*batch) of validation -> its terms and, found on the way, further sums over its rows (counts of errors,
+            say); `terms` alone without it.
+        monitor: the validation metric, the name of a term or sum or `loss`, to choose the best epoch by; the loss
             breaks ties. Smaller is better.
         scoring_rows: rows of a batch of validation.
         team: the workers that train this model together, each with all rows; `report` is for the first to give.
@@ -96,7 +97,10 @@ def fit(
     if team.rank:
         torch.manual_seed(seed + team.rank + len(course.history))  # other noise for other rows
     with _numerics(precision, device) as autocast:
-        validate = partial(evaluate, model, rows=validation, device=device, seed=seed, autocast=autocast, team=team)
+        validate = partial(
+            evaluate, model, scored or (lambda *batch: (terms(*batch), {})), rows=validation, device=device, seed=seed,
+            autocast=autocast, batch_size=scoring_rows, team=team,
+        )  # fmt: skip
 
         def learn(rate: float | Tensor, batch: tuple[Tensor, ...], share: float) -> None:
             """One step; the terms are added to the totals."""
@@ -153,8 +157,7 @@ def fit(
                         _check(totals, f"in epoch {epoch}, batch {step + 1}", course.saved)
             _agree(model, team)
             losses = {name: _mean(total, rows, team) for name, total in totals.items()}
-            scores = validate(terms, batch_size=scoring_rows)
-            sums = validate(measure, sums=True) if measure is not None else {}
+            scores, sums = validate()
             course.end_epoch(losses, scores, sums, rate, time.perf_counter() - began, parts)
     optimizer.zero_grad()
     return course.end()
@@ -299,23 +302,25 @@ class _AdamW:
 
 def evaluate(
     model: nn.Module,
-    terms: Callable[..., Terms],
+    scored: Callable[..., tuple[Terms, Terms]],
     rows: tuple[Tensor, ...],
     *,
     device: torch.device,
     seed: int = 0,
     autocast: Callable = nullcontext,
-    sums: bool = False,
     batch_size: int = 2048,
     team: Team = ALONE,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Means over all rows, in eval mode, with the same noise at every call with the same seed.
 
     Args:
-        terms: as `fit` takes them or, of several fits at once, a vector each; then the means are lists.
-        sums: `terms` returns sums over a batch instead of means.
+        scored: as `fit` takes it or, of several fits at once, with a vector each; then the means are lists.
+
+    Returns:
+        The means of the terms, and those of what was summed up over a batch.
     """
-    totals: dict[str, Tensor] = {}
+    terms: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     count = 0
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -324,10 +329,12 @@ def evaluate(
             if not share:
                 continue
             with autocast():
-                scores = terms(*batch)
+                means, summed = scored(*batch)
             count += len(batch[0])
-            _add(totals, scores, 1 if sums else len(batch[0]))
-        return {name: _mean(total, count, team) for name, total in totals.items()}
+            _add(terms, means, len(batch[0]))
+            _add(sums, summed, 1)
+        found = [{name: _mean(total, count, team) for name, total in totals.items()} for totals in (terms, sums)]
+        return found[0], found[1]
 
 
 def _pack(

@@ -187,8 +187,7 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Fitted | Exception]:
                         except DivergenceError as error:
                             failed.setdefault(i, error)
             means = {name: _mean(total, order.shape[1], ALONE) for name, total in fits.totals.items()}
-            scores = fits.score(False, first.options.get("scoring_rows", 2048))
-            sums = fits.score(True, 2048) if first.options.get("measure") is not None else {}
+            scores, sums = fits.score()
             seconds = (time.perf_counter() - began) / len(live)
             for i in live:
                 if i not in failed:
@@ -264,20 +263,21 @@ class _Fits:
         _add(self.totals, losses, index.shape[1])
         self.optimizer.step(list(gradients.values()), rates)
 
-    def score(self, sums: bool, batch_size: int) -> dict[str, list[float]]:
-        """Each fit's means over the validation rows, of its terms or of its measure."""
-        each = vmap(partial(self._call, sums), in_dims=(0, 0, 0, *self.dims), randomness="different")
+    def score(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Each fit's means over the validation rows, of its terms and of what is summed up beside."""
+        options = self.first.options
+        each = vmap(partial(self._call, True), in_dims=(0, 0, 0, *self.dims), randomness="different")
         return evaluate(
             self.called, lambda *batch: each(self.trained, self.rest, self.numbers, *batch), self.validation,
-            device=self.first.options["device"], seed=self.first.options["seed"], sums=sums, batch_size=batch_size,
+            device=options["device"], seed=options["seed"], batch_size=options.get("scoring_rows", 2048),
         )  # fmt: skip
 
-    def _call(self, sums: bool, trained: Any, rest: Any, numbers: Any, *batch: Tensor) -> Terms:
+    def _call(self, scored: bool, trained: Any, rest: Any, numbers: Any, *batch: Tensor) -> Any:
         objective: Objective = self.first.terms
         if numbers:
             assert objective.variant is not None
             objective = replace(objective, variant=objective.variant.model_copy(update=numbers))
-        return functional_call(self.called, trained | rest, (objective.errors if sums else objective, *batch))
+        return functional_call(self.called, trained | rest, (objective.scored if scored else objective, *batch))
 
     def _loss(self, trained: Any, rest: Any, numbers: Any, *batch: Tensor) -> tuple[Tensor, Terms]:
         losses = self._call(False, trained, rest, numbers, *batch)
@@ -291,7 +291,7 @@ class _Called(nn.Module):
         super().__init__()
         self.model, self.read = objective.model, objective.read
 
-    def forward(self, fn: Callable[..., Terms], *batch: Tensor) -> Terms:
+    def forward(self, fn: Callable[..., Any], *batch: Tensor) -> Any:
         return fn(*batch)
 
 

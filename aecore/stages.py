@@ -65,9 +65,13 @@ class Objective:
         assert labels is not None
         return {"cross_entropy": F.cross_entropy(self.model(self.read(x)).float(), labels)}
 
-    def errors(self, x: Tensor, labels: Tensor) -> Terms:
-        """How many rows are classified wrongly."""
-        return {"error": (self.model(self.read(x)).argmax(1) != labels).sum()}
+    def scored(self, x: Tensor, labels: Tensor | None = None) -> tuple[Terms, Terms]:
+        """The same and, of labelled rows, how many are classified wrongly."""
+        if self.variant is not None:
+            return self(x), {}
+        assert labels is not None
+        logits = self.model(self.read(x))
+        return {"cross_entropy": F.cross_entropy(logits.float(), labels)}, {"error": (logits.argmax(1) != labels).sum()}
 
 
 def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Result:
@@ -137,7 +141,7 @@ def finetune(
         objective = Objective(model, read, None if supervised else spec.variant)
         fitted = run.fit(
             model, objective, train, validation, spec.fit, seed=seed, device=run.device,
-            measure=objective.errors if supervised else None,
+            scored=objective.scored,
             monitor="error" if supervised else "loss",
             precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
             scoring_rows=scoring_rows(spec.layers[0]), team=run.team, checkpoints=run.checkpoints,

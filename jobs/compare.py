@@ -12,6 +12,7 @@ from pydantic_settings import CliImplicitFlag, CliPositionalArg
 from aecore.data import inspect
 from aecore.errors import InputError
 from aecore.fingerprint import fingerprint
+from aecore.imports import quickly
 from jobs import cli
 from pipelines.run import Resources, open_store
 from pipelines.scratch import scratch
@@ -76,7 +77,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
         trials = ended.trials
-        from pipelines import report  # matplotlib and pandas
+        with quickly():
+            from pipelines import report  # matplotlib
 
         described = {
             "data": f"{study.base.data.name}, {facts.rows} rows",

@@ -74,21 +74,21 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(vectors: Arrays) -> N
     losses = [epoch["val/loss"] for epoch in fitted.history]
     assert fitted.best_epoch == 1 + int(np.argmin(losses))
     assert len(losses) == fitted.best_epoch + 5 < 200
-    kept = evaluate(model, model.terms, (torch.tensor(vectors.validation.x),), device=CPU)
+    kept, _ = evaluate(model, lambda x: (model.terms(x), {}), (torch.tensor(vectors.validation.x),), device=CPU)
     assert kept["reconstruction"] == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_a_measure_can_choose_the_epoch(vectors: Arrays) -> None:
+def test_what_is_summed_up_can_choose_the_epoch(vectors: Arrays) -> None:
     torch.manual_seed(0)
     model = Affine(8, 2)
     seen: list[int] = []
 
-    def measure(x: Tensor) -> Terms:  # best at the second epoch, by decree
+    def scored(x: Tensor) -> tuple[Terms, Terms]:  # best at the second epoch, by decree
         seen.append(1)
-        return {"decree": torch.tensor(abs(len(seen) - 2.0) * len(x))}
+        return model.terms(x), {"decree": torch.tensor(abs(len(seen) - 2.0) * len(x))}
 
     rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
-    fitted = fit(model, model.terms, *rows, Fit(epochs=4), seed=0, device=CPU, measure=measure, monitor="decree")
+    fitted = fit(model, model.terms, *rows, Fit(epochs=4), seed=0, device=CPU, scored=scored, monitor="decree")
     assert fitted.best_epoch == 2
     assert [epoch["val/decree"] for epoch in fitted.history] == [1, 0, 1, 2]
 
@@ -234,10 +234,11 @@ def test_lower_precision_trains_and_leaves_no_trace(vectors: Arrays, precision: 
 def test_validation_noise_is_the_same_at_every_epoch(vectors: Arrays) -> None:
     model = Affine(8, 2)
     rows = (torch.tensor(vectors.validation.x),)
-    noisy = [
-        evaluate(model, lambda x: model.terms(x + torch.randn_like(x)), rows, device=CPU, seed=seed)["reconstruction"]
-        for seed in (1, 1, 2)
-    ]
+
+    def scored(x: Tensor) -> tuple[Terms, Terms]:
+        return model.terms(x + torch.randn_like(x)), {}
+
+    noisy = [evaluate(model, scored, rows, device=CPU, seed=seed)[0]["reconstruction"] for seed in (1, 1, 2)]
     assert noisy[0] == noisy[1] != noisy[2]
 
 
