@@ -62,6 +62,24 @@ def test_the_optimiser_is_torchs_adamw_bit_for_bit(weight_decay: float) -> None:
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
 
 
+def test_weights_that_lie_turned_meanwhile_are_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (torch.rand(200, 300),)
+    trained, lying = [], []
+    for least in (1, 2**60):  # every weight with more outputs than inputs, none
+        monkeypatch.setattr("aecore.kernels._LEAST", least)
+        torch.manual_seed(0)
+        model = Affine(300, 100)
+        fitted = fit(
+            model, model.terms, rows, rows, Fit(epochs=3, clip=1.0), seed=0, device=CPU,
+            report=lambda *told, model=model: lying.append(model.decoder.weight.is_contiguous()),
+        )  # fmt: skip
+        assert model.decoder.weight.is_contiguous()
+        trained.append((fitted.history[-1]["val/loss"], model.decoder.weight.detach()))
+    assert lying == [False] * 3 + [True] * 3
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-5)
+    assert torch.allclose(trained[0][1], trained[1][1], atol=1e-4)
+
+
 def test_same_seed_same_bits_and_another_seed_others(vectors: Arrays) -> None:
     weights = [run(vectors, Fit(epochs=3), seed)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from aecore import generation, kernels, likelihood
 from aecore.config import Activation
@@ -313,6 +314,26 @@ def test_the_fast_linear_is_linear(batch: int, inputs: int, outputs: int) -> Non
     for ours, theirs in zip(*results, strict=True):
         assert ours is not None and theirs is not None
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_turned_weights_give_the_same_numbers_and_gradients_that_lie_like_them() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 784), torch.randn(64, 256, requires_grad=True)
+    found = []
+    for rows in (64, 0):
+        kernels.arrange(layer, rows)
+        assert layer.weight.is_contiguous() == (rows == 0)
+        layer.zero_grad()
+        x.grad = None
+        out = kernels.linear(x, layer.weight, layer.bias)
+        out.square().sum().backward()
+        assert layer.weight.grad is not None and layer.weight.grad.stride() == layer.weight.stride()
+        found.append([out.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad])
+    for turned, straight in zip(*found, strict=True):
+        assert turned is not None and straight is not None
+        assert float((turned - straight).norm() / straight.norm()) < 1e-6
+    kernels.arrange(layer, 3)  # too little work
+    assert layer.weight.is_contiguous()
 
 
 def test_the_fast_linear_refuses_to_be_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
