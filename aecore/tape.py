@@ -5,7 +5,7 @@ of the time of a small layer's step.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class Taped:
         before: list[Tensor] = []
         replayed: list[Tensor] = []
         try:
-            replay = torch.no_grad()(tape.compiled())
+            replay = tape.compiled()
             before = [tensor.detach().clone() for tensor in kept]
             replay(*inputs)
             replayed = [torch.get_rng_state(), *(tensor.detach().clone() for tensor in kept)]
@@ -87,9 +87,15 @@ def _parts(params: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tupl
         yield tuple([tensors[n] for n in chosen] if tensors else [] for tensors in (params, *others))
 
 
+class _Name(str):
+    """Of a tensor, where an operation's other arguments are as they were."""
+
+
 class _Call(NamedTuple):
+    func: Any
+    given: list[Any]
+    """Its arguments, as its schema lists them."""
     made: list[str]
-    code: str
     read: list[str]
     needed: bool
     """Even where nothing reads what it makes: it changes something or draws random numbers."""
@@ -116,7 +122,7 @@ def _ordered(calls: Iterable[_Call]) -> list[_Call]:
 
 
 class _Recorder(TorchDispatchMode):
-    """The operations below autograd that run meanwhile, in order, as lines of Python.
+    """The operations below autograd that run meanwhile, in order.
 
     Variables are `x0` and so on for inputs, `v` for what is made on the way, `c` for all that was there before. Tensors
     are known by weak references: autograd clones a gradient that somebody else holds.
@@ -136,7 +142,8 @@ class _Recorder(TorchDispatchMode):
         self.views: dict[str, str] = {}
         """What each view is one of."""
         self.numbers = count()
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Tensor] = {}
+        """Of what there was before."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -145,7 +152,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.detach.default:
-            self.names[out] = self._written(args[0], [])
+            self.names[out] = self._named(args[0], [])
         elif func is _UPDATE:
             for part in _parts(*args):
                 self._call(func, part, kwargs, out, changes=[*part[0], *part[2], *part[3]])
@@ -157,8 +164,9 @@ class _Recorder(TorchDispatchMode):
         several = isinstance(out, tuple | list)
         outs = out if several else [out]
         read: list[str] = []
-        given = [self._written(arg, read) for arg in args]
-        given += [f"{name}={self._written(arg, read)}" for name, arg in kwargs.items()]
+        others = func._schema.arguments[len(args) :]
+        given = [*args, *(kwargs.get(other.name, other.default_value) for other in others)]
+        given = [self._named(arg, read) for arg in given]
         tensors = [one for one in outs if isinstance(one, Tensor)]
         if func.is_view and not any(name[0] in "vx" for name in read):
             for tensor in tensors:
@@ -168,49 +176,100 @@ class _Recorder(TorchDispatchMode):
         self.branches |= (not tensors and not mutable) or not _DEPENDENT.isdisjoint(func.tags)
         fresh = [isinstance(one, Tensor) and one not in self.names for one in outs]  # not what was written to
         made = [self._variable(one) if new else "_" for one, new in zip(outs, fresh, strict=True)]
-        code = f"{self._constant(getattr(func, '_op', func))}({', '.join(given)})"
-        code = f"{', '.join(made)}{', ' * several}= {code}" if made else code
         if func.is_view:
             self.views |= dict.fromkeys(made, self.views.get(read[0], read[0]))
         reads = {self.views.get(name, name) for name in read} | set(read)
         changed = {self.names[tensor] for tensor in changes} or (reads if mutable else set())
         needed = mutable or torch.Tag.nondeterministic_seeded in func.tags
         early = func is _UPDATE or (func is _ADD and all(name[0] == "c" for name in read))
-        self.calls.append(_Call(made, code, read, needed, reads, changed, early))
+        self.calls.append(_Call(func, given, made, read, needed, reads, changed, early))
 
     def _variable(self, tensor: Tensor) -> str:
         self.names[tensor] = name = f"v{next(self.numbers)}"
         return name
 
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self.values)}"
-        self.values[name] = value
-        if isinstance(value, Tensor):
-            self.names[value] = name
+    def _constant(self, tensor: Tensor) -> str:
+        self.names[tensor] = name = f"c{len(self.values)}"
+        self.values[name] = tensor
         return name
 
-    def _written(self, arg: Any, read: list[str]) -> str:
+    def _named(self, arg: Any, read: list[str]) -> Any:
         if isinstance(arg, tuple | list):
-            return f"[{', '.join(self._written(one, read) for one in arg)}]"
-        if isinstance(arg, Tensor):
-            if arg not in self.names:
-                self.constants.append(arg)
-                self._constant(arg)
-            read.append(self.names[arg])
-            return read[-1]
-        return repr(arg) if isinstance(arg, int | str | None) else self._constant(arg)
+            return [self._named(one, read) for one in arg]
+        if not isinstance(arg, Tensor):
+            return arg
+        if arg not in self.names:
+            self.constants.append(arg)
+            self._constant(arg)
+        read.append(self.names[arg])
+        return _Name(read[-1])
 
     def compiled(self) -> Step:
         """What repeats it all, on the inputs that it is given; a variable is let go after its last use."""
-        lines: list[str] = []
+        graph = _Graph(self.inputs, self.values)
+        calls: list[_Call] = []
         live: set[str] = set()
         for call in reversed(_ordered(self.calls)):
-            if not call.needed and live.isdisjoint(call.made):
-                continue
-            last = {name for name in (*call.read, *call.made) if name[0] == "v"} - live
-            lines += [f"del {', '.join(sorted(last))}"] if last else []
-            lines.append(call.code)
-            live.update(call.read)
-        source = "\n    ".join([f"def replay({', '.join(self.inputs)}):", *reversed(lines)])
-        exec(source, self.values)
-        return self.values.pop("replay")  # else it would hold itself, and all its tensors, until garbage is collected
+            if call.needed or not live.isdisjoint(call.made):
+                calls.append(call)
+                live.update(call.read)
+        for call in reversed(calls):
+            graph.add(call)
+        return graph.function()
+
+
+class _Graph:
+    """Calls as torch's interpreter takes them, which needs no Python between them."""
+
+    def __init__(self, inputs: Sequence[str], constants: Mapping[str, Tensor]) -> None:
+        self.graph: Any = torch._C.Graph()
+        self.known = {name: self.graph.addInput() for name in inputs}
+        self.constants = constants
+        self.given: list[Any] = []
+        """What it takes beside the inputs."""
+
+    def add(self, call: _Call) -> None:
+        schema = call.func._schema
+        given = [self._value(arg, formal.type) for arg, formal in zip(call.given, schema.arguments, strict=True)]
+        made = self._node(schema.name, given, len(schema.returns))
+        if made and isinstance(schema.returns[0].type, torch.ListType):
+            made[0].setType(schema.returns[0].type)
+            made = self._node("prim::ListUnpack", made, len(call.made))
+        self.known.update(zip(call.made, made, strict=False))
+
+    def _node(self, kind: str, given: Sequence[Any], count: int) -> list[Any]:
+        node = self.graph.create(kind, given, count)
+        self.graph.appendNode(node)
+        return list(node.outputs())
+
+    def _input(self, value: Any, kind: Any) -> Any:
+        self.given.append(value)
+        added = self.graph.addInput()
+        added.setType(kind)
+        return added
+
+    def _value(self, arg: Any, kind: Any) -> Any:
+        while isinstance(kind, torch.OptionalType):
+            kind = kind.getElementType()
+        if isinstance(arg, _Name):
+            if arg not in self.known:
+                self.known[arg] = self._input(self.constants[arg], kind)
+            return self.known[arg]
+        if isinstance(arg, torch.memory_format):
+            return self._input(arg, kind)  # of which it makes no constant
+        if not isinstance(arg, list):
+            return self.graph.insertConstant(arg)
+        (made,) = self._node("prim::ListConstruct", [self._value(one, kind.getElementType()) for one in arg], 1)
+        made.setType(kind)
+        return made
+
+    def function(self) -> Step:
+        self.graph.registerOutput(self.graph.insertConstant(None))
+        run, given = torch._C._create_function_from_graph("replay", self.graph), self.given
+
+        @torch.inference_mode()
+        def replay(*inputs: Tensor) -> None:
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # else writes to lists are left out
+                run(*inputs, *given)
+
+        return replay
