@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_LEAST = 2_500_000  # multiplications; below, the call costs more than the product
+_LEAST = 1_500_000  # multiplications; below, the call costs more than it saves
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
