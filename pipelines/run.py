@@ -35,7 +35,6 @@ from pipelines.streaming import spread
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from aecore.stages import Run
     from pipelines.tracking import StageRun, Tracker
 
 Tell = Callable[[Stage, int, dict[str, float]], None]
@@ -621,7 +620,8 @@ def _execute(
                 )
                 if share.fit is not None:
                     run = run._replace(fit=share.fit)
-                result = _in_ray_train(fn, run) if stage.fn == "stages.finetune" and not share.study else fn(run)
+                whole = stage.fn == "stages.finetune" and not share.study
+                result = _in_ray_train(partial(fn, run)) if whole else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
         result = record.result
         if result.example is not None:
@@ -764,22 +764,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _in_ray_train(fn: Callable[..., Result], run: "Run") -> Result:
-    """`fn` as a Ray Train loop, in local mode: one device, in this process."""
+def _in_ray_train(fn: Callable[[], Result]) -> Result:
+    """`fn` as a Ray Train loop, in local mode: one device, in this process.
+
+    Nothing is reported to Ray Train, where it would go nowhere and cost the import of Ray Tune.
+    """
     with quickly():
         import ray.train
         from ray.train.torch import TorchTrainer
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it prints every report
-
-    def tell(epoch: int, metrics: dict[str, float]) -> None:
-        run.report(epoch, metrics)
-        ray.train.report({"epoch": epoch, **metrics})
-
-    # Any: the trainer's hints know of no loop that returns something
-    loop: Any = partial(fn, run._replace(report=tell))
-    trainer: Any = TorchTrainer(lambda: loop(), scaling_config=ray.train.ScalingConfig(num_workers=0))
-    return trainer.fit().return_value
+    loop = cast(Any, lambda: fn())  # the trainer's hints know of no loop that returns something
+    return cast(Any, TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=0)).fit()).return_value
 
 
 def _in_worker_group(
