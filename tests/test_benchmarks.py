@@ -60,6 +60,12 @@ def test_the_gpu_benchmark_says_that_there_is_none_and_its_pipeline_trains_here_
     assert gpu.pipeline(few, (1, 1), "cpu") > 0
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_floors_products_end_with_the_weights_gradient(plain: bool) -> None:
+    module, x, grad = torch.nn.Linear(784, 256), torch.rand(64, 784), torch.randn(64, 256)
+    torch.testing.assert_close(training._products(plain, module, x, grad, True)(), grad.t() @ x, rtol=1e-4, atol=1e-4)
+
+
 def test_the_floor_with_updates_trains_by_the_gradient_of_its_products() -> None:
     weight, seen = torch.ones(3, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 0.0]])
     training._updated(weight, lambda: seen)()

@@ -1,9 +1,9 @@
 """python -m tests.benchmarks.training --root FOLDER [--repeats 5] [--batch 64 256 1024] [--network dense wide conv]
 
-Samples a second of `fit` against what a user would write instead, and against the floor: the matrix products (or
-convolutions) alone, and with AdamW's updates. All in one process, one after the other, so that ratios hold on a machine
-that others use too; peak memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part
-where they are installed:
+Samples a second of `fit` against what a user would write instead, and against floors: the matrix products (or
+convolutions) of its steps alone, by torch's own operator and by the quicker kernels that `fit` uses, and these with
+AdamW's updates. All in one process, one after the other, so that ratios hold on a machine that others use too; peak
+memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part where they are installed:
 
     uv run --extra benchmarks python -m tests.benchmarks.training --root FOLDER
 """
@@ -190,18 +190,19 @@ def pythae(root: Path, network: Network, batch: int, rows: int) -> float:
         return time.perf_counter() - began
 
 
-def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False) -> float:
-    """The products of an epoch's steps alone, by the kernels that `fit` uses.
+def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False, plain: bool = False) -> float:
+    """The products of an epoch's steps alone.
 
     Args:
         update: and AdamW's update of each weight, right after its gradient, which no such training is spared.
+        plain: products by torch's own operator, not by the kernels that `fit` uses.
     """
     modules = [module for half in halves(network) for module in half if hasattr(module, "weight")]
     x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
     steps: list[Callable[[], object]] = []
     for number, module in enumerate(modules):
         out = module(x).detach()
-        timed = _convolutions if network.conv else _products
+        timed = _convolutions if network.conv else partial(_products, plain)
         products = timed(module, x, out, number > 0)
         steps.append(_updated(module.weight.data, products) if update else products)
         x = out
@@ -213,9 +214,10 @@ def floor(root: Path, network: Network, batch: int, rows: int, update: bool = Fa
     return time.perf_counter() - began
 
 
-def _products(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
-    from aecore.kernels import linear
+def _products(plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
+    from aecore import kernels
 
+    linear: Any = F.linear if plain else kernels.linear
     weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(()).expand(x.shape[1])
 
     def step() -> Tensor:
@@ -250,10 +252,10 @@ def _updated(weight: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 CONTESTANTS: dict[str, Callable[[Path, Network, int, int], float]] = {
-    "fit": ours, "floor": floor, "and AdamW": partial(floor, update=True), "tutorial": tutorial,
-    "lightning": lightning, "pythae": pythae,
+    "fit": ours, "torch's products": partial(floor, plain=True), "products": floor,
+    "and AdamW": partial(floor, update=True), "tutorial": tutorial, "lightning": lightning, "pythae": pythae,
 }  # fmt: skip
-FLOORS = ("floor", "and AdamW")
+FLOORS = ("torch's products", "products", "and AdamW")
 
 
 def peak(root: Path, contestant: str, network: str, batch: int, rows: int) -> float:
@@ -297,12 +299,12 @@ def measure(
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    lines = ["network  batch  contestant  s an epoch  samples/s  fit is quicker  peak RSS, MB"]
+    lines = ["network  batch  contestant        s an epoch  samples/s  fit is quicker  peak RSS, MB"]
     for row in found:
         for name, seconds in row["seconds"].items():
             ratio, size = row["ratios"].get(name), row["bytes"].get(name)
             lines.append(
-                f"{row['network']:7}  {row['batch']:5}  {name:10}  {seconds:10.2f}  {row['samples'][name]:9,.0f}  "
+                f"{row['network']:7}  {row['batch']:5}  {name:16}  {seconds:10.2f}  {row['samples'][name]:9,.0f}  "
                 f"{f'{ratio:.2f} x' if ratio else '':>14}  {f'{size / 1e6:.0f}' if size else '':>12}"
             )
     return "\n".join(lines)
