@@ -218,7 +218,7 @@ def _products(plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool) -> 
     from aecore import kernels
 
     linear: Any = F.linear if plain else kernels.linear
-    weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(()).expand(x.shape[1])
+    weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(x.shape[1])
 
     def step() -> Tensor:
         linear(x, weight, bias)
