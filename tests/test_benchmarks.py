@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from aecore.data import Split
+from aecore.kernels import arrange
 from tests.benchmarks import gpu, training
 from tests.benchmarks.tables import shown
 from tests.benchmarks.timeline import HOOK, PARTS, ROOT, Note, read, split
@@ -60,10 +61,15 @@ def test_the_gpu_benchmark_says_that_there_is_none_and_its_pipeline_trains_here_
     assert gpu.pipeline(few, (1, 1), "cpu") > 0
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_the_floors_products_end_with_the_weights_gradient(plain: bool) -> None:
-    module, x, grad = torch.nn.Linear(784, 256), torch.rand(64, 784), torch.randn(64, 256)
-    torch.testing.assert_close(training._products(plain, module, x, grad, True)(), grad.t() @ x, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("plain", "turned"), [(True, False), (False, False), (False, True)])
+def test_the_floors_products_end_with_the_weights_gradient(plain: bool, turned: bool) -> None:
+    module, x, grad = torch.nn.Linear(256, 784), torch.rand(64, 256), torch.randn(64, 784)
+    if turned:
+        arrange(module, 64)
+    assert module.weight.is_contiguous() != turned
+    up, gradient = training._products(plain, module, x, grad, True)
+    torch.testing.assert_close(up(), module(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient(), grad.t() @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_floor_with_updates_trains_by_the_gradient_of_its_products() -> None:

@@ -24,7 +24,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -191,62 +191,78 @@ def pythae(root: Path, network: Network, batch: int, rows: int) -> float:
 
 
 def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False, plain: bool = False) -> float:
-    """The products of an epoch's steps alone.
+    """The products of an epoch's steps alone, in the order of a step: all of the way up, then all of the way back.
 
     Args:
         update: and AdamW's update of each weight, right after its gradient, which no such training is spared.
         plain: products by torch's own operator, not by the kernels that `fit` uses.
     """
-    modules = [module for half in halves(network) for module in half if hasattr(module, "weight")]
+    modules = nn.ModuleList(module for half in halves(network) for module in half if hasattr(module, "weight"))
+    if not plain:
+        from aecore.kernels import arrange
+
+        arrange(modules, batch)
     x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
-    steps: list[Callable[[], object]] = []
-    for number, module in enumerate(modules):
+    up: list[Callable[[], object]] = []
+    back: list[Callable[[], object]] = []
+    for number, module in enumerate(cast(Sequence[Any], modules)):
         out = module(x).detach()
         timed = _convolutions if network.conv else partial(_products, plain)
-        products = timed(module, x, out, number > 0)
-        steps.append(_updated(module.weight.data, products) if update else products)
+        forward, gradient = timed(module, x, out, number > 0)
+        up.append(forward)
+        back.append(_updated(module.weight.detach(), gradient) if update else gradient)
         x = out
+    step = [*up, *reversed(back)]
     began = time.perf_counter()
     with torch.no_grad():
         for _ in range(-(-rows // batch)):
-            for step in steps:
-                step()
+            for products in step:
+                products()
     return time.perf_counter() - began
 
 
-def _products(plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
+def _products(
+    plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool
+) -> tuple[Callable[[], object], Callable[[], Tensor]]:
+    """A dense layer's one way up and, of its weight's gradient and its input's, the other."""
     from aecore import kernels
 
     linear: Any = F.linear if plain else kernels.linear
-    weight, bias, nothing = module.weight.detach(), module.bias.detach(), torch.zeros(x.shape[1])
+    weight, bias = module.weight.detach(), module.bias.detach()
+    of_inputs, of_outputs = torch.zeros(weight.shape[1]), torch.zeros(weight.shape[0])
 
-    def step() -> Tensor:
-        linear(x, weight, bias)
+    def gradient() -> Tensor:
         if deep:
-            linear(grad, weight.t(), nothing)
-        return linear(grad.t(), x.t(), nothing)
+            linear(grad, weight.t(), of_inputs)
+        if weight.is_contiguous():
+            return linear(grad.t(), x.t(), of_inputs)
+        return linear(x.t(), grad.t(), of_outputs).t()
 
-    return step
+    return partial(linear, x, weight, bias), gradient
 
 
-def _convolutions(module: Any, x: Tensor, grad: Tensor, deep: bool) -> Callable[[], Tensor]:
+def _convolutions(
+    module: Any, x: Tensor, grad: Tensor, deep: bool
+) -> tuple[Callable[[], object], Callable[[], Tensor]]:
     bias, transposed = list(module.bias.shape), isinstance(module, nn.ConvTranspose2d)
     rest = module.stride, module.padding, module.dilation, transposed, module.output_padding, 1
 
-    def step() -> Tensor:
-        module(x)
+    def gradient() -> Tensor:
         found: Any = torch.ops.aten.convolution_backward(grad, x, module.weight, bias, *rest, [deep, True, True])
         return found[1]
 
-    return step
+    return partial(module, x), gradient
 
 
-def _updated(weight: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
-    mean, square, count = torch.zeros_like(weight), torch.zeros_like(weight), torch.ones(())
+def _updated(weight: Tensor, gradient: Callable[[], Tensor]) -> Callable[[], None]:
+    turned = weight.ndim == 2 and not weight.is_contiguous()  # AdamW's kernel is given what lies in order
+    own = weight.t() if turned else weight
+    mean, square, count = torch.zeros_like(own), torch.zeros_like(own), torch.ones(())
     numbers: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
 
     def both() -> None:
-        torch._fused_adamw_([weight], [step()], [mean], [square], [], [count], amsgrad=False, maximize=False, **numbers)
+        grad = gradient().t() if turned else gradient()
+        torch._fused_adamw_([own], [grad], [mean], [square], [], [count], amsgrad=False, maximize=False, **numbers)
 
     return both
 
