@@ -62,6 +62,43 @@ def test_the_optimiser_is_torchs_adamw_bit_for_bit(weight_decay: float) -> None:
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
 
 
+def test_moments_of_weights_without_gradients_never_become_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle(Affine):
+        def __init__(self) -> None:
+            super().__init__(8, 2)
+            self.idle = nn.Parameter(torch.ones(3))
+
+        def terms(self, x: Tensor) -> Terms:
+            return {**super().terms(x), "nothing": 0 * self.idle.sum()}
+
+    class Watched(_AdamW):
+        def __init__(self, model: nn.Module, weight_decay: float) -> None:
+            super().__init__(model, weight_decay)
+            self.means[0].copy_(torch.tensor([1e-25, -1e-25, 0]))  # of a unit that died some 500 steps ago
+            optimizers.append(self)
+
+        def denormal(self) -> int:
+            parts = [*self.means, *self.squares]
+            return sum(int(((x != 0) & (x.abs() < torch.finfo().tiny)).sum()) for x in parts)
+
+    optimizers: list[Watched] = []
+    monkeypatch.setattr("aecore.fit._AdamW", Watched)
+    rows, trained = (torch.rand(400, 8),), []
+    for flushed in (True, False):
+        if not flushed:
+            monkeypatch.setattr(_AdamW, "flush", lambda self: None)
+        torch.manual_seed(0)
+        model, found = Idle(), list[int]()
+        assert next(iter(dict(model.named_parameters()))) == "idle"
+        fit(
+            model, model.terms, rows, rows, Fit(epochs=9, batch_size=10), seed=0, device=CPU,
+            report=lambda *told, found=found: found.append(optimizers[-1].denormal()),
+        )  # fmt: skip
+        assert any(found) != flushed
+        trained.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *trained))
+
+
 def test_weights_that_lie_turned_meanwhile_are_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (torch.rand(200, 300),)
     trained, lying = [], []
