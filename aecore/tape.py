@@ -269,7 +269,8 @@ class _Graph:
 
         @torch.inference_mode()
         def replay(*inputs: Tensor) -> None:
-            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # else writes to lists are left out
+            # else writes to lists are left out
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # not re-exported by name
                 run(*inputs, *given)
 
         return replay
