@@ -18,7 +18,7 @@ from aecore.checkpoint import Checkpoints
 from aecore.config import Fit, Precision
 from aecore.errors import DivergenceError
 from aecore.graphs import Replayed
-from aecore.kernels import arrange
+from aecore.kernels import arrange, map_constants
 from aecore.networks import Terms
 from aecore.parallel import ALONE, Team
 from aecore.stream import Shuffled
@@ -157,6 +157,7 @@ def fit(
             for step, (batch, share) in enumerate(batches):
                 if device.type == "cpu" and ((epoch - 1) * steps + step) % _FLUSH_STEPS == 0:
                     optimizer.flush()
+                    map_constants()
                 rate = course.rate(step / steps)
                 learn_quickly(rate, batch, share)
                 if share:
