@@ -51,32 +51,46 @@ class Taped:
         self.step(*inputs)
 
     def _compare(self, tape: "_Recorder", inputs: Sequence[Tensor]) -> None:
-        kept, random = [*tape.constants, *inputs], torch.get_rng_state()
-        before: list[Tensor] = []
-        replayed: list[Tensor] = []
+        places = _places([*tape.constants, *inputs])
+        random, other, reason = torch.get_rng_state(), list[Tensor](), "gives other numbers"
         try:
             replay = tape.compiled()
-            before = [tensor.detach().clone() for tensor in kept]
-            replay(*inputs)
-            replayed = [torch.get_rng_state(), *(tensor.detach().clone() for tensor in kept)]
-            reason = "gives other numbers"
+            other = [place.clone() for place in places]  # as it was
         except Exception as error:  # whatever it is, the step itself may do
-            reason = f"fails ({' '.join(str(error).split())[:160]})"
-        if before:
-            _put_back(kept, before)
-        torch.set_rng_state(random)
+            reason = _reason(error)
         self.step(*inputs)
-        if replayed and all(map(torch.equal, [torch.get_rng_state(), *kept], replayed)):
-            self.replay = replay
-        else:
-            warnings.warn(f"a recorded step {reason}: trained without it", stacklevel=2)
+        if other:
+            _exchange(places, other)  # as the step left it
+            made = torch.get_rng_state()
+            torch.set_rng_state(random)
+            try:
+                replay(*inputs)
+                if torch.equal(torch.get_rng_state(), made) and all(map(torch.equal, places, other)):
+                    self.replay = replay
+                    return
+            except Exception as error:
+                reason = _reason(error)
+            _exchange(places, other)
+            torch.set_rng_state(made)
+        warnings.warn(f"a recorded step {reason}: trained without it", stacklevel=2)
 
 
-@torch.no_grad()
-def _put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        if not torch.equal(tensor, value):
-            tensor.copy_(value)
+def _reason(error: Exception) -> str:
+    return f"fails ({' '.join(str(error).split())[:160]})"
+
+
+def _places(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The memory that tensors lie in, each part once, as bytes."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in found.values()]
+
+
+def _exchange(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """One by one, since all of a large network's moments once more are hundreds of MB."""
+    for tensor, other in zip(tensors, others, strict=True):
+        kept = tensor.clone()
+        tensor.copy_(other)
+        other.copy_(kept)
 
 
 def _parts(params: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], ...]]:

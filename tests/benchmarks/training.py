@@ -67,6 +67,7 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     net = Stack([Layer(spec) for spec in specs])
     prepare, device = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale)), torch.device("cpu")
     x, seen = torch.from_numpy(train.x), torch.from_numpy(arrays.test.x[:VALIDATION])  # bytes, as stages keep them
+    del arrays  # of whose training rows stages have no second copy
 
     def terms(raw: Tensor) -> dict[str, Tensor]:
         x = prepare(raw)
