@@ -85,12 +85,12 @@ def _places(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in found.values()]
 
 
-def _exchange(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> None:
-    """One by one, since all of a large network's moments once more are hundreds of MB."""
-    for tensor, other in zip(tensors, others, strict=True):
-        kept = tensor.clone()
-        tensor.copy_(other)
-        other.copy_(kept)
+def _exchange(places: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """What lies in the one and in the other, without memory for it, the lack of which would leave a mixture."""
+    for place, other in zip(places, others, strict=True):
+        place ^= other
+        other ^= place
+        place ^= other
 
 
 def _parts(params: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], ...]]:
