@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_INFINITY = float("inf")
-_EXCEPTIONS = torch.tensor([-0.0, -1.0, 3e38, -3e38, _INFINITY, -_INFINITY, float("nan"), 200.0, -200.0, 1e-40] * 2)
+_EXCEPTIONS = torch.tensor([-0.0, -1.0, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 200.0, -200.0, 1e-40] * 2)
 _LEAST = 1_500_000  # multiplications; below, the call costs more than it saves
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
