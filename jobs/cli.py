@@ -21,9 +21,9 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from aecore.config import overlay
-from aecore.errors import InputError, OutageError, TakenOverError, printable, public, several, shown
-from pipelines.stage import submission_id
+from aecore.config.experiment import overlay
+from aecore.core.errors import InputError, OutageError, TakenOverError, printable, public, several, shown
+from pipelines.host.environment import submission_id
 
 ENVIRONMENT = "DIABOLO__"
 """`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
-from aecore.data import inspect
-from aecore.errors import InputError
-from aecore.fingerprint import fingerprint
-from aecore.imports import quickly
+from aecore.core.errors import InputError
+from aecore.core.fingerprint import fingerprint
+from aecore.core.imports import quickly
+from aecore.data.dataset import inspect
 from jobs import cli
-from pipelines.run import Resources, open_store
-from pipelines.scratch import scratch
-from pipelines.study import Study, expand, run, shared
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import open_store
+from pipelines.host.scratch import scratch
+from pipelines.study.members import expand, shared
+from pipelines.study.schema import Study
+from pipelines.study.trials import run
 
 if TYPE_CHECKING:
-    from pipelines.report import Report
+    from pipelines.reporting.report import Report
 
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
 
@@ -78,7 +81,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
         trials = ended.trials
         with quickly():
-            from pipelines import report  # matplotlib
+            from pipelines.reporting import report  # matplotlib
 
         described = {
             "data": f"{study.base.data.name}, {facts.rows} rows",

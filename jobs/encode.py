@@ -9,17 +9,19 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
-from aecore.config import Data
-from aecore.data import identify
-from aecore.encoding import Way, Work, fit_codes, fit_data
-from aecore.errors import InputError
-from aecore.fingerprint import Frozen, fingerprint
-from aecore.specs import Facts, LayerSpec
-from aecore.storage import Result
+from aecore.config.experiment import Data
+from aecore.config.facts import Facts
+from aecore.core.errors import InputError
+from aecore.core.fingerprint import Frozen, fingerprint
+from aecore.data.dataset import identify
+from aecore.models.spec import LayerSpec
+from aecore.models.storage import Result
+from aecore.serving.encoding import Way, Work, fit_codes, fit_data
 from jobs import cli
-from pipelines.encode import absolute, write
-from pipelines.run import Resources, open_store
-from pipelines.stage import store_is_empty, store_uri
+from pipelines.cluster.resources import Resources
+from pipelines.encoding.encode import absolute, write
+from pipelines.execution.run import open_store
+from pipelines.host.environment import store_is_empty, store_uri
 
 
 class Encode(Frozen):

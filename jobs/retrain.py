@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
-from aecore.config import Data, Experiment
-from aecore.errors import InputError
+from aecore.config.experiment import Data, Experiment
+from aecore.core.errors import InputError
 from jobs import cli
-from pipelines import retrain
-from pipelines.run import Resources, open_store
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import open_store
+from pipelines.retraining import retrain
 
 
 class Retrain(Experiment, retrain.Rule):

@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from aecore.errors import InputError, public
+from aecore.core.errors import InputError, public
 from jobs.cli import NAME, say
 
 _SAMPLE = Path(__file__).parent / "kuberay" / "raycronjob.yaml"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from aecore.errors import InputError
+from aecore.core.errors import InputError
 from jobs.cli import ENVIRONMENT, say
 
 _SHIPPED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S")

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
-from aecore.config import Experiment
-from aecore.data import inspect
-from aecore.errors import InputError
-from aecore.fingerprint import fingerprint
+from aecore.config.experiment import Experiment
+from aecore.core.errors import InputError
+from aecore.core.fingerprint import fingerprint
+from aecore.data.dataset import inspect
 from jobs import cli
-from pipelines.run import Outcome, Resources, compute, open_store
-from pipelines.stacked import build
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import Outcome, compute, open_store
+from pipelines.graph.recipe import build
 
 
 class Train(Experiment):

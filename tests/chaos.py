@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from pipelines.tracking import Tracker, connect
+from pipelines.store.tracking import Tracker, connect
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
 
 ROOT = Path(__file__).parents[1]

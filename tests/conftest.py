@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from aecore.config import Experiment, Finetune, Fit
-from aecore.data import Arrays, Split, inspect, load
-from aecore.specs import Facts
-from pipelines.tracking import Tracker, connect
+from aecore.config.experiment import Experiment, Finetune, Fit
+from aecore.config.facts import Facts
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import Arrays, Split
+from pipelines.store.tracking import Tracker, connect
 from tests.nodes import ray_nodes
 
 ROOT = Path(__file__).parents[1]

@@ -86,7 +86,7 @@ class Faulty:
 
 
 class MemoryClient:
-    """What `pipelines.tracking` uses of an MlflowClient, kept in memory; only artifacts are files."""
+    """What `pipelines.store.tracking` uses of an MlflowClient, kept in memory; only artifacts are files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -2,6 +2,6 @@
 
 
 def live() -> None:
-    from pipelines import run
+    from pipelines.execution import run
 
     run.LIVE_SECONDS = 0.5

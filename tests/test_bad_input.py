@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from aecore.errors import InputError
+from aecore.core.errors import InputError
 from jobs.cli import parse
 from jobs.compare import Compare, compare
 from jobs.train import Train, train

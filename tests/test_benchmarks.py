@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aecore.data import Split
-from aecore.kernels import arrange
+from aecore.data.splits import Split
+from aecore.models.products import arrange
 from tests.benchmarks import gpu, training
 from tests.benchmarks.tables import shown
 from tests.benchmarks.timeline import HOOK, PARTS, ROOT, Note, read, split

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from aecore.data import inspect
+from aecore.data.dataset import inspect
 from jobs import cli
 from jobs.train import Train
-from pipelines.run import run_here
-from pipelines.stacked import build
-from pipelines.tracking import Tracker
+from pipelines.execution.run import run_here
+from pipelines.graph.recipe import build
+from pipelines.store.tracking import Tracker
 from tests import chaos
 from tests.chaos import DENOISING, Job, Moment, World, faults, left_over, tracker_of, truth_of
 

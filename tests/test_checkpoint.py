@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aecore import stages
-from aecore.checkpoint import Checkpoints
-from aecore.config import Data, Dense, Fit
-from aecore.data import Arrays
-from aecore.specs import Facts, FinetuneSpec, Numerics, PretrainSpec, layer_specs
-from aecore.storage import Result
+from aecore.config.experiment import Data, Dense, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import FinetuneSpec, Numerics, PretrainSpec
+from aecore.data.splits import Arrays
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.finetune import finetune
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training.checkpoint import Checkpoints
 from aecore.variants import Denoising
 
 STATE: dict[str, Any] = {"history": [1.5, float("inf")]}
@@ -57,19 +61,17 @@ def test_broken_off_it_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if turned:  # while trained, a decoder's weight lies as only that of a larger one would
-        monkeypatch.setattr("aecore.kernels._LEAST", 1)
-    unbroken = stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors)
+        monkeypatch.setattr("aecore.models.products._LEAST", 1)
+    unbroken = pretrain_layer(spec(**fit), Run(), data=vectors)
     place = Checkpoints(str(tmp_path / "stage"), seconds=0)
     for epoch in killed:
         if epoch > len(unbroken.config["history"]):
             continue
         reported: list[int] = []
         with pytest.raises(KilledError):
-            stages.pretrain_layer(
-                spec(**fit), stages.Run(report=until(epoch, reported), checkpoints=place), data=vectors
-            )
+            pretrain_layer(spec(**fit), Run(report=until(epoch, reported), checkpoints=place), data=vectors)
         assert reported == list(range(1, epoch + 1))
-    resumed = stages.pretrain_layer(spec(**fit), stages.Run(checkpoints=place), data=vectors)
+    resumed = pretrain_layer(spec(**fit), Run(checkpoints=place), data=vectors)
     assert same(unbroken, resumed)
     assert len(list((tmp_path / "stage").iterdir())) <= 2
     place.clear()
@@ -85,9 +87,9 @@ def test_epochs_before_the_checkpoint_are_reported_again_with_their_times(vector
             raise KilledError
 
     with pytest.raises(KilledError):
-        stages.pretrain_layer(spec(), stages.Run(report=report, checkpoints=place), data=vectors)
+        pretrain_layer(spec(), Run(report=report, checkpoints=place), data=vectors)
     before = list(seen)
-    stages.pretrain_layer(spec(), stages.Run(report=report, checkpoints=place), data=vectors)
+    pretrain_layer(spec(), Run(report=report, checkpoints=place), data=vectors)
     # killed in the fourth, three are kept
     assert seen[4:7] == before[:3] and [number for number, _ in seen[4:]] == list(range(1, 9))
 
@@ -97,12 +99,12 @@ def test_a_result_that_was_lost_costs_no_training(
     fit: dict[str, Any], vectors: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Checkpoints(str(tmp_path), seconds=1e9)  # due after the last epoch alone
-    first = stages.pretrain_layer(spec(**fit), stages.Run(checkpoints=place), data=vectors)
+    first = pretrain_layer(spec(**fit), Run(checkpoints=place), data=vectors)
     epochs = len(first.config["history"])
     assert epochs == 4 or epochs < 100
     reported: list[int] = []
-    monkeypatch.setattr("aecore.fit._AdamW.step", lambda *args: pytest.fail("trained again"))
-    again = stages.pretrain_layer(spec(**fit), stages.Run(report=until(0, reported), checkpoints=place), data=vectors)
+    monkeypatch.setattr("aecore.training.fit._AdamW.step", lambda *args: pytest.fail("trained again"))
+    again = pretrain_layer(spec(**fit), Run(report=until(0, reported), checkpoints=place), data=vectors)
     assert same(first, again) and reported == list(range(1, epochs + 1))
     assert first.config["best_epoch"] == again.config["best_epoch"]
 
@@ -113,11 +115,11 @@ def test_finetuning_goes_on_too(digits: tuple[Facts, Arrays], tmp_path: Path) ->
         layers=tuple(layer_specs(Dense(widths=(16,)), Data(), facts)), task="classify", classes=facts.classes,
         variant=None, fit=Fit(epochs=4), seed=3, numerics=Numerics(),
     )  # fmt: skip
-    unbroken = stages.finetune(tuning, stages.Run(), data=arrays)
+    unbroken = finetune(tuning, Run(), data=arrays)
     place = Checkpoints(str(tmp_path), seconds=0)
     with pytest.raises(KilledError):
-        stages.finetune(tuning, stages.Run(report=until(3, []), checkpoints=place), data=arrays)
-    assert same(unbroken, stages.finetune(tuning, stages.Run(checkpoints=place), data=arrays))
+        finetune(tuning, Run(report=until(3, []), checkpoints=place), data=arrays)
+    assert same(unbroken, finetune(tuning, Run(checkpoints=place), data=arrays))
 
 
 def test_what_was_saved_is_loaded_and_the_newest_counts(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_a_place_that_cannot_be_written_costs_no_training(vectors: Arrays, tmp_p
     (tmp_path / "file").write_text("")
     place = Checkpoints(str(tmp_path / "file" / "stage"), seconds=0)
     with pytest.warns(UserWarning, match="a crash now starts over"):
-        result = stages.pretrain_layer(spec(epochs=2), stages.Run(checkpoints=place), data=vectors)
+        result = pretrain_layer(spec(epochs=2), Run(checkpoints=place), data=vectors)
     assert len(result.config["history"]) == 2
 
 

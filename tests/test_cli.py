@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from aecore.config import Conv, Experiment
-from aecore.errors import InputError
+from aecore.config.experiment import Conv, Experiment
+from aecore.core.errors import InputError
 from aecore.variants import Denoising
 from jobs.cli import parse, without_secrets
 from jobs.compare import Compare
 from jobs.retrain import Retrain
 from jobs.train import Train
-from pipelines.study import experiment_of
+from pipelines.study.members import experiment_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))

@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
-from aecore.config import Data
-from aecore.data import Arrays, inspect, load
-from aecore.errors import InputError
-from aecore.specs import Facts
+from aecore.config.experiment import Data
+from aecore.config.facts import Facts
+from aecore.core.errors import InputError
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import Arrays
 
 
 def test_digits_are_scikit_learns(digits: tuple[Facts, Arrays]) -> None:

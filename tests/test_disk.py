@@ -13,8 +13,8 @@ import pytest
 
 import jobs.train
 from jobs import cli
-from pipelines import tracking
-from pipelines.tracking import connect
+from pipelines.store import tracking
+from pipelines.store.tracking import connect
 from tests.test_train import compute_here
 
 QUICK = [
@@ -50,7 +50,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         raise Exit(code)
 
     monkeypatch.setattr(jobs.train, "compute", compute_here)
-    monkeypatch.setattr("pipelines.run.start_ray", lambda warm: None)
+    monkeypatch.setattr("pipelines.execution.run.start_ray", lambda warm: None)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.chdir(tmp_path)
 

@@ -17,21 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aecore import encoding
-from aecore.config import Data, Experiment, Finetune
-from aecore.data import identify, inspect, rows
-from aecore.errors import InputError
-from aecore.pyfunc import Model
-from aecore.specs import Numerics
-from aecore.storage import Result
+from aecore.config.experiment import Data, Experiment, Finetune
+from aecore.config.specs import Numerics
+from aecore.core.errors import InputError
+from aecore.data.dataset import identify, inspect, rows
+from aecore.models.storage import Result
+from aecore.serving import encoding
+from aecore.serving.model import Model
 from aecore.variants import Variational
 from jobs import cli
 from jobs.encode import Encode, encode
-from pipelines.encode import MANIFEST
-from pipelines.run import run_here
-from pipelines.stacked import build
-from pipelines.streaming import Done
-from pipelines.tracking import Tracker
+from pipelines.cluster.reading import Done
+from pipelines.encoding.encode import MANIFEST
+from pipelines.execution.run import run_here
+from pipelines.graph.recipe import build
+from pipelines.store.tracking import Tracker
 from tests.benchmarks import encoding as bench
 from tests.nodes import BIN, free_port, running, wait_for
 from tests.test_tracking import parent, small
@@ -117,9 +117,9 @@ def here(
     made = Here(tmp_path / "out")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "test")
-    monkeypatch.setattr("pipelines.encode.start_ray", lambda: None)
-    monkeypatch.setattr("pipelines.encode.check_reach", lambda *_: None)
-    monkeypatch.setattr("pipelines.encode.each", made.each)
+    monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
+    monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
+    monkeypatch.setattr("pipelines.encoding.encode.each", made.each)
     monkeypatch.setattr(encoding, "_PIECE_BYTES", 300 * 64)  # six pieces
     monkeypatch.chdir(tmp_path)
     return made
@@ -258,7 +258,7 @@ def test_a_bad_row_is_named_and_the_rest_waits_for_it(here: Here, tmp_path: Path
 PICKLED = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import pipelines.tracking, mlflow
+import pipelines.store.tracking, mlflow
 
 class Pickled(mlflow.pyfunc.PythonModel):
     def predict(self, context, model_input, params=None):
@@ -275,7 +275,7 @@ except mlflow.exceptions.MlflowException as error:
 
 
 def test_a_model_of_another_make_is_not_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.tracking._LOADER", "something.else")
+    monkeypatch.setattr("pipelines.store.tracking._LOADER", "something.else")
     with pytest.raises(InputError, match=r"was not made by jobs\.train, and is not unpickled"):
         here(*CLASSIFIER)
 

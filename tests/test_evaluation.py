@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from aecore import evaluation, stages
-from aecore.config import Conv, Data, Dense, Fit
-from aecore.data import Arrays
-from aecore.networks import Layer, Stack
-from aecore.specs import Facts, FinetuneSpec, LayerSpec, MeasureSpec, Numerics, ReferenceSpec, layer_specs
-from aecore.storage import Result
+from aecore.config.experiment import Conv, Data, Dense, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, ReferenceSpec
+from aecore.data.splits import Arrays
+from aecore.models.layers import Layer
+from aecore.models.spec import LayerSpec
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.finetune import _labelled, finetune
+from aecore.stages.measure import _units, measure
+from aecore.stages.reference import reference
 from aecore.variants import Denoising, Plain, Variational
 from tests.test_stages import CLASSES
 
@@ -26,7 +33,7 @@ def trained(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int = 
         layers=(*specs[:-1], variant.build(specs[-1], len(specs))), task="reconstruct", classes=(), variant=variant,
         fit=Fit(epochs=epochs, lr=3e-3), seed=0, numerics=Numerics(),
     )  # fmt: skip
-    return stages.finetune(spec, stages.Run(), data=arrays)
+    return finetune(spec, Run(), data=arrays)
 
 
 def classified(arrays: Arrays, stack: Result, labels: int | None) -> Result:
@@ -35,7 +42,7 @@ def classified(arrays: Arrays, stack: Result, labels: int | None) -> Result:
         layers=layers, task="classify", classes=CLASSES, variant=None, fit=Fit(epochs=5, lr=3e-3), seed=0,
         numerics=Numerics(), labels=labels,
     )  # fmt: skip
-    return stages.finetune(spec, stages.Run(), data=arrays, stack=stack)
+    return finetune(spec, Run(), data=arrays, stack=stack)
 
 
 def pca(arrays: Arrays, width: int) -> Result:
@@ -43,12 +50,12 @@ def pca(arrays: Arrays, width: int) -> Result:
         kind="dense", in_shape=(1, 8, 8), code_shape=(width,), activation="linear", likelihood="gaussian",
         out_activation="linear", levels=0, dropout=0, normalization="none", tied=False,
     )  # fmt: skip
-    return stages.reference(ReferenceSpec(kind="pca", layers=(layer,), seed=0), stages.Run(), data=arrays)
+    return reference(ReferenceSpec(kind="pca", layers=(layer,), seed=0), Run(), data=arrays)
 
 
 def test_pca_is_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
-    found = evaluation.measure(measure_spec(variant=None), stages.Run(), data=arrays, stack=pca(arrays, 10))
+    found = measure(measure_spec(variant=None), Run(), data=arrays, stack=pca(arrays, 10))
     x, test = (split.x.reshape(len(split.x), -1) / 16 for split in (arrays.train, arrays.test))
     theirs = PCA(10).fit(x)
     squares = np.square(test - theirs.inverse_transform(theirs.transform(test)))
@@ -65,7 +72,7 @@ def test_pca_is_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
 def test_pca_of_full_width_is_exact(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
     spec = measure_spec(variant=None, pictures=False)
-    found = evaluation.measure(spec, stages.Run(), data=arrays, stack=pca(arrays, 64))
+    found = measure(spec, Run(), data=arrays, stack=pca(arrays, 64))
     assert found.metrics["test/reconstruction_mse"] < 1e-6 and "map" not in found.weights
 
 
@@ -78,9 +85,7 @@ def measured(digits: tuple[Facts, Arrays]) -> dict[str, Result]:
         stack = trained(arrays, layer_specs(network, Data(), facts), variant, epochs=40)
         classifiers = [classified(arrays, stack, count) for count in (100, None)]
         spec = measure_spec(variant=variant)
-        found[name] = evaluation.measure(
-            spec, stages.Run(), data=arrays, stack=stack, classifiers=classifiers, judge=classifiers[-1]
-        )
+        found[name] = measure(spec, Run(), data=arrays, stack=stack, classifiers=classifiers, judge=classifiers[-1])
     return found
 
 
@@ -136,7 +141,7 @@ def test_other_data_and_networks_are_measured_too(kind: str, digits: tuple[Facts
         arrays, network = vectors._replace(**splits), Dense(widths=(4,))
         spec = MeasureSpec(variant=Variational(), classes=(), labels=(), seed=0, pictures=True)
     stack = trained(arrays, layer_specs(network, Data(), facts), Variational(), epochs=2)
-    found = evaluation.measure(spec, stages.Run(), data=arrays, stack=stack)
+    found = measure(spec, Run(), data=arrays, stack=stack)
     assert np.isfinite(list(found.metrics.values())).all()
     assert ("probe/accuracy" in found.metrics) == (kind == "conv") == ("manifold" in found.weights)
     assert "vae/bound" in found.metrics and ("vae/iw_bound" in found.metrics) == (kind == "conv")
@@ -144,12 +149,12 @@ def test_other_data_and_networks_are_measured_too(kind: str, digits: tuple[Facts
 
 def test_few_labels_make_as_many_steps_as_many(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
-    few = stages._labelled(arrays, 100, seed=0, batch_size=32)
+    few = _labelled(arrays, 100, seed=0, batch_size=32)
     assert len(few.train.x) == 600 and len(np.unique(few.train.x, axis=0)) == 100
     assert few.train.y is not None and np.bincount(few.train.y).tolist() == [60] * 10
-    other = stages._labelled(arrays, 100, seed=1, batch_size=32)
+    other = _labelled(arrays, 100, seed=1, batch_size=32)
     assert not np.array_equal(few.train.x, other.train.x)
-    assert len(stages._labelled(arrays, 10_000, seed=0, batch_size=32).train.x) == len(arrays.train.x)
+    assert len(_labelled(arrays, 10_000, seed=0, batch_size=32).train.x) == len(arrays.train.x)
 
 
 def test_classifying_starts_from_the_stack(digits: tuple[Facts, Arrays]) -> None:
@@ -160,7 +165,7 @@ def test_classifying_starts_from_the_stack(digits: tuple[Facts, Arrays]) -> None
         layers=layers, task="classify", classes=CLASSES, variant=None, fit=Fit(epochs=1, lr=1e-30), seed=0,
         numerics=Numerics(),
     )  # fmt: skip
-    tuned = stages.finetune(spec, stages.Run(), data=arrays, stack=stack)
+    tuned = finetune(spec, Run(), data=arrays, stack=stack)
     for number in range(2):
         before = stack.weights[f"layers.{number}.encoder.affine.weight"]
         assert np.array_equal(tuned.weights[f"encoders.{number}.affine.weight"], before)
@@ -173,7 +178,7 @@ def test_dead_and_saturated_units_are_counted() -> None:
     )  # fmt: skip
     net = Stack([Layer(layer)])
     codes = np.tile([[0.01, 0.5, 0.2, 0.99], [0.02, 0.5, 0.8, 0.5]], (10, 1))
-    found = evaluation._units(net, codes)
+    found = _units(net, codes)
     assert found["units/dead"] == 0.25 and found["units/saturated"] == pytest.approx(3 / 8)
     assert found["units/mean_activation"] == pytest.approx(codes.mean())
 
@@ -187,19 +192,22 @@ class Watch:
             print(name)
 
 sys.meta_path.insert(0, Watch())
-from aecore import evaluation, stages
-from aecore.config import Dense, Experiment, Finetune, Fit
-from aecore.data import inspect, load
-from aecore.specs import Numerics, resolve
-from pipelines.stacked import build
+from aecore.stages.context import Run
+from aecore.stages.evaluate import evaluate
+from aecore.stages.pretrain import pretrain_layer
+from aecore.config.experiment import Dense, Experiment, Finetune, Fit
+from aecore.data.dataset import inspect, load
+from aecore.config.resolve import resolve
+from aecore.config.specs import Numerics
+from pipelines.graph.recipe import build
 
 experiment = Experiment(network=Dense(widths=(4,)), pretrain=Fit(epochs=1), finetune=Finetune(epochs=1))
 facts = inspect(experiment.data)
 experiment = resolve(experiment, facts)
 arrays = load(experiment.data, facts)
 specs = {stage.name: stage.spec for stage in build(experiment, facts, Numerics()).kept()}
-layer = stages.pretrain_layer(specs["layer 1"], stages.Run(), data=arrays)
-found = evaluation.evaluate(specs["evaluate"], stages.Run(), data=arrays, layers=[layer])
+layer = pretrain_layer(specs["layer 1"], Run(), data=arrays)
+found = evaluate(specs["evaluate"], Run(), data=arrays, layers=[layer])
 print(*sorted(found.figures), "probe/accuracy" in found.metrics)
 """
 

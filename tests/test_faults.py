@@ -14,14 +14,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, TEMPORARILY_UNAVAILABLE
 from requests import HTTPError
 
-from aecore.config import Fit
-from aecore.errors import OutageError
-from aecore.stages import Run
-from aecore.storage import Result
-from pipelines import tracking
-from pipelines.run import Share, _Recorder, run_here
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker
+from aecore.config.experiment import Fit
+from aecore.core.errors import OutageError
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from pipelines.cluster.resources import Share
+from pipelines.execution.run import _Recorder, run_here
+from pipelines.graph.stage import Stage
+from pipelines.store import tracking
+from pipelines.store.tracking import Tracker
 from tests.faults import Faulty, MemoryClient, Schedule
 
 SCHEDULES = 200
@@ -36,7 +37,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(tracking, "_git_commit", lambda: "unknown")
     monkeypatch.setattr(tracking, "system_metrics", lambda uri, run_id: nullcontext())
-    monkeypatch.setattr("pipelines.run._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
@@ -129,7 +130,7 @@ def test_schedules_of_faults(
         memory = MemoryClient(folder / "artifacts")
         disturb(monkeypatch, memory, schedule, memory.folder)
         # of four: one that gives up at once, one whose stages log for themselves, and one that does both
-        monkeypatch.setattr("pipelines.run.LIVE_SECONDS", -1.0 if seed % 4 > 1 else 30.0)
+        monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0 if seed % 4 > 1 else 30.0)
         tracker = Tracker("fake://", "0", patience=0.05 if patient else 0.0)
         survive(Pipeline(seed, folder / "checkpoints", monkeypatch), tracker, schedule)
         failed += schedule.failed
@@ -147,7 +148,7 @@ def test_schedules_of_faults_of_a_real_store(
         return Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
 
     disturb(monkeypatch, client, schedule, folder)
-    monkeypatch.setattr("pipelines.run.LIVE_SECONDS", -1.0 if seed > 1 else 30.0)
+    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0 if seed > 1 else 30.0)
     survive(Pipeline(seed, tmp_path, monkeypatch), tracker._replace(patience=0.0 if seed % 2 else 1.0), schedule)
 
 
@@ -187,7 +188,7 @@ def test_points_that_cannot_be_logged_wait_and_training_does_not(
 
     monkeypatch.setattr(tracking, "MlflowClient", lambda tracking_uri: Hanging())
     stage, tracker = Stage("slow", "stages.slow", Fit(epochs=6)), Tracker("fake://", "0")
-    monkeypatch.setattr("pipelines.run.LIVE_SECONDS", -1.0)
+    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0)
     with _Recorder(stage, (tracker.uri, tracker.experiment_id), "parent", None) as recorder:
         began = time.monotonic()
         for epoch in range(1, 4):

@@ -4,8 +4,9 @@ from typing import Annotated
 import numpy as np
 import pytest
 
-from aecore.config import Data, Fit
-from aecore.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint, row_ids
+from aecore.config.experiment import Data, Fit
+from aecore.core.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint
+from aecore.data.splits import row_ids
 
 
 class Example(Frozen):

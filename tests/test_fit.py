@@ -8,12 +8,12 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from aecore.checkpoint import Checkpoints
-from aecore.config import Fit, Precision
-from aecore.data import Arrays
-from aecore.errors import DivergenceError
-from aecore.fit import Fitted, _AdamW, _schedule, evaluate, fit
-from aecore.networks import Terms
+from aecore.config.experiment import Fit
+from aecore.core.errors import DivergenceError
+from aecore.core.types import Precision, Terms
+from aecore.data.splits import Arrays
+from aecore.training.checkpoint import Checkpoints
+from aecore.training.fit import Fitted, _AdamW, _schedule, evaluate, fit
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def test_moments_of_weights_without_gradients_never_become_denormal_numbers(monk
             return sum(int(((x != 0) & (x.abs() < torch.finfo().tiny)).sum()) for x in parts)
 
     optimizers: list[Watched] = []
-    monkeypatch.setattr("aecore.fit._AdamW", Watched)
+    monkeypatch.setattr("aecore.training.fit._AdamW", Watched)
     rows, trained = (torch.rand(400, 8),), []
     for flushed in (True, False):
         if not flushed:
@@ -103,7 +103,7 @@ def test_weights_that_lie_turned_meanwhile_are_trained_alike(monkeypatch: pytest
     rows = (torch.rand(200, 300),)
     trained, lying = [], []
     for least in (1, 2**60):  # every weight with more outputs than inputs, none
-        monkeypatch.setattr("aecore.kernels._LEAST", least)
+        monkeypatch.setattr("aecore.models.products._LEAST", least)
         torch.manual_seed(0)
         model = Affine(300, 100)
         fitted = fit(

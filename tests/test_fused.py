@@ -10,20 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from aecore import fused, graphs, stages
-from aecore.checkpoint import Checkpoints
-from aecore.config import Conv, Data, Dense, Fit, Network
-from aecore.data import Arrays, Split
-from aecore.errors import DivergenceError
-from aecore.fit import fit
-from aecore.fused import together
-from aecore.networks import Terms
-from aecore.specs import Facts, FinetuneSpec, LoadSpec, Numerics, PretrainSpec, layer_specs
-from aecore.storage import Result
+from aecore.config.experiment import Conv, Data, Dense, Fit, Network
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics, PretrainSpec
+from aecore.core.errors import DivergenceError
+from aecore.core.types import Terms
+from aecore.data.splits import Arrays, Split
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.finetune import finetune
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training import fused, graphs
+from aecore.training.checkpoint import Checkpoints
+from aecore.training.fit import fit
+from aecore.training.fused import together
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
-from pipelines.run import Share
-from pipelines.study import Member, Study, expand, grouped, run_as_one
-from pipelines.tracking import Tracker
+from pipelines.cluster.resources import Share
+from pipelines.store.tracking import Tracker
+from pipelines.study.members import Member, expand
+from pipelines.study.schema import Study
+from pipelines.study.trials import grouped, run_as_one
 from tests.test_checkpoint import KilledError, until
 
 FITS = (
@@ -63,7 +70,7 @@ def tuning(
 
 
 def works(specs: list[FinetuneSpec], data: Arrays, **run: Any) -> list[Callable[..., Result]]:
-    return [lambda fit, spec=spec: stages.finetune(spec, stages.Run(fit=fit, **run), data=data) for spec in specs]
+    return [lambda fit, spec=spec: finetune(spec, Run(fit=fit, **run), data=data) for spec in specs]
 
 
 def few(digits: tuple[Facts, Arrays], rows: int = 300) -> tuple[Facts, Arrays]:
@@ -105,7 +112,7 @@ def test_as_one_they_are_what_they_are_alone(
     network, variants, data = NETWORKS[case]
     facts, arrays = few(digits, 200 if case == "conv" else 300)
     specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     state = torch.get_rng_state()
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [3] and torch.equal(state, torch.get_rng_state())
@@ -119,7 +126,7 @@ def test_batch_statistics_are_each_ones_own(digits: tuple[Facts, Arrays]) -> Non
     facts, arrays = few(digits)
     network = Dense(widths=(12, 6), normalization="batch")
     specs = [tuning(facts, Plain(), fit, n, network) for n, fit in enumerate(FITS)]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     for one, two in zip(alone, together(works(specs, arrays), everywhere=True), strict=True):
         # a bias before the normalisation has no gradient but rounding, which Adam scales up; running means follow it
         assert differ(one, two, ("seconds", "time", "val/reconstruction", "val/loss")) < SAME
@@ -142,7 +149,7 @@ def test_what_is_random_agrees_on_average(
 ) -> None:
     facts, arrays = digits
     specs = [tuning(facts, variant, Fit(epochs=3), n) for n, variant in enumerate(variants)]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [3]
     for one, two in zip(alone, ended, strict=True):
@@ -171,17 +178,17 @@ def test_layers_on_layers_and_classifiers_train_as_one(digits: tuple[Facts, Arra
     built = layer_specs(Dense(widths=(12, 6)), Data(), facts)
 
     def work(seed: int, fit: Callable[..., Any]) -> tuple[Result, Result]:
-        run, below = stages.Run(fit=fit), list[Result]()
+        run, below = Run(fit=fit), list[Result]()
         for number, layer in enumerate(built, 1):
             spec = PretrainSpec(
                 number=number, layer=layer, variant=Plain(), fit=FITS[seed], seed=seed, numerics=Numerics()
             )
-            below.append(stages.pretrain_layer(spec, run, data=arrays, below=below))
+            below.append(pretrain_layer(spec, run, data=arrays, below=below))
         tuned = FinetuneSpec(
             layers=tuple(built), task="classify", classes=facts.classes, variant=None, fit=FITS[seed], seed=seed,
             numerics=Numerics(), labels=100, served=False,
         )  # fmt: skip
-        return below[-1], stages.finetune(tuned, run, data=arrays, layers=below)
+        return below[-1], finetune(tuned, run, data=arrays, layers=below)
 
     alone = [work(seed, fit) for seed in range(3)]
     ended = together([partial(work, seed) for seed in range(3)], everywhere=True)
@@ -195,9 +202,9 @@ def test_rows_that_need_preparing_at_each_step(
     digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch, fusions: list[int]
 ) -> None:
     facts, arrays = few(digits)
-    monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
+    monkeypatch.setattr("aecore.stages.rows._RESIDENT_BYTES", 0)
     specs = [tuning(facts, Plain(), fit, n) for n, fit in enumerate(FITS)]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [3] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
 
@@ -208,7 +215,7 @@ def test_one_that_diverges_or_stops_leaves_the_others_alone(digits: tuple[Facts,
         tuning(facts, Plain(), Fit(epochs=6), 0), tuning(facts, Plain(), Fit(epochs=6, lr=1e30), 1),
         tuning(facts, Plain(), Fit(epochs=6, lr=0.2, patience=1), 2),
     ]  # fmt: skip
-    alone = [stages.finetune(specs[n], stages.Run(), data=arrays) for n in (0, 2)]
+    alone = [finetune(specs[n], Run(), data=arrays) for n in (0, 2)]
     assert len(alone[1].config["history"]) < 6
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [3]
@@ -226,7 +233,7 @@ def test_on_cpu_and_where_more_than_numbers_differ_each_is_trained_alone_to_the_
     another = [alike[0], tuning(facts, Denoising(level=0.0), FITS[0], 1)]
     wider = [alike[0], tuning(facts, Denoising(), FITS[0], 0, Dense(widths=(13, 6)))]
     for specs, everywhere in ((alike, False), (other, True), (another, True), (wider, True)):
-        alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+        alone = [finetune(spec, Run(), data=arrays) for spec in specs]
         ended = together(works(specs, arrays), everywhere)
         for one, two in zip(alone, ended, strict=True):
             assert isinstance(two, Result) and differ(one, two) == 0
@@ -239,12 +246,12 @@ def test_each_goes_on_from_its_own_checkpoint_and_alone_if_need_be(
 ) -> None:
     facts, arrays = few(digits)
     specs = [tuning(facts, Plain(), Fit(epochs=5, lr=lr, schedule="cosine"), n) for n, lr in enumerate((1e-3, 2e-3))]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     places = [Checkpoints(str(tmp_path / str(n)), seconds=0) for n in range(2)]
 
     def killable(n: int, fit: Callable[..., Any], epoch: int = 0) -> Result:
-        run = stages.Run(fit=fit, checkpoints=places[n], report=until(epoch, []))
-        return stages.finetune(specs[n], run, data=arrays)
+        run = Run(fit=fit, checkpoints=places[n], report=until(epoch, []))
+        return finetune(specs[n], run, data=arrays)
 
     # both are killed in their third epoch, then one of them, which goes on by itself, in its fourth
     ended = together([partial(killable, n, epoch=3) for n in range(2)], everywhere=True)
@@ -267,7 +274,7 @@ def test_what_cannot_be_vmapped_is_trained_in_turn(digits: tuple[Facts, Arrays],
     specs = [
         tuning(facts, Plain(), FITS[0], n).model_copy(update={"variant": Stubborn()}) for n in range(2)
     ]  # fmt: skip
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     with pytest.warns(UserWarning, match="2 fits cannot be trained as one"):
         ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [2] and [differ(one, two) for one, two in zip(alone, ended, strict=True)] == [0, 0]
@@ -286,7 +293,7 @@ def test_where_memory_lacks_fewer_are_trained_at_once(
 
     monkeypatch.setattr(fused._Fits, "step", tight)
     specs = [tuning(facts, Plain(), FITS[0], n) for n in range(4)]
-    alone = [stages.finetune(spec, stages.Run(), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(), data=arrays) for spec in specs]
     ended = together(works(specs, arrays), everywhere=True)
     assert fusions == [4, 2, 2] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
 
@@ -322,7 +329,7 @@ def test_on_a_gpu_as_one_they_are_what_they_are_alone(
     facts, arrays = few(digits)
     device = torch.device("cuda")
     specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
-    alone = [stages.finetune(spec, stages.Run(device), data=arrays) for spec in specs]
+    alone = [finetune(spec, Run(device), data=arrays) for spec in specs]
     ended = together(works(specs, arrays, device=device))
     assert fusions == [3] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
 
@@ -336,8 +343,8 @@ def test_an_interrupt_ends_all(digits: tuple[Facts, Arrays]) -> None:
             raise KeyboardInterrupt
 
         try:
-            run = stages.Run(fit=fit, report=report)
-            return stages.finetune(tuning(facts, Plain(), FITS[0], n), run, data=arrays)
+            run = Run(fit=fit, report=report)
+            return finetune(tuning(facts, Plain(), FITS[0], n), run, data=arrays)
         finally:
             unwound.append(n)
 
@@ -378,9 +385,9 @@ def test_trials_as_one_are_those_of_a_study(
     digits: tuple[Facts, Arrays], tracker: Tracker, tmp_path_factory: pytest.TempPathFactory, fusions: list[int]
 ) -> None:
     """Keys, runs and, up to rounding, numbers; what was finished is restored, and what fails fails alone."""
-    from aecore.data import load
-    from pipelines.run import run_trial
-    from pipelines.tracking import connect
+    from aecore.data.dataset import load
+    from pipelines.execution.run import run_trial
+    from pipelines.store.tracking import connect
 
     facts = digits[0]
     group = [m for m in trials(digits) if m.row == "plain"][:3]  # the third diverges

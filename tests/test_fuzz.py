@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 
-from aecore.config import Data, Experiment
-from aecore.data import inspect, load
-from aecore.errors import InputError
-from aecore.specs import Facts
+from aecore.config.experiment import Data, Experiment
+from aecore.config.facts import Facts
+from aecore.core.errors import InputError
+from aecore.data.dataset import inspect, load
 from jobs.cli import parse
 from jobs.compare import Compare
 from jobs.train import Train
-from pipelines.stacked import build
-from pipelines.study import expand
+from pipelines.graph.recipe import build
+from pipelines.study.members import expand
 
 FACTS = [
     Facts(digest="0", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797),

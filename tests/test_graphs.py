@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from aecore import fit as loop
-from aecore import graphs, stages
-from aecore.checkpoint import Checkpoints
-from aecore.config import Fit
-from aecore.data import Arrays
-from aecore.graphs import Replayed
-from aecore.parallel import ALONE, Team
+from aecore.config.experiment import Fit
+from aecore.data.splits import Arrays
+from aecore.stages.context import Run
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training import fit as loop
+from aecore.training import graphs
+from aecore.training.checkpoint import Checkpoints
+from aecore.training.graphs import Replayed
+from aecore.training.team import ALONE, Team
 from tests.test_checkpoint import KilledError, same, spec, until
 
 # CPU tests have `captures` in place of the driver's graphs; that a real one gives the same, only a GPU shows
@@ -41,20 +43,20 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 def test_a_replayed_step_is_the_step(
     fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch, captures: list[Callable[[], None]]
 ) -> None:
-    replayed = stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors)
+    replayed = pretrain_layer(spec(**fit), Run(), data=vectors)
     assert len(captures) == 1
     monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
-    assert same(replayed, stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors))
+    assert same(replayed, pretrain_layer(spec(**fit), Run(), data=vectors))
 
 
 def test_a_replayed_fit_goes_on_from_its_checkpoint(
     vectors: Arrays, tmp_path: Path, captures: list[Callable[[], None]]
 ) -> None:
-    unbroken = stages.pretrain_layer(spec(), stages.Run(), data=vectors)
+    unbroken = pretrain_layer(spec(), Run(), data=vectors)
     place = Checkpoints(str(tmp_path), seconds=0)
     with pytest.raises(KilledError):
-        stages.pretrain_layer(spec(), stages.Run(report=until(5, []), checkpoints=place), data=vectors)
-    assert same(unbroken, stages.pretrain_layer(spec(), stages.Run(checkpoints=place), data=vectors))
+        pretrain_layer(spec(), Run(report=until(5, []), checkpoints=place), data=vectors)
+    assert same(unbroken, pretrain_layer(spec(), Run(checkpoints=place), data=vectors))
     assert len(captures) == 3
 
 
@@ -90,11 +92,11 @@ def test_what_cannot_be_captured_is_called_after_one_warning(
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    eager = stages.pretrain_layer(spec(), stages.Run(), data=vectors)
+    eager = pretrain_layer(spec(), Run(), data=vectors)
     monkeypatch.setattr(loop, "_can_be_captured", lambda *args: True)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as warned:
-        assert same(eager, stages.pretrain_layer(spec(), stages.Run(), data=vectors))
+        assert same(eager, pretrain_layer(spec(), Run(), data=vectors))
     assert len(warned) == 1
 
 
@@ -112,10 +114,10 @@ def test_only_what_gains_by_it_is_captured() -> None:
 def test_on_a_gpu_the_graph_gives_the_losses_of_eager_steps(
     fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = stages.Run(torch.device("cuda"))
-    replayed = stages.pretrain_layer(spec(**fit), run, data=vectors)
+    run = Run(torch.device("cuda"))
+    replayed = pretrain_layer(spec(**fit), run, data=vectors)
     monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
-    eager = stages.pretrain_layer(spec(**fit), run, data=vectors)
+    eager = pretrain_layer(spec(**fit), run, data=vectors)
     for one, two in zip(replayed.config["history"], eager.config["history"], strict=True):
         assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-6)
         assert one["val/loss"] == pytest.approx(two["val/loss"], rel=1e-6)
@@ -138,11 +140,11 @@ def test_on_a_gpu_noise_differs_from_replay_to_replay() -> None:
 
 @cuda
 def test_on_a_gpu_a_fit_goes_on_from_its_checkpoint(vectors: Arrays, tmp_path: Path) -> None:
-    run = stages.Run(torch.device("cuda"))
-    unbroken = stages.pretrain_layer(spec(), run, data=vectors)
+    run = Run(torch.device("cuda"))
+    unbroken = pretrain_layer(spec(), run, data=vectors)
     place = Checkpoints(str(tmp_path), seconds=0)
     with pytest.raises(KilledError):
-        stages.pretrain_layer(spec(), run._replace(report=until(5, []), checkpoints=place), data=vectors)
-    resumed = stages.pretrain_layer(spec(), run._replace(checkpoints=place), data=vectors)
+        pretrain_layer(spec(), run._replace(report=until(5, []), checkpoints=place), data=vectors)
+    resumed = pretrain_layer(spec(), run._replace(checkpoints=place), data=vectors)
     for one, two in zip(unbroken.config["history"], resumed.config["history"], strict=True):
         assert one["val/loss"] == pytest.approx(two["val/loss"], rel=1e-6)

@@ -2,7 +2,7 @@ import gc
 
 import pytest
 
-from aecore.imports import quickly
+from aecore.core.imports import quickly
 
 
 def test_garbage_is_collected_again_after_imports_whatever_happens() -> None:

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from aecore.errors import TakenOverError
-from pipelines import tracking
-from pipelines.tracking import Tracker, connect
+from aecore.core.errors import TakenOverError
+from pipelines.store import tracking
+from pipelines.store.tracking import Tracker, connect
 from tests.faults import MemoryClient
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +27,8 @@ DRIVER = """
 import json, os, sys, time
 from pathlib import Path
 from jobs import cli
-from pipelines import tracking
-from pipelines.tracking import connect
+from pipelines.store import tracking
+from pipelines.store.tracking import connect
 
 uri, what = sys.argv[1:]
 tracking._POLL_SECONDS = 0.2
@@ -262,9 +262,8 @@ def test_whose_lease_was_lost_meanwhile_is_told_before_the_commit(
 
 
 def test_drivers_that_come_together_make_one_store(tmp_path: Path) -> None:
-    code = (
-        f"from pipelines.tracking import connect; print(connect('sqlite:///{tmp_path}/mlflow.db', 'x').experiment_id)"
-    )
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    code = f"from pipelines.store.tracking import connect; print(connect('{store}', 'x').experiment_id)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen(

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aecore import generation, kernels, likelihood
-from aecore.config import Activation
-from aecore.corruption import Noise, corrupt, drawn
-from aecore.errors import InputError
-from aecore.jacobian import squared_norm
-from aecore.networks import Layer, Stack
-from aecore.specs import LayerSpec
+from aecore.core.errors import InputError
+from aecore.core.types import Activation, Noise
+from aecore.models import generation, likelihood
+from aecore.models import products as kernels
+from aecore.models.corruption import corrupt, drawn
+from aecore.models.divergences import kl_to_prior, kl_to_rate
+from aecore.models.jacobian import squared_norm
+from aecore.models.layers import Layer
+from aecore.models.spec import LayerSpec
+from aecore.models.stack import Stack
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variational
-from aecore.variants.sparse import kl_to_rate
-from aecore.variants.variational import kl_to_prior
 
 
 def test_squared_error_is_summed_over_features_and_averaged_over_rows() -> None:

@@ -4,10 +4,14 @@ from typing import Any
 import pytest
 import torch
 
-from aecore.config import Conv, Data, Dense
-from aecore.errors import InputError
-from aecore.networks import Classifier, Layer, Prepare, Stack
-from aecore.specs import Facts, layer_specs
+from aecore.config.experiment import Conv, Data, Dense
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.core.errors import InputError
+from aecore.models.classifier import Classifier
+from aecore.models.layers import Layer
+from aecore.models.prepare import Prepare
+from aecore.models.stack import Stack
 
 GREY = Facts(digest="", shape=(1, 28, 28), levels=256, classes=tuple("0123456789"), rows=100)
 COLOUR = GREY.model_copy(update={"shape": (3, 32, 32)})

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from aecore.config import Experiment, Finetune, Fit
-from aecore.data import inspect
-from aecore.specs import Numerics
-from pipelines.run import run_here
-from pipelines.stacked import build
-from pipelines.tracking import Tracker, connect
+from aecore.config.experiment import Experiment, Finetune, Fit
+from aecore.config.specs import Numerics
+from aecore.data.dataset import inspect
+from pipelines.execution.run import run_here
+from pipelines.graph.recipe import build
+from pipelines.store.tracking import Tracker, connect
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,16 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from aecore import stages
-from aecore.config import Data, Dense, Fit
-from aecore.data import Arrays, Split
-from aecore.parallel import Team
-from aecore.specs import Facts, LayerSpec, Numerics, PretrainSpec, layer_specs
-from aecore.storage import Result, load_weights, save_weights
+from aecore.config.experiment import Data, Dense, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import Numerics, PretrainSpec
+from aecore.data.splits import Arrays, Split
+from aecore.models.spec import LayerSpec
+from aecore.models.storage import Result, load_weights, save_weights
+from aecore.stages.context import Run
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training.team import Team
 from aecore.variants import Denoising, Plain
 
 FACTS = Facts(digest="d", shape=(8,), levels=0, classes=(), rows=600)
@@ -37,7 +41,7 @@ def spec(variant: Any, **network: Any) -> PretrainSpec:
 def work(rank: int, size: int, folder: str, given: PretrainSpec) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    result = stages.pretrain_layer(given, stages.Run(team=Team(rank, size)), data=arrays())
+    result = pretrain_layer(given, Run(team=Team(rank, size)), data=arrays())
     save_weights(Path(folder) / str(rank), result.config, result.weights)
     dist.destroy_process_group()
 
@@ -50,7 +54,7 @@ def trained(folder: Path, size: int, given: PretrainSpec) -> list[Result]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_team_trains_what_one_worker_trains(size: int, tmp_path: Path) -> None:
-    alone = stages.pretrain_layer(spec(Plain()), stages.Run(), data=arrays())
+    alone = pretrain_layer(spec(Plain()), Run(), data=arrays())
     for together in trained(tmp_path / "team", size, spec(Plain())):
         for before, after in zip(alone.config["history"], together.config["history"], strict=True):
             for name in ("train/loss", "val/loss"):

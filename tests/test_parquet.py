@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from aecore import parquet
-from aecore.config import Data
-from aecore.data import Arrays, inspect, load
-from aecore.errors import InputError
-from aecore.specs import Facts
+from aecore.config.experiment import Data
+from aecore.config.facts import Facts
+from aecore.core.errors import InputError
+from aecore.data import parquet
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import Arrays
 
 ROWS = 40
 IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 6, 5), dtype=np.uint8)

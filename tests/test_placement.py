@@ -14,10 +14,13 @@ import pytest
 import ray
 from ray.core.generated import autoscaler_pb2
 
-from aecore.config import Fit
-from aecore.errors import InputError
-from pipelines.run import Resources, Share, check_reach, checkpoints_of, share_of
-from pipelines.stage import Stage
+from aecore.config.experiment import Fit
+from aecore.core.errors import InputError
+from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.resources import Resources, Share
+from pipelines.cluster.share import share_of
+from pipelines.execution.run import checkpoints_of
+from pipelines.graph.stage import Stage
 
 PROTO: Any = autoscaler_pb2  # generated, without hints
 
@@ -119,7 +122,7 @@ def test_an_embedded_ray_has_no_servers_that_nobody_asks() -> None:
     code = """
 import json, psutil
 from ray._private.node import Node
-from pipelines.run import start_ray
+from pipelines.cluster.connection import start_ray
 
 before = Node.start_monitor, Node.start_api_server
 start_ray()

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from aecore import evaluation, stages
-from aecore.config import Data, Dense
-from aecore.data import Arrays, Split
-from aecore.networks import Stack
-from aecore.pyfunc import Model
-from aecore.specs import EvaluateSpec, Facts, layer_specs
-from aecore.storage import Result
+from aecore.config.experiment import Data, Dense
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import EvaluateSpec
+from aecore.data.splits import Arrays, Split
+from aecore.models.rebuild import build_autoencoder, build_layer, build_stack
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.serving.model import Model
+from aecore.stages.context import Run
+from aecore.stages.evaluate import evaluate
+from aecore.stages.finetune import _reference, finetune
+from aecore.stages.rows import prepared
 from aecore.variants import Variational
 from tests.test_stages import pretrain, tuning
 
@@ -24,15 +30,13 @@ def trained(digits: tuple[Facts, Arrays]) -> dict[str, Any]:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, Variational(), epochs=2)
-    run = stages.Run()
+    run = Run()
     return {
         "layers": layers,
-        "classify": stages.finetune(tuning(specs), run, data=arrays, layers=layers),
-        "reconstruct": stages.finetune(tuning(specs, "reconstruct", epochs=20), run, data=arrays),
-        "bare": stages.finetune(tuning(specs), run, data=arrays),
-        "unserved": stages.finetune(
-            tuning(specs).model_copy(update={"served": False}), run, data=arrays, layers=layers
-        ),
+        "classify": finetune(tuning(specs), run, data=arrays, layers=layers),
+        "reconstruct": finetune(tuning(specs, "reconstruct", epochs=20), run, data=arrays),
+        "bare": finetune(tuning(specs), run, data=arrays),
+        "unserved": finetune(tuning(specs).model_copy(update={"served": False}), run, data=arrays, layers=layers),
     }
 
 
@@ -45,13 +49,13 @@ def test_a_classifier_keeps_the_autoencoder_that_it_was_finetuned_from(
 ) -> None:
     facts, arrays = digits
     result = trained["classify"]
-    before, kept = Stack([stages.build_layer(layer) for layer in trained["layers"]]), stages.build_autoencoder(result)
+    before, kept = Stack([build_layer(layer) for layer in trained["layers"]]), build_autoencoder(result)
     assert kept is not None and result.config["autoencoder"] == [layer.spec.model_dump(mode="json") for layer in before]
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in before.state_dict().items())
     # the error of serving is the error of the report
     spec = EvaluateSpec(task="classify", classes=facts.classes, pictures=False)
-    scores = evaluation.evaluate(
-        spec, stages.Run(), data=arrays, layers=trained["layers"], finetuned=result
+    scores = evaluate(
+        spec, Run(), data=arrays, layers=trained["layers"], finetuned=result
     ).metrics  # fmt: skip
     table = Model(result).measure(arrays.test.x)
     assert table["reconstruction_mse"].mean() == pytest.approx(scores["test/reconstruction_mse"], rel=1e-5)
@@ -63,7 +67,7 @@ def test_an_autoencoder_is_its_own(trained: dict[str, Any], digits: tuple[Facts,
     _, arrays = digits
     result = trained["reconstruct"]
     assert result.config["autoencoder"] is None and not any(name.startswith("autoencoder.") for name in result.weights)
-    stack, own = stages.build_stack(result).eval(), stages.build_autoencoder(result)
+    stack, own = build_stack(result).eval(), build_autoencoder(result)
     assert own is not None
     x = torch.tensor(arrays.test.x).float() / 16
     with torch.no_grad():
@@ -104,8 +108,8 @@ def test_a_large_validation_split_is_sampled_and_labels_may_lack(
 ) -> None:
     _, arrays = digits
     many = Split(np.repeat(arrays.train.x, 3, 0), None)
-    stack = stages.build_stack(trained["reconstruct"])
-    found = stages._reference(stack, stack, stages.prepared(arrays, CPU), many, CPU)
+    stack = build_stack(trained["reconstruct"])
+    found = _reference(stack, stack, prepared(arrays, CPU), many, CPU)
     assert set(found) == {"mean", "std", "code", "error"} and len(found["error"]) == len(found["code"]) == 2000
 
 

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from aecore.config import overlay
+from aecore.config.experiment import overlay
 from jobs.cli import parse
 from jobs.compare import Compare
 from jobs.encode import Encode
 from jobs.retrain import Retrain
 from jobs.train import Train
-from pipelines.study import Study
+from pipelines.study.schema import Study
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from aecore import comparisons
-from pipelines.report import MEASURES, write
-from pipelines.trial import Trial
+from aecore.evaluation.figures import comparisons
+from pipelines.reporting.report import MEASURES, write
+from pipelines.study.trial import Trial
 
 CLASSES = tuple("0123456789")
 ROWS = {

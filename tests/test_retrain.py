@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
 
-from aecore.errors import InputError
-from aecore.storage import Result
+from aecore.core.errors import InputError
+from aecore.models.storage import Result
 from jobs import cli
 from jobs.retrain import Retrain, run
-from pipelines import retrain
-from pipelines.run import Outcome, Resources, run_here
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker, connect
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import Outcome, run_here
+from pipelines.graph.stage import Stage
+from pipelines.retraining import retrain
+from pipelines.store.tracking import Tracker, connect
 from tests.test_train import Done, clean
 from tests.test_train import command as started
 
@@ -87,7 +88,7 @@ def in_process(patch: pytest.MonkeyPatch, folder: Path) -> Here:
 
     patch.setattr(retrain, "compute", compute)
     # pictures take longer than the training, and nothing is decided by them
-    patch.setattr("aecore.evaluation.evaluate", lambda spec, run, **inputs: Result({}, {}, {"test/accuracy": 0.5}))
+    patch.setattr("aecore.stages.evaluate.evaluate", lambda spec, run, **inputs: Result({}, {}, {"test/accuracy": 0.5}))
     patch.chdir(folder)
     return command
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import ray
 
-from aecore import stages
-from aecore.config import Fit
-from aecore.storage import Result
-from pipelines import run as running
-from pipelines.run import Resources, Share, checkpoints_of, compute
-from pipelines.scratch import all_temporary, me, scratch
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker
+from aecore.config.experiment import Fit
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from pipelines.cluster.resources import Resources, Share
+from pipelines.execution.run import _execute, checkpoints_of, compute
+from pipelines.graph.stage import Stage
+from pipelines.host.scratch import all_temporary, me, scratch
+from pipelines.store.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ OTHER = Stage("other", "stages.other", Fit(epochs=3))
 
 @pytest.fixture
 def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    def train(spec: Fit, run: stages.Run, below: Result | None = None) -> Result:
+    def train(spec: Fit, run: Run, below: Result | None = None) -> Result:
         run.report(1, {"train/loss": 1.0, "seconds": 0.1, "time": 1.0, "parts": run.parts})
         return Result({}, {"w": np.arange(3.0) + (0 if below is None else below.weights["w"])}, {})
 
@@ -94,9 +94,11 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jo
         fake = FakeRay(full)
         monkeypatch.setitem(sys.modules, "ray", fake)
         monkeypatch.setattr(Stage, "function", lambda stage: train)
-        monkeypatch.setattr(running, "start_ray", lambda: None)
-        monkeypatch.setattr(running, "check_reach", lambda store, path: None)
-        monkeypatch.setattr(running, "share_of", lambda *_, **__: Share(0, 1, 3, storage_path=str(tmp_path)))
+        monkeypatch.setattr("pipelines.execution.run.start_ray", lambda: None)
+        monkeypatch.setattr("pipelines.execution.run.check_reach", lambda store, path: None)
+        monkeypatch.setattr(
+            "pipelines.execution.run.share_of", lambda *_, **__: Share(0, 1, 3, storage_path=str(tmp_path))
+        )
         graph = [Stage(s.name, s.fn + name, s.spec, s.inputs) for s in (FIRST, OTHER)]
         graph.insert(1, Stage(SECOND.name, SECOND.fn + name, SECOND.spec, {"below": graph[0]}))
         with tracker.job_run("test", name, {}, {}) as top:
@@ -133,12 +135,12 @@ def test_a_later_attempt_waits_longer_and_computes_nothing_that_is_kept(
     _, runs = job("again", {})
     stage = Stage(FIRST.name, FIRST.fn + "again", FIRST.spec)
     before = runs["first"]
-    monkeypatch.setattr("pipelines.run.time.sleep", slept.append)
+    monkeypatch.setattr("pipelines.execution.run.time.sleep", slept.append)
     store = tracker.uri, tracker.experiment_id
     for attempt in (1, 2, 3, 9):
-        monkeypatch.setattr(running, "_attempt", lambda attempt=attempt: attempt)
+        monkeypatch.setattr("pipelines.execution.run._attempt", lambda attempt=attempt: attempt)
         monkeypatch.setattr(Stage, "function", lambda stage: pytest.fail("computed again"))
-        result, record = running._execute(stage, store, "parent", Share(0, 1, 3))
+        result, record = _execute(stage, store, "parent", Share(0, 1, 3))
         assert np.array_equal(result.weights["w"], np.arange(3.0)) and record.run_id == before.info.run_id
     assert slept == [1.0, 2.0, 4.0, 30.0]
     after = tracker.client.get_run(before.info.run_id)
@@ -187,7 +189,7 @@ def test_temporary_files_of_the_killed_go_with_the_next_and_those_of_the_living_
 ) -> None:
     code = """
 import tempfile, time
-from pipelines.scratch import all_temporary
+from pipelines.host.scratch import all_temporary
 with all_temporary():
     print(tempfile.mkdtemp(), flush=True)
     time.sleep(60)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aecore.errors import InputError
+from aecore.core.errors import InputError
 from jobs.schedule import Cron, on_calendar, parse_cron, schedule
 from tests.test_cluster import lint_manifest
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from aecore import figures, metrics
-from aecore.storage import load_weights, save_weights
+from aecore.evaluation import metrics
+from aecore.evaluation.figures import model as figures
+from aecore.models.storage import load_weights, save_weights
 
 RNG = np.random.default_rng(0)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from aecore.config import Experiment
-from aecore.errors import InputError
-from aecore.specs import Facts, Numerics
-from pipelines.stacked import Stacked, build
+from aecore.config.experiment import Experiment
+from aecore.config.facts import Facts
+from aecore.config.specs import Numerics
+from aecore.core.errors import InputError
+from pipelines.graph.recipe import Stacked, build
 
 FACTS = Facts(digest="d", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797)
 

@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from aecore import evaluation, stages
-from aecore.config import Conv, Data, Dense, Fit
-from aecore.data import Arrays
-from aecore.networks import Stack
-from aecore.specs import EvaluateSpec, Facts, FinetuneSpec, LayerSpec, Numerics, PretrainSpec, layer_specs
-from aecore.storage import Result
-from aecore.stream import Shuffled
+from aecore.config.experiment import Conv, Data, Dense, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import EvaluateSpec, FinetuneSpec, Numerics, PretrainSpec
+from aecore.data.splits import Arrays
+from aecore.data.stream import Shuffled
+from aecore.models.rebuild import build_layer, build_stack
+from aecore.models.spec import LayerSpec
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.evaluate import evaluate
+from aecore.stages.finetune import finetune
+from aecore.stages.pretrain import pretrain_layer
+from aecore.stages.rows import _rows, prepared
 from aecore.variants import Plain, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])
@@ -31,7 +39,7 @@ def pretrain(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int =
             seed=seed,
             numerics=Numerics(),
         )
-        layers.append(stages.pretrain_layer(spec, stages.Run(), data=arrays, below=layers))
+        layers.append(pretrain_layer(spec, Run(), data=arrays, below=layers))
     return layers
 
 
@@ -94,9 +102,9 @@ def test_variants_end_to_end(problem: str, variant: Any, digits: tuple[Facts, Ar
     tuned = tuning([*specs[:-1], variant().build(specs[-1], len(specs))], "reconstruct", epochs=3)
     tuned = tuned.model_copy(update={"variant": variant()})
     for given in ([], layers):
-        result = stages.finetune(tuned, stages.Run(), data=arrays, layers=given)
+        result = finetune(tuned, Run(), data=arrays, layers=given)
         assert has_learned(result)
-        stack = stages.build_stack(result)
+        stack = build_stack(result)
         assert [layer.log_variance is not None for layer in stack] == [False] * (len(specs) - 1) + [
             variant().kind == "variational"
         ]
@@ -107,15 +115,15 @@ def test_finetuning_starts_from_exactly_the_pretrained_weights(digits: tuple[Fac
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0]())
     still: dict[str, Any] = {"lr": 1e-30, "epochs": 1}
-    tuned = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays, layers=layers)
-    control = stages.finetune(tuning(specs, **still), stages.Run(), data=arrays)
+    tuned = finetune(tuning(specs, **still), Run(), data=arrays, layers=layers)
+    control = finetune(tuning(specs, **still), Run(), data=arrays)
     for number, layer in enumerate(layers):
         weight = f"encoders.{number}.affine.weight"
         assert np.array_equal(tuned.weights[weight], layer.weights["encoder.affine.weight"])
         assert not np.array_equal(control.weights[weight], layer.weights["encoder.affine.weight"])
     # the control differs in its encoders alone
     assert np.array_equal(tuned.weights["head.weight"], control.weights["head.weight"])
-    unrolled = stages.finetune(tuning(specs, "reconstruct", **still), stages.Run(), data=arrays, layers=layers)
+    unrolled = finetune(tuning(specs, "reconstruct", **still), Run(), data=arrays, layers=layers)
     for number, layer in enumerate(layers):
         for name, value in layer.weights.items():
             assert np.array_equal(unrolled.weights[f"layers.{number}.{name}"], value)
@@ -125,7 +133,7 @@ def test_finetuning_frees_all_weights(digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0]())
-    tuned = stages.finetune(tuning(specs), stages.Run(), data=arrays, layers=layers)
+    tuned = finetune(tuning(specs), Run(), data=arrays, layers=layers)
     for number, layer in enumerate(layers):
         moved = tuned.weights[f"encoders.{number}.affine.weight"] - layer.weights["encoder.affine.weight"]
         assert np.abs(moved).max() > 0
@@ -145,8 +153,8 @@ def test_upper_layers_are_fed_clean_codes_of_frozen_lower_ones(digits: tuple[Fac
     spec = PretrainSpec.model_construct(
         number=2, layer=specs[1], variant=Spy(), fit=Fit(epochs=1, batch_size=2000), seed=0, numerics=Numerics()
     )
-    stages.pretrain_layer(spec, stages.Run(), data=arrays, below=lower)
-    layer = stages.build_layer(lower[0]).eval()
+    pretrain_layer(spec, Run(), data=arrays, below=lower)
+    layer = build_layer(lower[0]).eval()
     codes = layer.encode(torch.tensor(arrays.train.x).float() / 16).detach()
     assert torch.allclose(seen[0].sum(), codes.sum(), rtol=1e-4) and seen[0].shape == codes.shape
 
@@ -155,15 +163,15 @@ def test_evaluation_names_its_numbers(digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0](), epochs=10)
-    tuned = stages.finetune(tuning(specs, epochs=30), stages.Run(), data=arrays, layers=layers)
+    tuned = finetune(tuning(specs, epochs=30), Run(), data=arrays, layers=layers)
     spec = EvaluateSpec(task="classify", classes=facts.classes, pictures=True)
-    result = evaluation.evaluate(spec, stages.Run(), data=arrays, layers=layers, finetuned=tuned)
+    result = evaluate(spec, Run(), data=arrays, layers=layers, finetuned=tuned)
     found = result.metrics
     assert found["test/accuracy"] == pytest.approx(1 - found["test/error"])
     assert found["test/accuracy_low"] < found["test/accuracy"] < found["test/accuracy_high"]
     assert found["test/accuracy"] > 0.8 and found["knn/accuracy"] > 0.5 and found["probe/accuracy"] > 0.5
     assert set(result.figures) == {"confusion", "reconstructions", "units", "codes", "loss_curves"}
-    stack = Stack([stages.build_layer(layer) for layer in layers]).eval()
+    stack = Stack([build_layer(layer) for layer in layers]).eval()
     x = torch.tensor(arrays.test.x).float() / 16
     with torch.no_grad():
         assert found["test/reconstruction_mse"] == pytest.approx(float((stack.reconstruct(x) - x).square().mean()))
@@ -176,10 +184,10 @@ def test_reconstruction_without_labels(digits: tuple[Facts, Arrays]) -> None:
     })  # fmt: skip
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(bare, specs, VARIANTS[0]())
-    tuned = stages.finetune(tuning(specs, "reconstruct", epochs=20), stages.Run(), data=bare, layers=layers)
+    tuned = finetune(tuning(specs, "reconstruct", epochs=20), Run(), data=bare, layers=layers)
     spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True)
-    unrolled = evaluation.evaluate(spec, stages.Run(), data=bare, layers=layers, finetuned=tuned)
-    before = evaluation.evaluate(spec.model_copy(update={"task": None}), stages.Run(), data=bare, layers=layers)
+    unrolled = evaluate(spec, Run(), data=bare, layers=layers, finetuned=tuned)
+    before = evaluate(spec.model_copy(update={"task": None}), Run(), data=bare, layers=layers)
     assert unrolled.metrics["test/reconstruction_mse"] < before.metrics["test/reconstruction_mse"]
     assert "probe/accuracy" not in unrolled.metrics and "confusion" not in unrolled.figures
 
@@ -190,9 +198,9 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     resident = pretrain(arrays, specs, VARIANTS[0]())
-    monkeypatch.setattr(stages, "_RESIDENT_BYTES", 0)
-    monkeypatch.setattr(stages, "_PREPARED_BYTES", 0)
-    train, _, read = stages._rows(arrays, stages.prepared(arrays, torch.device("cpu")), stages.Run(), 64, False)
+    monkeypatch.setattr("aecore.stages.rows._RESIDENT_BYTES", 0)
+    monkeypatch.setattr("aecore.stages.rows._PREPARED_BYTES", 0)
+    train, _, read = _rows(arrays, prepared(arrays, torch.device("cpu")), Run(), 64, False)
     assert not isinstance(train, Shuffled) and train[0].dtype == torch.uint8
     assert float(read(train[0]).max()) == 1.0
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):

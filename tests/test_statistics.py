@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from aecore.statistics import Pair, compare, holm, judge, resolution
+from aecore.evaluation.statistics import Pair, compare, holm, judge, resolution
 
 
 def made(

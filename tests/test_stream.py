@@ -7,14 +7,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aecore import evaluation, stages
-from aecore.config import Data, Dense, Experiment, Finetune, Fit
-from aecore.data import SPLITS, Arrays, Split, inspect, load
-from aecore.errors import InputError
-from aecore.specs import Facts, MeasureSpec, Numerics, resolve_in_memory
-from aecore.storage import Result
-from aecore.stream import Shuffled, Stream, in_turn, open_stream
-from pipelines.stacked import Stacked, build
+from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import resolve_in_memory
+from aecore.config.specs import MeasureSpec, Numerics
+from aecore.core.errors import InputError
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import SPLITS, Arrays, Split
+from aecore.data.stream import Shuffled, Stream, in_turn, open_stream
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.measure import measure
+from pipelines.graph.recipe import Stacked, build
 
 
 def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | None = None) -> Data:
@@ -43,8 +47,8 @@ def numbers(stream: Stream, split: str) -> list[int]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and chunks of a few rows, as large sets have them of many."""
-    monkeypatch.setattr("aecore.parquet._PIECE_BYTES", 300 * 32)
-    monkeypatch.setattr("aecore.parquet._BATCH_BYTES", 100 * 32)
+    monkeypatch.setattr("aecore.data.parquet._PIECE_BYTES", 300 * 32)
+    monkeypatch.setattr("aecore.data.parquet._BATCH_BYTES", 100 * 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -147,18 +151,20 @@ def images(path: Path, digits: tuple[Facts, Arrays]) -> Data:
 def run(graph: Stacked, data: Arrays | Stream) -> tuple[list[Result], Result, Result]:
     layers: list[Result] = []
     for stage in graph.layers:
-        layers.append(stage.function()(stage.spec, stages.Run(), data=data, below=layers))
+        layers.append(stage.function()(stage.spec, Run(), data=data, below=layers))
     assert graph.finetune is not None
-    tuned = graph.finetune.function()(graph.finetune.spec, stages.Run(), data=data, layers=layers)
-    scored = graph.evaluate.function()(graph.evaluate.spec, stages.Run(), data=data, layers=layers, finetuned=tuned)
+    tuned = graph.finetune.function()(graph.finetune.spec, Run(), data=data, layers=layers)
+    scored = graph.evaluate.function()(graph.evaluate.spec, Run(), data=data, layers=layers, finetuned=tuned)
     return layers, tuned, scored
 
 
 def test_trains_as_well_as_in_memory(
     tmp_path: Path, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aecore.parquet._PIECE_BYTES", 700 * 64)
-    monkeypatch.setattr("aecore.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64})
+    monkeypatch.setattr("aecore.data.parquet._PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr(
+        "aecore.data.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64}
+    )
     data = images(tmp_path / "digits.parquet", digits)
     facts = inspect(data)
     results = {}
@@ -188,10 +194,10 @@ def test_the_same_bits_again(tmp_path: Path, digits: tuple[Facts, Arrays]) -> No
     graph = build(Experiment(data=data, pretrain=Fit(epochs=2), finetune=Finetune(epochs=1)), facts, Numerics())
     stream = open_stream(data, facts)
     layer = graph.layers[0]
-    first, again = (layer.function()(layer.spec, stages.Run(), data=stream) for _ in range(2))
+    first, again = (layer.function()(layer.spec, Run(), data=stream) for _ in range(2))
     assert all((first.weights[name] == again.weights[name]).all() for name in first.weights)
     measured = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=False)
-    found = evaluation.measure(measured, stages.Run(), data=stream, layers=[first])
+    found = measure(measured, Run(), data=stream, layers=[first])
     assert found.metrics["probe/accuracy"] > 0.5
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from aecore.config import Dense
-from aecore.errors import InputError
-from aecore.specs import Facts, FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
-from pipelines.study import Member, Study, combinations, expand, experiment_of, shared
+from aecore.config.experiment import Dense
+from aecore.config.facts import Facts
+from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
+from aecore.core.errors import InputError
+from pipelines.study.members import Member, combinations, expand, experiment_of, shared
+from pipelines.study.schema import Study
 
 FACTS = Facts(digest="d", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797)
 ALL = {

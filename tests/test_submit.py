@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from aecore.errors import InputError
+from aecore.core.errors import InputError
 from jobs import submit as module
 from jobs.submit import submit
 

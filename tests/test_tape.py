@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aecore import fit as loop
-from aecore import stages, tape
-from aecore.config import Data, Dense, Fit
-from aecore.data import Arrays
-from aecore.errors import DivergenceError
-from aecore.networks import Terms
-from aecore.specs import Facts, layer_specs
-from aecore.storage import Result
-from aecore.tape import Taped
+from aecore.config.experiment import Data, Dense, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.core.errors import DivergenceError
+from aecore.core.types import Terms
+from aecore.data.splits import Arrays
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.finetune import finetune
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training import fit as loop
+from aecore.training import tape
+from aecore.training.tape import Taped
 from tests.test_checkpoint import same, spec
 from tests.test_stages import PROBLEMS, VARIANTS, pretrain, problem_layers, tuning
 
@@ -60,7 +64,7 @@ def test_every_variant_is_replayed_to_the_bit(
 
     def work() -> list[Result]:
         layers = pretrain(arrays, specs, variant(), epochs=2)
-        return [*layers, stages.finetune(tuned, stages.Run(), data=arrays, layers=layers)]
+        return [*layers, finetune(tuned, Run(), data=arrays, layers=layers)]
 
     found = work()
     assert len(steps) == len(specs) + 1 and all(map(replayed, steps))
@@ -75,7 +79,7 @@ def test_dropout_normalisation_and_schedules_are_replayed_to_the_bit(
     fit: dict[str, Any], vectors: Arrays, steps: list[Taped], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work() -> Result:
-        return stages.pretrain_layer(spec(**fit), stages.Run(), data=vectors)
+        return pretrain_layer(spec(**fit), Run(), data=vectors)
 
     found = work()
     assert list(map(replayed, steps)) == [True]
@@ -90,7 +94,7 @@ def test_finetuning_is_replayed_to_the_bit(
     spec = tuning(layer_specs(Dense(widths=(300, 12), tied=True), Data(), facts), task)
 
     def work() -> Result:
-        return stages.finetune(spec, stages.Run(), data=arrays)
+        return finetune(spec, Run(), data=arrays)
 
     found = work()
     assert list(map(replayed, steps)) == [True]
@@ -115,7 +119,7 @@ def test_a_large_tensor_is_updated_as_soon_as_its_gradient_is_there_to_the_bit(
     monkeypatch.setattr(tape, "_ordered", watched)
 
     def work() -> Result:
-        return stages.finetune(spec, stages.Run(), data=digits[1])
+        return finetune(spec, Run(), data=digits[1])
 
     found = work()
     assert list(map(replayed, steps)) == [True]

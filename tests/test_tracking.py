@@ -13,15 +13,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from aecore.config import Data, Experiment, Finetune, Fit
-from aecore.data import inspect
-from aecore.errors import InputError
-from aecore.specs import Facts, Numerics
-from aecore.storage import Result
-from pipelines.run import Record, _fail, _keep, run_here
-from pipelines.stacked import Stacked, build
-from pipelines.stage import Stage
-from pipelines.tracking import LostResultError, Tracker, _redacted, connect
+from aecore.config.experiment import Data, Experiment, Finetune, Fit
+from aecore.config.facts import Facts
+from aecore.config.specs import Numerics
+from aecore.core.errors import InputError
+from aecore.data.dataset import inspect
+from aecore.models.storage import Result
+from pipelines.execution.run import Record, _fail, _keep, run_here
+from pipelines.graph.recipe import Stacked, build
+from pipelines.graph.stage import Stage
+from pipelines.store.tracking import LostResultError, Tracker, _redacted, connect
 
 ROOT = Path(__file__).parents[1]
 RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"best/loss": 0.5}, {"units": b"a png"})
@@ -174,7 +175,7 @@ def test_job_tags_params_data_and_config(tracker: Tracker) -> None:
 
 
 def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.store.tracking._SYSTEM_SECONDS", 0.1)
     with tracker.job_run("test", "system", {}, {}) as run_id:
         time.sleep(1)
     logged = tracker.client.get_run(run_id).data.metrics
@@ -183,9 +184,9 @@ def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyP
 
 
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.run.LIVE_SECONDS", 0.0)
-    monkeypatch.setattr("pipelines.run._LOG_SECONDS", 0.0)
-    monkeypatch.setattr("pipelines.tracking._SYSTEM_SECONDS", 0.02)
+    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.store.tracking._SYSTEM_SECONDS", 0.02)
     graph, _ = small(seed=1, epochs=40)
     assert graph.finetune is not None
     opened: list[str] = []
@@ -268,9 +269,9 @@ def test_a_model_is_logged_once_whatever_fails(
     graph, _ = small(seed=3)
     assert graph.finetune is not None
     top = parent(tracker, "one model")
-    monkeypatch.setattr("pipelines.tracking.MlflowClient", LosesAnswers)
+    monkeypatch.setattr("pipelines.store.tracking.MlflowClient", LosesAnswers)
     monkeypatch.setattr("mlflow.MlflowClient", LosesAnswers)
-    monkeypatch.setattr("pipelines.tracking._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("pipelines.store.tracking._FIRST_WAIT", 0.01)
     run_here(graph.finetune, tracker._replace(patience=20.0), top)
     assert fail == [] and capsys.readouterr().err.count("waiting for it") == 1
     (run,) = runs(tracker, graph.finetune.key)

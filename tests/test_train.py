@@ -19,9 +19,10 @@ from PIL import Image
 
 import jobs.train
 from jobs import cli
-from pipelines.run import Outcome, Resources, run_here
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker, connect
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import Outcome, run_here
+from pipelines.graph.stage import Stage
+from pipelines.store.tracking import Tracker, connect
 
 QUICK = ("--pretrain.epochs", "5", "--finetune.epochs", "10")
 
@@ -89,7 +90,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[
         return report
 
     monkeypatch.setattr(jobs.train, "compute", compute_here)
-    monkeypatch.setattr("pipelines.run.start_ray", lambda warm: None)
+    monkeypatch.setattr("pipelines.execution.run.start_ray", lambda warm: None)
     monkeypatch.chdir(tmp_path)
     return run
 

@@ -5,20 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from aecore.fingerprint import Frozen
+from aecore.core.fingerprint import Frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.config import Activation
-    from aecore.networks import Autoencoder, Terms
-    from aecore.specs import LayerSpec
-
-
-def is_zero(number: float | Tensor) -> bool:
-    """Whether a weight or level is 0, known without looking on the device: fits that are trained as one (see
-    `aecore.fused`) have a tensor where their numbers differ, none of which is 0."""
-    return isinstance(number, float | int) and number == 0
+    from aecore.core.types import Activation, Terms
+    from aecore.models.protocol import Autoencoder
+    from aecore.models.spec import LayerSpec
 
 
 class Objective(Frozen, ABC):

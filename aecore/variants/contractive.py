@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from aecore.errors import InputError
-from aecore.variants.base import Objective, is_zero
+from aecore.core.errors import InputError
+from aecore.core.scalars import is_zero
+from aecore.variants.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.networks import Autoencoder, Terms
-    from aecore.specs import LayerSpec
+    from aecore.core.types import Terms
+    from aecore.models.protocol import Autoencoder
+    from aecore.models.spec import LayerSpec
 
 
 class Contractive(Objective):
@@ -37,7 +39,7 @@ class Contractive(Objective):
         return layer
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        from aecore.jacobian import squared_norm
+        from aecore.models.jacobian import squared_norm
 
         terms = {"reconstruction": model.reconstruction_loss(model.encode(x), x)}
         if not is_zero(self.weight):

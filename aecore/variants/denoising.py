@@ -11,7 +11,8 @@ from aecore.variants.base import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.networks import Autoencoder, Terms
+    from aecore.core.types import Terms
+    from aecore.models.protocol import Autoencoder
 
 
 class Denoising(Objective):
@@ -34,6 +35,6 @@ class Denoising(Objective):
         return self
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        from aecore.corruption import corrupt
+        from aecore.models.corruption import corrupt
 
         return {"reconstruction": model.reconstruction_loss(model.encode(corrupt(x, self.noise, self.level)), x)}

@@ -9,7 +9,8 @@ from aecore.variants.base import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.networks import Autoencoder, Terms
+    from aecore.core.types import Terms
+    from aecore.models.protocol import Autoencoder
 
 
 class Plain(Objective):

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from aecore.errors import InputError
-from aecore.variants.base import Objective, is_zero
+from aecore.core.errors import InputError
+from aecore.core.scalars import is_zero
+from aecore.models.divergences import kl_to_rate
+from aecore.variants.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.config import Activation
-    from aecore.networks import Autoencoder, Terms
-    from aecore.specs import LayerSpec
+    from aecore.core.types import Activation, Terms
+    from aecore.models.protocol import Autoencoder
+    from aecore.models.spec import LayerSpec
 
 
 class Sparse(Objective):
@@ -69,15 +71,3 @@ class Sparse(Objective):
         elif self.penalty == "kl" and not is_zero(self.weight):
             terms["kl"] = self.weight * kl_to_rate(code, self.rate)
         return terms
-
-
-def kl_to_rate(code: Tensor, rate: float) -> Tensor:
-    """Sum over units of KL(Bernoulli(rate) || Bernoulli(mean activation)), nats (Ng, CS294A, sec. 3).
-
-    The mean over the batch comes first; a convolutional unit is a channel, averaged over places too.
-
-    Args:
-        code: (batch, units) or (batch, channels, height, width), in (0, 1).
-    """
-    mean = code.float().transpose(0, 1).flatten(1).mean(1)
-    return (rate * (rate / mean).log() + (1 - rate) * ((1 - rate) / (1 - mean)).log()).sum()

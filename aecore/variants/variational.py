@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
-from aecore.errors import InputError
+from aecore.core.errors import InputError
+from aecore.models.divergences import kl_to_prior
 from aecore.variants.base import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aecore.config import Activation
-    from aecore.networks import Autoencoder, Terms
-    from aecore.specs import LayerSpec
+    from aecore.core.types import Activation, Terms
+    from aecore.models.protocol import Autoencoder
+    from aecore.models.spec import LayerSpec
 
 
 class Variational(Objective):
@@ -57,13 +58,3 @@ class Variational(Objective):
             "reconstruction": model.reconstruction_loss(code, x),
             "kl": self.beta * kl_to_prior(mean, log_variance).mean(),
         }
-
-
-def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(0, 1)) of each row, (batch,), nats (Kingma & Welling 2014, appendix B).
-
-    Args:
-        mean, log_variance: (batch, *code_shape).
-    """
-    mean, log_variance = mean.float().flatten(1), log_variance.float().flatten(1)
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)

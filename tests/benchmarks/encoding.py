@@ -21,10 +21,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aecore.config import Data
-from aecore.data import identify, rows
-from aecore.pyfunc import Model
-from aecore.storage import Result, load_weights
+from aecore.config.experiment import Data
+from aecore.data.dataset import identify, rows
+from aecore.models.storage import Result, load_weights
+from aecore.serving.model import Model
 from tests.benchmarks.streaming import environ, memory_of
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def loop(path: str, weights: str, output: str) -> tuple[int, float]:
     """What one would write by hand; its rows and seconds."""
     import torch
 
-    from aecore.stages import build_autoencoder, build_classifier, build_prepare
+    from aecore.models.rebuild import build_autoencoder, build_classifier, build_prepare
 
     result = Result(*load_weights(Path(weights)), {})
     net, prepare = build_classifier(result).eval(), build_prepare(result)

@@ -18,12 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from aecore import fit as loop
-from aecore import fused, stages
-from aecore.config import Data, Dense, Experiment, Fit
-from aecore.data import Arrays, Split, inspect, load
-from aecore.specs import Facts, FinetuneSpec, LayerSpec, Numerics, PretrainSpec, layer_specs
-from aecore.storage import Result
+from aecore.config.experiment import Data, Dense, Experiment, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs
+from aecore.config.specs import FinetuneSpec, Numerics, PretrainSpec
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import Arrays, Split
+from aecore.models.spec import LayerSpec
+from aecore.models.storage import Result
+from aecore.stages.context import Run
+from aecore.stages.finetune import finetune
+from aecore.stages.pretrain import pretrain_layer
+from aecore.training import fit as loop
+from aecore.training import fused
 from aecore.variants import Plain
 from tests.benchmarks.tables import last, show
 
@@ -60,7 +67,7 @@ def pretrain(
             number=number, layer=layer, variant=Plain(), fit=Fit(epochs=epochs, batch_size=BATCH), seed=seed,
             numerics=Numerics(),
         )  # fmt: skip
-        below.append(stages.pretrain_layer(spec, stages.Run(torch.device(device), fit=fit), data=data, below=below))
+        below.append(pretrain_layer(spec, Run(torch.device(device), fit=fit), data=data, below=below))
     return below
 
 
@@ -72,7 +79,7 @@ def pipeline(data: Arrays, epochs: tuple[int, int], device: str = "cuda") -> flo
         layers=tuple(specs), task="classify", classes=CLASSES, variant=None,
         fit=Fit(epochs=epochs[1], batch_size=BATCH, lr=5e-4), seed=0, numerics=Numerics(), served=False,
     )  # fmt: skip
-    tuned = stages.finetune(spec, stages.Run(torch.device(device)), data=data, layers=below)
+    tuned = finetune(spec, Run(torch.device(device)), data=data, layers=below)
     return sum(epoch["seconds"] for result in (*below, tuned) for epoch in result.config["history"])
 
 

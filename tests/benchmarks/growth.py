@@ -26,17 +26,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from aecore.config import Data, Dense, Experiment, Finetune, Fit
-from aecore.data import Arrays, Split, inspect, load
-from aecore.fit import fit
-from aecore.networks import Layer, Prepare, Stack
-from aecore.specs import Facts, Numerics, layer_specs, resolve
-from aecore.storage import Result
-from pipelines import study
-from pipelines.run import Resources, Share, compute, run_here
-from pipelines.stacked import Stacked, build
-from pipelines.stage import Stage
-from pipelines.tracking import Tracker, _Lease, _mark, connect
+from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs, resolve
+from aecore.config.specs import Numerics
+from aecore.data.dataset import inspect, load
+from aecore.data.splits import Arrays, Split
+from aecore.models.layers import Layer
+from aecore.models.prepare import Prepare
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.training.fit import fit
+from pipelines.cluster.resources import Resources, Share
+from pipelines.execution.run import compute, run_here
+from pipelines.graph.recipe import Stacked, build
+from pipelines.graph.stage import Stage
+from pipelines.store.tracking import Tracker, _Lease, _mark, connect
+from pipelines.study import trials as trials_module
+from pipelines.study.members import expand
+from pipelines.study.schema import Study
+from pipelines.study.trials import _Job
 from tests.benchmarks.tables import last, show
 
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
@@ -198,13 +207,14 @@ def store(quick: bool, counts: Sequence[int] = RUNS) -> list[dict[str, Any]]:
 
 
 def stub(
-    config: dict[str, Any], *, study: study.Study, facts: Facts, numerics: Numerics, store: Any, parent: str,
+    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: Any, parent: str,
     share: Share, data: Any,
 ) -> None:  # fmt: skip
     """The body of a trial that computes nothing."""
     from ray import tune
 
-    from pipelines.study import _choices, member
+    from pipelines.study.members import member
+    from pipelines.study.trials import _choices
 
     ((row, settings, seed),) = _choices(config)
     one = member(study, row, settings, seed, facts, numerics)
@@ -216,22 +226,22 @@ def stub(
 def trials(quick: bool) -> list[dict[str, Any]]:
     """Milliseconds that a trial of nothing takes, by how many there are."""
     found: list[dict[str, Any]] = []
-    body = study._trial
-    study._trial = stub
+    body = trials_module._trial
+    trials_module._trial = stub
     try:
         # one folder for all: Ray's later workers start where it has started
         with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
             for count in TRIALS[: 1 if quick else None]:
                 tracker = connect(f"sqlite:///{folder}/{count}/mlflow.db", "growth")
                 assert tracker is not None
-                wanted = study.Study(
+                wanted = Study(
                     base=Experiment(pretrain=None, finetune=Finetune(task="reconstruct"), network=Dense(widths=(4,))),
                     seeds=tuple(range(count)),
                 )
                 facts = inspect(wanted.base.data)
                 with tracker.job_run("compare", "growth", {}, {}) as top:
-                    job = study._Job(wanted, facts, tracker, top, Resources())
-                    members = [m for m in study.expand(wanted, facts, Numerics()) if m.row == "plain"]
+                    job = _Job(wanted, facts, tracker, top, Resources())
+                    members = [m for m in expand(wanted, facts, Numerics()) if m.row == "plain"]
                     if not found:
                         job.trials(members[:4], lambda line: None)  # Ray and the first workers start
                         members = members[4:]
@@ -242,7 +252,7 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                 found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
                 print(found[-1], flush=True)
     finally:
-        study._trial = body
+        trials_module._trial = body
     return found
 
 

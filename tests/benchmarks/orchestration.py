@@ -12,13 +12,16 @@ import tempfile
 import time
 from contextlib import chdir
 
-from aecore.config import Dense, Experiment
-from aecore.data import inspect
-from aecore.specs import ReferenceSpec, layer_specs, resolve
-from pipelines.run import Resources, compute, start_ray
-from pipelines.stacked import load_stage
-from pipelines.stage import Stage
-from pipelines.tracking import connect
+from aecore.config.experiment import Dense, Experiment
+from aecore.config.resolve import layer_specs, resolve
+from aecore.config.specs import ReferenceSpec
+from aecore.data.dataset import inspect
+from pipelines.cluster.connection import start_ray
+from pipelines.cluster.resources import Resources
+from pipelines.execution.run import compute
+from pipelines.graph.recipe import load_stage
+from pipelines.graph.stage import Stage
+from pipelines.store.tracking import connect
 
 PARTS = {
     "submit": ("_submit",), "wait": ("wait",), "open run": ("open_run",), "commit": ("commit",), "look up": ("find",),

@@ -50,11 +50,14 @@ NETWORKS = {
 
 def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     """Seconds of an epoch of `fit`, with the validation that belongs to it."""
-    from aecore.config import Conv, Data, Dense, Experiment, Fit
-    from aecore.data import Split, inspect, load
-    from aecore.fit import fit
-    from aecore.networks import Layer, Prepare, Stack
-    from aecore.specs import layer_specs
+    from aecore.config.experiment import Conv, Data, Dense, Experiment, Fit
+    from aecore.config.resolve import layer_specs
+    from aecore.data.dataset import inspect, load
+    from aecore.data.splits import Split
+    from aecore.models.layers import Layer
+    from aecore.models.prepare import Prepare
+    from aecore.models.stack import Stack
+    from aecore.training.fit import fit
 
     data = Experiment(data=Data(name="mnist", root=root)).data.model_copy(update={"likelihood": "bernoulli"})
     facts = inspect(data)
@@ -200,7 +203,7 @@ def floor(root: Path, network: Network, batch: int, rows: int, update: bool = Fa
     """
     modules = nn.ModuleList(module for half in halves(network) for module in half if hasattr(module, "weight"))
     if not plain:
-        from aecore.kernels import arrange
+        from aecore.models.products import arrange
 
         arrange(modules, batch)
     x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
@@ -226,7 +229,7 @@ def _products(
     plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool
 ) -> tuple[Callable[[], object], Callable[[], Tensor]]:
     """A dense layer's one way up and, of its weight's gradient and its input's, the other."""
-    from aecore import kernels
+    from aecore.models import products as kernels
 
     linear: Any = F.linear if plain else kernels.linear
     weight, bias = module.weight.detach(), module.bias.detach()

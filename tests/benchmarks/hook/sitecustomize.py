@@ -18,24 +18,27 @@ from typing import Any
 IMPORTS = {
     "torch": "import", "sklearn.linear_model": "import", "sklearn.neighbors": "import", "matplotlib.pyplot": "import",
     "pandas": "import", "ray": "import ray", "ray.train": "import", "ray.train.torch": "import",
-    "mlflow": "import mlflow", "pipelines.tracking": "import mlflow", "aecore.stages": "import",
-    "aecore.evaluation": "import", "torchvision": "import",
+    "mlflow": "import mlflow", "pipelines.store.tracking": "import mlflow", "aecore.stages.pretrain": "import",
+    "aecore.stages.evaluate": "import", "torchvision": "import",
 }  # fmt: skip
 """Modules whose import is timed, and as what."""
 CALLS = {
     "ray": {"init": "ray", "shutdown": "ray"},
-    "pipelines.run": {"start_ray": "ray", "load_rows": "data"},
-    "pipelines.tracking": {"connect": "store", "_make_store": "store"},
+    "pipelines.execution.run": {"start_ray": "ray", "load_rows": "data"},
+    "pipelines.store.tracking": {"connect": "store", "_make_store": "store"},
     "mlflow.tracking.client": {"MlflowClient.*": "mlflow"},
     "mlflow.models.model": {"Model.log": "mlflow"},
     "mlflow.system_metrics.system_metrics_monitor": {"SystemMetricsMonitor.*": "mlflow"},
-    "aecore.fit": {"fit": "fit"},
-    "aecore.stages": {"pretrain_layer": "stage", "finetune": "stage", "reference": "stage"},
-    "aecore.evaluation": {"evaluate": "stage", "measure": "stage"},
-    "aecore.figures": {"*": "figures"},
-    "aecore.metrics": {"linear_probe": "measure", "nearest": "measure", "clusters": "measure"},
-    "aecore.data": {"inspect": "data", "load": "data"},
-    "aecore.fingerprint": {"fingerprint": "data"},
+    "aecore.training.fit": {"fit": "fit"},
+    "aecore.stages.pretrain": {"pretrain_layer": "stage"},
+    "aecore.stages.finetune": {"finetune": "stage"},
+    "aecore.stages.reference": {"reference": "stage"},
+    "aecore.stages.evaluate": {"evaluate": "stage"},
+    "aecore.stages.measure": {"measure": "stage"},
+    "aecore.evaluation.figures.model": {"*": "figures"},
+    "aecore.evaluation.metrics": {"linear_probe": "measure", "nearest": "measure", "clusters": "measure"},
+    "aecore.data.dataset": {"inspect": "data", "load": "data"},
+    "aecore.core.fingerprint": {"fingerprint": "data"},
 }
 """Functions and methods that are timed, and as what; a star is all that are public."""
 LEAST = 0.001

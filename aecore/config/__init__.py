@@ -1,0 +1,1 @@
+"""What a user chooses, how `auto` is resolved against the data, and the hashed specs of the stages."""

@@ -1,0 +1,1 @@
+"""What every other room may use: errors, identities of data, shared types, quick imports."""

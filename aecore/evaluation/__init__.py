@@ -1,0 +1,1 @@
+"""Measures of trained models, the statistics that compare them, and figures."""

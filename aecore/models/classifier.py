@@ -1,0 +1,26 @@
+"""The encoders of a stack under a softmax head."""
+
+from collections.abc import Sequence
+from math import prod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aecore.models.layers import Encoder
+
+
+class Classifier(nn.Module):
+    """The encoders of a stack under a softmax head; emits logits, (batch, classes)."""
+
+    def __init__(self, encoders: Sequence[Encoder], classes: int) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.head = nn.Linear(prod(encoders[-1].spec.code_shape), classes)
+
+    def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        for encoder in self.encoders:
+            x = encoder(x)
+        return x
+
+    def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.encode(x).flatten(1))

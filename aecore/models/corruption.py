@@ -1,0 +1,35 @@
+"""Noise models of the denoising autoencoder (Vincent et al. 2010, section 3.3)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from aecore.core.scalars import is_zero
+from aecore.core.types import Noise
+
+
+def drawn(x: Float[Tensor, "batch ..."], noise: Noise) -> Float[Tensor, "batch ..."]:
+    """What `corrupt` makes its noise of, from torch's global generator."""
+    return torch.randn_like(x) if noise == "gaussian" else torch.rand_like(x)
+
+
+def corrupt(
+    x: Float[Tensor, "batch ..."], noise: Noise, level: float | Float[Tensor, ""],
+    draw: Float[Tensor, "batch ..."] | None = None,
+) -> Float[Tensor, "batch ..."]:  # fmt: skip
+    """A corrupted copy of `x`.
+
+    Args:
+        noise: `gaussian` adds N(0, level^2); `masking` sets a share `level` of the features to 0; `salt_and_pepper`
+            sets a share `level` of them to 0 or 1, each with probability one half.
+        draw: what was `drawn` for these rows, to corrupt them at several levels.
+    """
+    if is_zero(level):
+        return x
+    draw = drawn(x, noise) if draw is None else draw
+    if noise == "gaussian":
+        return x + level * draw
+    if noise == "masking":
+        return x * (draw >= level)
+    # below level/2 pepper, from there to level salt
+    return torch.where(draw < level, (draw >= level / 2).to(x.dtype), x)

@@ -1,0 +1,1 @@
+"""A finished model as it is used: served by MLflow, or applied to a whole data set."""

@@ -1,0 +1,119 @@
+"""Ray Data, which reads what is larger than memory; nothing else imports it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from aecore.core.errors import InputError
+from aecore.data.parquet import Piece
+from aecore.data.splits import Split
+from aecore.data.stream import Read
+
+T = TypeVar("T")
+_BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**26
+"""Of one block, and of all that are read ahead of training."""
+
+
+def spread(read: Read, pieces: Sequence[Piece]) -> Iterator[Split]:
+    """The rows of the pieces, in their order, read and decoded by Ray Data's tasks ahead of who takes them.
+
+    The tasks reserve no CPU: a stage that waited for rows while it holds the CPUs that could read them would wait for
+    ever. A stage leaves a CPU free for them instead, where the node has more than one.
+    """
+    import ray
+    from ray.data import TaskPoolStrategy
+
+    _set_up(preserve_order=True)
+
+    def rows(numbers: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        for number in numbers["id"]:
+            for chunk in read(pieces[number]):
+                yield {"x": chunk.x} if chunk.y is None else {"x": chunk.x, "y": chunk.y}
+
+    if not pieces:
+        return
+    numbers = ray.data.range(len(pieces), override_num_blocks=len(pieces))
+    readers = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    chunks: Any = numbers.map_batches(rows, batch_size=1, num_cpus=0, compute=TaskPoolStrategy(readers))
+    for chunk in chunks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        yield Split(chunk["x"], chunk.get("y"))
+
+
+class Done(NamedTuple):
+    """One piece of work that has ended."""
+
+    number: int
+    rows: int
+    began: float
+    ended: float
+    """Unix time, seconds."""
+
+
+def each(
+    make: Callable[[T], Callable[[int], int]], given: T, numbers: Sequence[int], workers: int | None, gpus: float | None
+) -> Iterator[Done]:
+    """Have each number worked on by one of several workers, each with one CPU and one thread; in the order they end.
+
+    Args:
+        make: what a worker is, made of `given` once in its own process: takes a number, returns how many rows it had.
+        workers: at most as many as the cluster holds, which is what None takes.
+        gpus: of each worker; None takes one where the cluster has any.
+
+    Raises:
+        InputError: of a worker; or the cluster has no such GPU.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    _set_up(preserve_order=False)
+
+    cluster = ray.cluster_resources()
+    all_gpus = cluster.get("GPU", 0.0)
+    gpus = min(1.0, all_gpus) if gpus is None else gpus
+    if gpus > all_gpus:
+        raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
+    most = max(1, int(all_gpus / gpus if gpus else cluster.get("CPU", 1)))
+    shared = ray.put(given)
+
+    class Worker:
+        def __init__(self) -> None:
+            import torch
+
+            torch.set_num_threads(1)
+            self.work = make(ray.get(shared))
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+            number, began, error, rows = int(batch["item"][0]), time.time(), "", 0
+            try:
+                rows = self.work(number)
+            except InputError as told:  # as a value: what Ray Data makes of an error is several pages
+                error = str(told)
+            return {"done": [[number, rows, began, time.time()]], "error": [error]}
+
+    # blocks that are there: reading them would wait for a CPU, and the workers may have all
+    jobs = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
+    # one waits at each worker, no more: what is queued at one cannot go to another that is free
+    pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)), max_tasks_in_flight_per_actor=2)
+    done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
+    for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+        for (number, rows, began, ended), error in zip(batch["done"], batch["error"], strict=True):
+            if error:
+                raise InputError(str(error))
+            yield Done(int(number), int(rows), began, ended)
+
+
+def _set_up(preserve_order: bool) -> None:
+    """Ray Data without bars and chatter, with small buffers."""
+    from ray.data import DataContext, ExecutionOptions, ExecutionResources
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of there being no bars
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.target_max_block_size = _BLOCK_BYTES
+    context.execution_options = ExecutionOptions(
+        preserve_order=preserve_order, resource_limits=ExecutionResources(object_store_memory=_BUFFER_BYTES)
+    )

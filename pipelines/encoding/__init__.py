@@ -1,0 +1,1 @@
+"""A whole data set through a registered model, on Ray Data."""

@@ -1,0 +1,1 @@
+"""MLflow, the one store of finished results; no other room imports mlflow."""

@@ -1,0 +1,1 @@
+"""Studies: many trials on Ray Tune, compared alike; no other room imports ray.tune."""
