@@ -4,29 +4,22 @@
 keep nothing. `load` runs in a task: it reads the rows once, leaves uint8 as uint8, and splits them.
 """
 
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
 from aecore.data import parquet
-from aecore.data.named import _DIGITS
-from aecore.data.named import _SETS
-from aecore.data.named import _digest
-from aecore.data.named import _digits_file
-from aecore.data.named import _download
-from aecore.data.named import _load_torchvision
-from aecore.data.splits import Arrays
-from aecore.data.splits import Split
-from aecore.data.splits import _split
-from aecore.data.splits import row_ids
-from collections.abc import Iterable
-import numpy as np
-from typing import TYPE_CHECKING
-import warnings
+from aecore.data.named import _DIGITS, _SETS, _digest, _digits_file, _download, _load_torchvision
+from aecore.data.splits import Arrays, Split, _split, row_ids
 
 if TYPE_CHECKING:
-    from aecore.data.splits import content
-
+    pass
 
 
 _LEAST = float(np.finfo(np.float32).tiny)

@@ -4,30 +4,24 @@ Images may be `struct<bytes, path>` (as Hugging Face writes them), encoded bytes
 or nested fixed-size lists; feature vectors are lists of numbers, or the table's numeric columns taken together.
 """
 
-from aecore.config.experiment import Data
-from aecore.config.facts import Facts
-from aecore.config.resolve import resolve_likelihood
-from aecore.core.errors import InputError
-from aecore.core.errors import public
-from aecore.core.errors import several
-from aecore.core.errors import shown
-from aecore.data.splits import row_ids
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
 import ctypes
 import hashlib
 import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
+from typing import Any, NamedTuple
+
 import numpy as np
-from pyarrow import fs as pafs
 import pyarrow as pa
 import pyarrow.parquet as pq
-from typing import Any
-from typing import NamedTuple
-import warnings
+from pyarrow import fs as pafs
 
-
+from aecore.config.experiment import Data
+from aecore.config.facts import Facts
+from aecore.config.resolve import resolve_likelihood
+from aecore.core.errors import InputError, public, several, shown
+from aecore.data.splits import row_ids
 
 _LABELS = ("label", "labels", "target", "class", "y")
 _SPLIT = "split"

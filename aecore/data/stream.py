@@ -4,32 +4,21 @@ Which rows train, validate and test is drawn from each row's number or content, 
 the others.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.data import parquet
 from aecore.data.dataset import scaling
 from aecore.data.parquet import Piece
-from aecore.data.splits import Arrays
-from aecore.data.splits import SPLITS
-from aecore.data.splits import Shares
-from aecore.data.splits import Split
-from aecore.data.splits import content
-from aecore.data.splits import count_marks
-from aecore.data.splits import place
-from aecore.data.splits import refuse_empty
-from aecore.data.splits import row_ids
-from aecore.data.splits import shares
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from math import prod
-import numpy as np
-from typing import NamedTuple
-
-
+from aecore.data.splits import SPLITS, Arrays, Shares, Split, content, count_marks, place, refuse_empty, row_ids, shares
 
 SAMPLE_BYTES = {"train": 2**24, "validation": 2**25, "test": 2**23}
 """Rows of each split that are held in memory: all of a set this small, and of a larger one what validation is scored

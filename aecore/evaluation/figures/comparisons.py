@@ -3,36 +3,34 @@
 Each takes all trials that are to be compared, one for each row and seed, so that a row has one colour in all figures.
 """
 
-from aecore.evaluation.figures.model import BLACK
-from aecore.evaluation.figures.model import BLUE
-from aecore.evaluation.figures.model import CLASS_COLOURS
-from aecore.evaluation.figures.model import GREEN
-from aecore.evaluation.figures.model import ORANGE
-from aecore.evaluation.figures.model import PINK
-from aecore.evaluation.figures.model import RED
-from aecore.evaluation.figures.model import SKY
-from aecore.evaluation.figures.model import bare
-from aecore.evaluation.figures.model import legible
-from aecore.evaluation.figures.model import plane
-from aecore.evaluation.figures.model import png
-from aecore.evaluation.figures.model import show
-from aecore.evaluation.figures.model import titled
-from aecore.evaluation.statistics import listed
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-import numpy as np
-import os
 from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
-from typing import Any
-from typing import NamedTuple
-from typing import Protocol
 
-
+from aecore.evaluation.figures.model import (
+    BLACK,
+    BLUE,
+    CLASS_COLOURS,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    bare,
+    legible,
+    plane,
+    png,
+    show,
+    titled,
+)
+from aecore.evaluation.statistics import listed
 
 COLOURS = {
     "plain": BLACK,

@@ -3,13 +3,14 @@
 Colours are Okabe & Ito's, told apart with any colour vision.
 """
 
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from aecore.core.errors import printable
 from aecore.core.imports import quickly
-from collections.abc import Sequence
-import io
-import numpy as np
-from typing import Any
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

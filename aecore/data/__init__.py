@@ -1,0 +1,1 @@
+"""Data sets to rows in three splits: named sets, Parquet in memory, and Parquet read from disk."""
