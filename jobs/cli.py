@@ -22,7 +22,15 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from aecore.config.experiment import overlay
-from aecore.core.errors import InputError, OutageError, TakenOverError, printable, public, several, shown
+from aecore.core.errors import (
+    InputError,
+    OutageError,
+    TakenOverError,
+    escape_unprintable,
+    hide_secrets,
+    join_names,
+    short_repr,
+)
 from pipelines.host.environment import submission_id
 
 ENVIRONMENT = "DIABOLO__"
@@ -38,7 +46,7 @@ def without_secrets(config: Any) -> Any:
     """A configuration as it may be kept: addresses in it without passwords and the like."""
     if isinstance(config, dict):
         return {key: without_secrets(value) for key, value in config.items()}
-    return public(config) if isinstance(config, str) else config
+    return hide_secrets(config) if isinstance(config, str) else config
 
 
 def _is_no_file(path: Path) -> Path:
@@ -120,7 +128,7 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
         last, report, code = "interrupted", {"status": "killed"}, 130
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
-        text = printable(public(" ".join(str(cause).split())))
+        text = escape_unprintable(hide_secrets(" ".join(str(cause).split())))
         if isinstance(cause, InputError):
             report = None if addresses is None else {"status": "failed", "reason": text}
             last, code = f"error: {text}", 2
@@ -181,7 +189,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(printable(public(f"warning: {' '.join(str(message).split())}")))
+    say(escape_unprintable(hide_secrets(f"warning: {' '.join(str(message).split())}")))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -218,7 +226,7 @@ def _nearest(settings: type[BaseModel], path: str) -> str:
             rest = path.split(".")[len(good) + 1 :]
             if match:
                 return f"the nearest is {'.'.join([*good, match[0], *rest])}"
-            return f"there are {several(['.'.join([*good, name]) for name in fields])}"
+            return f"there are {join_names(['.'.join([*good, name]) for name in fields])}"
         good.append(part)
     return "see --help"
 
@@ -260,7 +268,7 @@ def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{path}: {message[0].lower()}{message[1:]}, got {shown(first['input'])}"
+    return f"{path}: {message[0].lower()}{message[1:]}, got {short_repr(first['input'])}"
 
 
 def _kinds(model: type[BaseModel]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 from aecore.data.dataset import inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
@@ -80,7 +80,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
         trials = ended.trials
-        with quickly():
+        with fast_imports():
             from pipelines.reporting import report  # matplotlib
 
         described = {

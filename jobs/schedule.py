@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from aecore.core.errors import InputError, public
+from aecore.core.errors import InputError, hide_secrets
 from jobs.cli import NAME, say
 
 _SAMPLE = Path(__file__).parent / "kuberay" / "raycronjob.yaml"
@@ -186,7 +186,7 @@ WantedBy=timers.target
 def _environment() -> dict[str, str]:
     """Variables that are printed: those that are set here, but for what holds a password."""
     found = {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)}
-    for name in [name for name, value in found.items() if public(value) != value]:
+    for name in [name for name, value in found.items() if hide_secrets(value) != value]:
         say(f"warning: {name} holds a password and is not printed; put it in by hand")
         found[name] = "CHANGE-ME"
     return {"MLFLOW_TRACKING_URI": "CHANGE-ME", **found}

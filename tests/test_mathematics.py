@@ -15,7 +15,7 @@ from aecore.core.errors import InputError
 from aecore.core.types import Activation, Noise
 from aecore.models import generation, likelihood
 from aecore.models import products as kernels
-from aecore.models.corruption import corrupt, drawn
+from aecore.models.corruption import corrupt, draw_noise
 from aecore.models.divergences import kl_to_prior, kl_to_rate
 from aecore.models.jacobian import squared_norm
 from aecore.models.layers import Layer
@@ -81,7 +81,7 @@ def test_salt_and_pepper_are_equally_frequent() -> None:
 def test_rows_are_corrupted_at_several_levels_by_one_draw(noise: Noise) -> None:
     x = torch.rand(40, 50)
     torch.manual_seed(0)
-    draw = drawn(x, noise)
+    draw = draw_noise(x, noise)
     for level in (0.1, 0.5):
         torch.manual_seed(0)
         assert torch.equal(corrupt(x, noise, level, draw), corrupt(x, noise, level))

@@ -8,7 +8,7 @@ class InputError(ValueError):
     """Bad configuration or bad data. The message is one line: what, where, and how to mend it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(public(message)))
+        super().__init__(escape_unprintable(hide_secrets(message)))
 
 
 class DivergenceError(ArithmeticError):
@@ -23,24 +23,24 @@ class TakenOverError(Exception):
     """Another process has this job now; what it does counts."""
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """`text` on one line, fit for a terminal: line ends, escapes and the like, which names in data may hold, spelled
     out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def public(text: str) -> str:
+def hide_secrets(text: str) -> str:
     """`text` without what an address in it may hold of secrets: user, password and query."""
     return re.sub(r"(://[^\s?]*\?)[^\s'\"]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
-def shown(value: object, most: int = 80) -> str:
+def short_repr(value: object, most: int = 80) -> str:
     """`value` as it is written in code, cut where it is longer than `most` characters."""
-    text = public(repr(value))
+    text = hide_secrets(repr(value))
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def several(names: Sequence[str], most: int = 12) -> str:
+def join_names(names: Sequence[str], most: int = 12) -> str:
     """Names with commas, the first of them if they are many."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "none"

@@ -20,7 +20,7 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.resolve import resolve_likelihood
-from aecore.core.errors import InputError, public, several, shown
+from aecore.core.errors import InputError, hide_secrets, join_names, short_repr
 from aecore.data.splits import row_ids
 
 _LABELS = ("label", "labels", "target", "class", "y")
@@ -293,7 +293,7 @@ def _marks(file: str, table: pa.Table, row: int) -> np.ndarray:
     values = _plain(file, table, _SPLIT).to_pylist()
     for n, value in enumerate(values):
         if value not in _SPLITS:
-            raise InputError(f"{file} row {row + n}: split is {shown(value)}; use train, validation or test")
+            raise InputError(f"{file} row {row + n}: split is {short_repr(value)}; use train, validation or test")
     return np.array([_SPLITS[value] for value in values], "<U10")
 
 
@@ -402,7 +402,7 @@ def _columns(data: Data, schema: pa.Schema) -> Columns:
     if labels == "auto":
         labels = usual
     elif labels is not None and labels not in schema.names:
-        raise InputError(f"data.labels: no column {labels}; there are {several(schema.names)}")
+        raise InputError(f"data.labels: no column {labels}; there are {join_names(schema.names)}")
     if labels is not None and not (pa.types.is_integer(kind := schema.field(labels).type) or _is_text(kind)):
         raise InputError(f"column {labels}: labels are {_type(kind)}; use integers or strings")
     # labels that are not wanted are no features either, nor is the index that pandas writes
@@ -410,7 +410,7 @@ def _columns(data: Data, schema: pa.Schema) -> Columns:
     rest = [field for field in schema if field.name not in apart and not field.name.startswith("__index_level_")]
     if data.column is not None:
         if data.column not in schema.names:
-            raise InputError(f"data.column: no column {data.column}; there are {several(schema.names)}")
+            raise InputError(f"data.column: no column {data.column}; there are {join_names(schema.names)}")
         if data.column in (labels, split):
             raise InputError(
                 f"data.column: {data.column} holds the {'labels' if data.column == labels else 'splits'}; "
@@ -428,7 +428,7 @@ def _columns(data: Data, schema: pa.Schema) -> Columns:
     if numbers:
         return Columns(numbers, labels, split)
     raise InputError(
-        f"data.path: no column of images, vectors or numbers among {several(schema.names)}; "
+        f"data.path: no column of images, vectors or numbers among {join_names(schema.names)}; "
         "the README's Parquet part says what is read"
     )
 
@@ -568,4 +568,4 @@ def _type(kind: pa.DataType) -> str:
 
 
 def _line(error: Exception) -> str:
-    return public(" ".join(str(error).split()))[:120]
+    return hide_secrets(" ".join(str(error).split()))[:120]

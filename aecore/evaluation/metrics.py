@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 
 Labelled = tuple[np.ndarray, np.ndarray]
 """Codes (rows, features) and class numbers (rows,)."""
@@ -71,7 +71,7 @@ def linear_probe(train: Labelled, validation: Labelled) -> Probe:
     Args:
         train, validation: codes (rows, features) and class numbers (rows,).
     """
-    with quickly():
+    with fast_imports():
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits

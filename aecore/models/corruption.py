@@ -8,7 +8,7 @@ from aecore.core.scalars import is_zero
 from aecore.core.types import Noise
 
 
-def drawn(x: Float[Tensor, "batch ..."], noise: Noise) -> Float[Tensor, "batch ..."]:
+def draw_noise(x: Float[Tensor, "batch ..."], noise: Noise) -> Float[Tensor, "batch ..."]:
     """What `corrupt` makes its noise of, from torch's global generator."""
     return torch.randn_like(x) if noise == "gaussian" else torch.rand_like(x)
 
@@ -22,11 +22,11 @@ def corrupt(
     Args:
         noise: `gaussian` adds N(0, level^2); `masking` sets a share `level` of the features to 0; `salt_and_pepper`
             sets a share `level` of them to 0 or 1, each with probability one half.
-        draw: what was `drawn` for these rows, to corrupt them at several levels.
+        draw: the noise that `draw_noise` drew for these rows, to corrupt them at several levels.
     """
     if is_zero(level):
         return x
-    draw = drawn(x, noise) if draw is None else draw
+    draw = draw_noise(x, noise) if draw is None else draw
     if noise == "gaussian":
         return x + level * draw
     if noise == "masking":

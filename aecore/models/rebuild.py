@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 def build_layer(result: Result) -> Layer:
     """The layer that `pretrain_layer` returned."""
     layer = Layer(LayerSpec.model_validate(result.config["layer"]))
-    _load(layer, result.weights)
+    set_weights(layer, result.weights)
     return layer
 
 
 def build_stack(result: Result) -> Stack:
     """The unrolled autoencoder that `finetune` or `reference` returned."""
     stack = Stack([Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]])
-    _load(stack, result.weights)
+    set_weights(stack, result.weights)
     return stack
 
 
@@ -45,7 +45,7 @@ def build_classifier(result: Result) -> Classifier:
     """The classifier that `finetune` returned."""
     layers = [Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]]
     classifier = Classifier([layer.encoder for layer in layers], len(result.config["classes"]))
-    _load(classifier, result.weights)
+    set_weights(classifier, result.weights)
     return classifier
 
 
@@ -55,11 +55,11 @@ def build_prepare(result: Result) -> Prepare:
     return Prepare(shift, scale)
 
 
-def _weights(module: nn.Module) -> Weights:
+def get_weights(module: nn.Module) -> Weights:
     return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
 
 
-def _load(module: nn.Module, weights: Weights) -> None:
+def set_weights(module: nn.Module, weights: Weights) -> None:
     # a classifier's weights lie beside its preprocessing; a layer that is a code no more needs no log-variance
     needed = module.state_dict().keys()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items() if name in needed})

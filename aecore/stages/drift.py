@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from aecore.config.specs import DriftSpec
-from aecore.core.errors import printable
+from aecore.core.errors import escape_unprintable
 from aecore.data.splits import Arrays, row_ids
 from aecore.data.stream import Stream
 from aecore.evaluation import metrics
@@ -165,7 +165,7 @@ def as_csv(table: list[dict[str, Any]]) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {printable(row['class'])[:40]}"
+    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {escape_unprintable(row['class'])[:40]}"
 
 
 def _means(add: Any, x: np.ndarray, reference: Weights, count: int) -> None:

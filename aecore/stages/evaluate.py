@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aecore.config.specs import EvaluateSpec
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
 from aecore.evaluation import metrics
@@ -52,7 +52,7 @@ def evaluate(
 
     if spec.pictures:
         # here, since two threads that import parts of scikit-learn at once may each find the other's half made
-        with quickly():
+        with fast_imports():
             for name in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"):
                 importlib.import_module(name)
     importlib.import_module("scipy.linalg")  # brings a BLAS of its own, which is to be limited, too

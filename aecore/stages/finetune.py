@@ -15,7 +15,7 @@ from aecore.evaluation import metrics
 from aecore.models.classifier import Classifier
 from aecore.models.layers import Layer
 from aecore.models.prepare import Prepare
-from aecore.models.rebuild import _load, _weights, build_autoencoder, build_layer, build_stack
+from aecore.models.rebuild import build_autoencoder, build_layer, build_stack, get_weights, set_weights
 from aecore.models.stack import Stack
 from aecore.models.storage import Result, Weights
 from aecore.stages.context import Run, held
@@ -61,9 +61,9 @@ def finetune(
         net = Stack([Layer(layer) for layer in spec.layers])
         head = Classifier([layer.encoder for layer in net], len(spec.classes)) if spec.task == "classify" else None
         for layer, result in zip(net, layers, strict=True) if layers else ():
-            _load(layer, result.weights)
+            set_weights(layer, result.weights)
         if stack is not None:
-            _load(net, stack.weights)
+            set_weights(net, stack.weights)
         model = head or net
         if parent is not None:
             own, same = model.state_dict(), parent.config["classes"] == list(spec.classes)
@@ -89,7 +89,7 @@ def finetune(
     summary = _summary(fitted)
     if supervised:
         summary["best/accuracy"] = 1 - summary["best/error"]
-    weights = _weights(model) | {f"prepare.{name}": value for name, value in _weights(prepare).items()}
+    weights = get_weights(model) | {f"prepare.{name}": value for name, value in get_weights(prepare).items()}
     config["autoencoder"] = None
     if not spec.served:
         return Result(config, weights, summary)
@@ -103,7 +103,7 @@ def finetune(
         autoencoder = autoencoder and autoencoder.to(run.device)
     if supervised and autoencoder is not None:
         config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
-        weights |= {f"autoencoder.{name}": value for name, value in _weights(autoencoder).items()}
+        weights |= {f"autoencoder.{name}": value for name, value in get_weights(autoencoder).items()}
     found = _reference(model, autoencoder, prepare, held(data).validation, run.device)
     weights |= {f"reference.{name}": value for name, value in found.items()}
     return Result(config, weights, summary, example=held(data).train.x[:4])

@@ -18,7 +18,7 @@ from aecore.data.stream import Stream
 from aecore.evaluation import metrics
 from aecore.evaluation.scoring import _MAPPED, _SHOWN, _bound, _classify, _codes, _numpy, _over, _same_noise, _splits
 from aecore.models import generation
-from aecore.models.corruption import corrupt, drawn
+from aecore.models.corruption import corrupt, draw_noise
 from aecore.models.jacobian import squared_norm
 from aecore.models.prepare import Prepare
 from aecore.models.rebuild import build_classifier, build_layer, build_stack
@@ -158,7 +158,7 @@ def _robustness(net: Stack, x: Tensor, probe: metrics.Probe | None, y: np.ndarra
     curves: dict[str, Any] = {}
     for noise, levels in NOISES.items():
         with _same_noise(x.device):
-            draw = drawn(x, noise)
+            draw = draw_noise(x, noise)
         points = [clean, *(point(noise, level, draw) for level in levels)]
         curves[noise] = {"levels": [0.0, *levels], **{name: [p[name] for p in points] for name in clean}}
     return curves

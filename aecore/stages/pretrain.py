@@ -16,7 +16,7 @@ from aecore.core.fingerprint import derive_seed
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
 from aecore.models.layers import Layer
-from aecore.models.rebuild import _weights, build_layer
+from aecore.models.rebuild import build_layer, get_weights
 from aecore.models.storage import Result
 from aecore.stages.context import Run
 from aecore.stages.rows import _rows, prepared
@@ -44,7 +44,7 @@ def pretrain_layer(spec: PretrainSpec, run: Run, *, data: Arrays | Stream, below
             parts=run.parts,
         )  # fmt: skip
     config = {"layer": spec.layer.model_dump(mode="json"), **_curves(fitted)}
-    return Result(config, _weights(layer), _summary(fitted))
+    return Result(config, get_weights(layer), _summary(fitted))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
 from aecore.evaluation import metrics
 from aecore.models.layers import Layer
-from aecore.models.rebuild import _weights
+from aecore.models.rebuild import get_weights
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Run, held
@@ -25,7 +25,7 @@ def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result
     seed = derive_seed(spec.seed, "finetune")  # the weights that training from scratch starts from
     with _seeded(seed):
         stack = Stack([Layer(layer) for layer in spec.layers])
-    weights = _weights(stack)
+    weights = get_weights(stack)
     if spec.kind == "pca":
         from sklearn.decomposition import PCA
 

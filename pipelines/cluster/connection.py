@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aecore.core.errors import InputError
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 from pipelines.cluster.nodes import _nodes
 
 _ADDRESS_SECONDS = 10.0
@@ -59,7 +59,7 @@ def _import_ray() -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # where a node runs out of memory, Ray would try the same again for ever
     os.environ.setdefault("RAY_task_oom_retries", "0")
-    with quickly():
+    with fast_imports():
         importlib.import_module("ray")
 
 
@@ -91,5 +91,5 @@ def _check_address(address: str) -> None:
 
 def _warm() -> None:
     """Import in a worker what every stage needs, while the driver does other things."""
-    with quickly():
+    with fast_imports():
         importlib.import_module("aecore.stages.pretrain")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aecore.config.specs import LoadSpec
 from aecore.core.errors import InputError, OutageError
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 from aecore.data.dataset import load
 from aecore.data.splits import Arrays
 from aecore.data.stream import Spread, Stream, in_turn, open_stream
@@ -252,7 +252,7 @@ def open_store(
 
 
 def _connect(create: bool) -> "Tracker | None":
-    with quickly():
+    with fast_imports():
         from pipelines.store.tracking import connect  # MLflow takes seconds to import, and its store once more
 
         return connect(create=create)
@@ -339,7 +339,7 @@ def _execute(
         # what was lost with its node after it was kept is not computed, let alone kept, again
         if attempt and (restored := _kept_before(stage, store)):
             return restored
-        with quickly():
+        with fast_imports():
             import torch
 
             from aecore.stages.context import Run
@@ -505,7 +505,7 @@ def _in_ray_train(fn: Callable[[], Result]) -> Result:
 
     Nothing is reported to Ray Train, where it would go nowhere and cost the import of Ray Tune.
     """
-    with quickly():
+    with fast_imports():
         import ray.train
         from ray.train.torch import TorchTrainer
 

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from aecore.config.experiment import Experiment
 from aecore.config.facts import Facts
 from aecore.config.specs import ContestSpec, DriftSpec, FinetuneSpec
-from aecore.core.errors import InputError, OutageError, public, several
+from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
 from aecore.core.fingerprint import Frozen, fingerprint
 from aecore.data.dataset import inspect
 from pipelines.cluster.resources import Resources
@@ -118,7 +118,7 @@ def retrain(
                 _Firing(name, _on(experiment, day), rule, day, tracker, resources, say, run_id).decide(champion)
             except Exception as error:
                 with suppress(OutageError):
-                    text = public(" ".join(str(error).split()))[:1000]
+                    text = hide_secrets(" ".join(str(error).split()))[:1000]
                     tracker._replace(patience=0.0).client.set_tag(run_id, "reason", text)
                 raise
         return _told(tracker, run_id, key)
@@ -153,7 +153,7 @@ def plan(
     """What a firing would do, line by line; nothing is run, and nothing written."""
     check(experiment)
     days = dates(name, rule, tracker) if tracker else [rule.logical_date]
-    yield f"{'dates':18} {several([day.isoformat() for day in days])}"
+    yield f"{'dates':18} {join_names([day.isoformat() for day in days])}"
     version = tracker.version(name, CHAMPION) if tracker else None
     yield f"{'champion':18} {'version ' + version.number if version else 'none yet'}"
     for day in days:
@@ -226,7 +226,7 @@ def check_schema(name: str, champion: Champion, experiment: Experiment, facts: F
     if task != champion.result.config["task"]:
         raise InputError(f"finetune.task: {whom} is to {champion.result.config['task']}, this is to {task}; {other}")
     if gone := [label for label in then.classes if label not in facts.classes]:
-        raise InputError(f"data: no row is of the classes {several(gone)} any more, which {whom} knows; {other}")
+        raise InputError(f"data: no row is of the classes {join_names(gone)} any more, which {whom} knows; {other}")
     if (experiment.data.split, experiment.data.test) != (won["split"], won["test"]):
         raise InputError(
             f"data.test: {experiment.data.test:g}, but the test rows of {whom} were cut by {won['test']:g} "

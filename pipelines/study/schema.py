@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from aecore.config.experiment import Experiment, Finetune, Fit
-from aecore.core.errors import shown
+from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen
 from pipelines.study.trial import REFERENCES
 
@@ -135,4 +135,4 @@ def _told(place: str, error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
     path = ".".join([place, *map(str, first["loc"])])
-    return f"{path}: {first['msg']}, got {shown(first['input'])}"
+    return f"{path}: {first['msg']}, got {short_repr(first['input'])}"

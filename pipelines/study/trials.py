@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.fingerprint import fingerprint
-from aecore.core.imports import quickly
+from aecore.core.imports import fast_imports
 from aecore.models.storage import Result
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
@@ -123,7 +123,7 @@ class _Job:
         """Run trials on Ray Tune; errors by key, and epochs of those that were stopped by key."""
         if not members:
             return {}, {}
-        with quickly():
+        with fast_imports():
             from ray import tune
             from ray.exceptions import RayActorError
 
@@ -276,7 +276,7 @@ def _trial(
 ) -> None:  # fmt: skip
     """The body of a trial, or of several that train as one: restores or computes its stages in this process, and tells
     Tune of every epoch."""
-    with quickly():
+    with fast_imports():
         import ray
         from ray import tune
 

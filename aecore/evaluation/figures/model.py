@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aecore.core.errors import printable
-from aecore.core.imports import quickly
+from aecore.core.errors import escape_unprintable
+from aecore.core.imports import fast_imports
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -34,7 +33,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def titled(width: float, height: float, title: str) -> "Figure":
-    with quickly():
+    with fast_imports():
         from matplotlib.figure import Figure  # takes half a second, which whoever draws in a thread spends there
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -63,7 +62,7 @@ def _side_by_side(images: np.ndarray, places: int = 0) -> np.ndarray:
 
 def legible(name: str) -> str:
     """A class's name, which comes from the data, as text of a figure: one short line, no part of it mathematics."""
-    text = printable(name)
+    text = escape_unprintable(name)
     return (text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 1]}…").replace("$", r"\$")
 
 
@@ -162,7 +161,7 @@ def plane(codes: np.ndarray) -> np.ndarray:
         return np.column_stack([codes, np.zeros((len(codes), 2 - codes.shape[1]), codes.dtype)])
     if not np.isfinite(codes).all() or not codes.std(0).any():
         return np.zeros((len(codes), 2), np.float32)
-    with quickly():
+    with fast_imports():
         from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
