@@ -361,11 +361,11 @@ TABLE: dict[str, Row] = {
     # the study
     "no rows to compare": study("variants: input should be a valid dictionary", {"variants": None}),
     "row without a name": study(
-        "variants.<b>: metrics bear a row's name; use letters, digits", {"variants": {"<b>": {}}}
+        "variants.<b>: the names of metrics contain a row's name; use letters, digits", {"variants": {"<b>": {}}}
     ),
-    "row that climbs": study("variants.../x: metrics bear a row's name", {"variants": {"../x": {}}}),
+    "row that climbs": study("variants.../x: the names of metrics contain a row's name", {"variants": {"../x": {}}}),
     "reference as a row": study(
-        "variants.pca: a reference of this name is there unasked; choose another name", variants(pca={})
+        "variants.pca: every study has a reference of this name; choose another name", variants(pca={})
     ),
     "unequal rows": study(
         "variants.a.seed: a row may differ in ... the rest must be equal for all", variants(a={"seed": 3})
@@ -375,7 +375,7 @@ TABLE: dict[str, Row] = {
         "variants.a: variant.penalty: kl needs codes in (0, 1)",
         variants(a={"variant": {"kind": "sparse", "penalty": "kl"}, "network": {"code_activation": "relu"}}),
     ),
-    "seed twice": study("seeds: [0, 0] has one twice; name each once", {"seeds": [0, 0]}),
+    "seed twice": study("seeds: [0, 0] lists a seed twice; name each once", {"seeds": [0, 0]}),
     "grid of a range": study(
         "search: a grid needs lists of values, not ranges", {"settings": {"finetune.lr": {"low": 0.1, "high": 0.2}}}
     ),
@@ -388,7 +388,7 @@ TABLE: dict[str, Row] = {
         variants(a={"finetune": None, "pretrain": {}}),
     ),
     "setting of no field": study(
-        "settings.data.name: only fields of variant, network, pretrain and finetune are searched",
+        "settings.data.name: only fields of variant, network, pretrain and finetune can be searched",
         {"settings": {"data.name": ["mnist"]}},
     ),
     "setting of the budget": study(
@@ -467,7 +467,7 @@ def test_bad_input_is_told_in_one_line_before_ray_starts(
     args = prepare(row, tmp_path)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    for module in ("run", "study"):
+    for module in ("execution.run", "study.trials"):
         monkeypatch.setattr(f"pipelines.{module}.start_ray", started)
     for name, value in row.environment.items():
         monkeypatch.setenv(name, value)

@@ -15,7 +15,7 @@ from jobs.cli import parse, without_secrets
 from jobs.compare import Compare
 from jobs.retrain import Retrain
 from jobs.train import Train
-from pipelines.study.members import experiment_of
+from pipelines.study.plan import experiment_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))

@@ -28,7 +28,7 @@ from aecore.training.fused import together
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.cluster.resources import Share
 from pipelines.store.tracking import Tracker
-from pipelines.study.members import Member, expand
+from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.trials import grouped, run_as_one
 from tests.test_checkpoint import KilledError, until
@@ -365,8 +365,8 @@ STUDY = Study.model_validate({
 })  # fmt: skip
 
 
-def trials(digits: tuple[Facts, Arrays]) -> list[Member]:
-    return [m for m in expand(STUDY, digits[0], Numerics()) if m.kind not in ("pca", "random")]
+def trials(digits: tuple[Facts, Arrays]) -> list[TrialPlan]:
+    return [m for m in plan_trials(STUDY, digits[0], Numerics()) if m.kind not in ("pca", "random")]
 
 
 def test_a_study_groups_what_differs_in_numbers(digits: tuple[Facts, Arrays]) -> None:

@@ -27,7 +27,7 @@ from jobs.cli import parse
 from jobs.compare import Compare
 from jobs.train import Train
 from pipelines.graph.recipe import build
-from pipelines.study.members import expand
+from pipelines.study.plan import plan_trials
 
 FACTS = [
     Facts(digest="0", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797),
@@ -136,7 +136,7 @@ def graph(settings: Train | Compare, facts: Facts) -> list[str]:
     if isinstance(settings, Train):
         return [stage.key for stage in build(settings.experiment, facts, settings.resources.numerics).kept()]
     assume(len(settings.seeds) < 10)
-    return [member.stage.key for member in expand(settings.study, facts, settings.resources.numerics)]
+    return [plan.stage.key for plan in plan_trials(settings.study, facts, settings.resources.numerics)]
 
 
 @pytest.fixture(scope="module")

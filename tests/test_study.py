@@ -10,7 +10,7 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
-from pipelines.study.members import Member, combinations, expand, experiment_of, shared
+from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
 
 FACTS = Facts(digest="d", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797)
@@ -24,11 +24,11 @@ ALL = {
 }
 
 
-def members(facts: Facts = FACTS, **fields: Any) -> list[Member]:
-    return expand(Study.model_validate({"variants": ALL, **fields}), facts, Numerics())
+def members(facts: Facts = FACTS, **fields: Any) -> list[TrialPlan]:
+    return plan_trials(Study.model_validate({"variants": ALL, **fields}), facts, Numerics())
 
 
-def unsupervised_epochs(member: Member) -> int:
+def unsupervised_epochs(member: TrialPlan) -> int:
     specs = [stage.spec for stage in member.stages().values()]
     layers = sum(spec.fit.epochs for spec in specs if isinstance(spec, PretrainSpec))
     return layers + sum(s.fit.epochs for s in specs if isinstance(s, FinetuneSpec) and s.task == "reconstruct")
@@ -102,15 +102,15 @@ def test_labels_are_counted_as_far_as_the_data_go() -> None:
 def test_a_grid_is_every_combination_and_draws_are_the_same_each_time() -> None:
     settings = {"finetune.lr": [1e-3, 2e-3], "network.dropout": [0, 0.1, 0.2]}
     study = Study.model_validate({"variants": {"plain": {}}, "settings": settings})
-    assert len(combinations(study, "plain")) == 6
+    assert len(settings_to_try(study, "plain")) == 6
     own = {"plain": {}, "denoising": {"variant": {"kind": "denoising"}, "settings": {"variant.level": [0.1, 0.5]}}}
     found = members(variants=own, seeds=(0,))
     assert [m.settings for m in found if m.row == "denoising"] == [{"variant.level": 0.1}, {"variant.level": 0.5}]
     drawn = Study.model_validate(
         {"search": "random", "settings": {"finetune.lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
     )
-    assert combinations(drawn, "plain") == combinations(drawn, "plain")
-    values = [s["finetune.lr"] for s in combinations(drawn, "plain")]
+    assert settings_to_try(drawn, "plain") == settings_to_try(drawn, "plain")
+    values = [s["finetune.lr"] for s in settings_to_try(drawn, "plain")]
     assert len(set(values)) == 8 and all(1e-4 <= value <= 1e-2 for value in values)
 
 
@@ -119,7 +119,7 @@ def test_trials_share_what_does_not_differ() -> None:
         variants={"stacked": {"pretrain": {"lr": 1e-3}, "settings": {"finetune.lr": [1e-3, 2e-3, 3e-3]}}, "plain": {}},
         seeds=(0,),
     )
-    common = [stage.name for stage in shared(found)]
+    common = [stage.name for stage in shared_stages(found)]
     assert [name for name in common if "layer" in name] == [
         "stacked finetune.lr=0.001 seed=0: layer 1",
         "stacked finetune.lr=0.001 seed=0: layer 2",
@@ -145,7 +145,7 @@ def test_other_networks_are_allowed_and_conv_is_counted() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"variants": {"pca": {}}}, r"variants\.pca: a reference of this name is there unasked; choose another name"),
+        ({"variants": {"pca": {}}}, r"variants\.pca: every study has a reference of this name; choose another name"),
         ({"variants": {"a": {"data": {"limit": 5}}}}, r"variants\.a\.data: a row may differ in finetune, network,"),
         ({"variants": {}}, "at least 1 item"),
         ({"base": {"finetune": {"task": "classify"}}}, r"base\.finetune\.task: a study trains without labels"),

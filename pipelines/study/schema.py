@@ -1,7 +1,7 @@
-"""What a study is made of: variants, settings, seeds and budget."""
+"""The fields of a study's recipe, and the checks that its variants can be compared fairly."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
@@ -10,17 +10,13 @@ from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen
 from pipelines.study.trial import REFERENCES
 
-if TYPE_CHECKING:
-    pass
-
-
-_ROW = r"\w[\w .:-]{0,99}"
-"""What MLflow takes in a metric's name."""
-_OVERRIDES = {"variant", "network", "pretrain", "finetune", "settings"}
+_ROW_NAME = r"\w[\w .:-]{0,99}"
+"""The characters that MLflow allows in the name of a metric, of which a row's name is a part."""
+_ROW_FIELDS = {"variant", "network", "pretrain", "finetune", "settings"}
 
 
 class Range(Frozen):
-    """Numbers to draw a setting from."""
+    """An interval of numbers from which the values of a setting are drawn."""
 
     low: float
     high: float
@@ -28,111 +24,127 @@ class Range(Frozen):
     """Draw evenly on a logarithmic scale."""
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_order(self) -> Self:
         if self.low >= self.high or (self.log and self.low <= 0):
             raise ValueError(f"settings: a range from {self.low:g} to {self.high:g} is empty; set low below high")
         return self
 
 
 Settings = dict[str, list[Any] | Range]
+"""The values to try for each setting, by the dotted name of its field."""
 _SETTINGS = TypeAdapter(Settings)
 
 
 class Budget(Frozen):
-    """What each trial may spend, the same for all."""
+    """What each trial may spend; it is the same for all trials."""
 
     epochs: PositiveInt = 40
-    """Passes over the training rows of a trial's unsupervised training; a row with `pretrain` spends half of them layer
-    by layer, in equal parts, and the rest on the whole."""
+    """Passes over the training rows in a trial's unsupervised training. A row with `pretrain` spends half of them layer
+    by layer, in equal parts, and the rest on the whole network."""
     settings: PositiveInt = 8
-    """Settings that random and optuna try of each variant."""
+    """Number of settings that the searches random and optuna try for each row."""
     hours: PositiveFloat | None = None
-    """Wall time after which no trial goes on; null sets no limit."""
+    """Wall time in hours after which all trials are ended; null sets no limit."""
 
 
 class Labels(Frozen):
-    """The supervised side of the comparison."""
+    """The supervised part of the comparison."""
 
     counts: tuple[PositiveInt, ...] = (100, 1000, 5000)
-    """Labelled training rows of the label-efficiency curve; those the data have not are left out, all of them added."""
+    """Numbers of labelled training rows at which the label-efficiency curve is measured. Numbers that the data cannot
+    supply are left out; training with all labels is always added."""
     fit: Fit = Fit(epochs=15)
-    """Finetuning of each trained encoder with a softmax head."""
+    """How each trained encoder is finetuned with a softmax layer on top."""
 
 
 class Study(Frozen):
-    """Which autoencoder should I use on my data, and does the difference mean anything?"""
+    """Compares variants of autoencoders on your data, and tells which differences are more than chance."""
 
     name: str = "study"
     """Title of the report."""
     base: Experiment = Experiment(pretrain=None, finetune=Finetune(task="reconstruct", batch_size=32), control=False)
-    """What all trials share."""
+    """The experiment that all trials share."""
     variants: dict[str, dict[str, Any]] = Field({"plain": {}}, min_length=1)
-    """Rows of the comparison, by name: what each overrides of the base in `variant`, `network`, `pretrain` or
-    `finetune`, and its own `settings`."""
+    """The rows of the comparison, by name. Each says what it changes of the base in `variant`, `network`, `pretrain` or
+    `finetune`, and may have `settings` of its own."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds of weights, batches and noise; each row is trained with each."""
+    """Seeds of weights, batches and noise; each row is trained once with each seed."""
     settings: Settings = Field({})
-    """Searched in every row, by dotted name: a list of values, or a range {low, high, log}."""
+    """Fields that are searched in every row, by dotted name: a list of values, or a range {low, high, log}."""
     search: Literal["grid", "random", "optuna"] = "grid"
-    """How settings are tried: all combinations, random ones, or by Optuna, which tries them with the first seed and
-    then takes the best to the others."""
+    """How settings are chosen: all combinations, random draws, or by Optuna, which searches with the first seed; the
+    best settings are then trained with the other seeds."""
     scheduler: Literal["none", "asha"] = "none"
-    """asha stops trials whose reconstruction lags (Li et al. 2020)."""
+    """asha stops trials early whose reconstruction error lags behind (Li et al. 2020)."""
     choose: Literal["reconstruction", "probe"] = "reconstruction"
-    """Which validation measure chooses a row's settings: squared error, or the linear probe's accuracy."""
+    """The validation measure by which a row's best settings are chosen: the squared reconstruction error, or the
+    accuracy of a linear probe."""
     budget: Budget = Budget()
     labels: Labels = Labels()
 
     @model_validator(mode="after")
-    def _can_be_compared(self) -> Self:
+    def _check(self) -> Self:
         if self.base.finetune is not None and self.base.finetune.task == "classify":
             raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
         for row, override in self.variants.items():
-            if not re.fullmatch(_ROW, row):
-                raise ValueError(f"variants.{row}: metrics bear a row's name; use letters, digits, spaces and . - _ :")
-            if row in REFERENCES:
-                raise ValueError(f"variants.{row}: a reference of this name is there unasked; choose another name")
-            if unknown := set(override) - _OVERRIDES:
-                raise ValueError(
-                    f"variants.{row}.{min(unknown)}: a row may differ in {', '.join(sorted(_OVERRIDES))}; "
-                    "the rest must be equal for all, in base"
-                )
+            _check_row(row, override)
         if self.scheduler == "asha" and self.choose == "probe":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)} has one twice; name each once")
+            raise ValueError(f"seeds: {list(self.seeds)} lists a seed twice; name each once")
         spaces = [self.space(row) for row in self.variants]
         for name, values in (item for space in spaces for item in space.items()):
-            if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune)\.", name):
-                raise ValueError(
-                    f"settings.{name}: only fields of variant, network, pretrain and finetune are searched"
-                )
-            if name.endswith((".epochs", ".task")):
-                raise ValueError(f"settings.{name}: equal for all trials; budget.epochs sets what each may spend")
-            if values == []:
-                raise ValueError(f"settings.{name}: no values to try; list some, or leave it out")
+            _check_setting(name, values)
         if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):
             raise ValueError("search: a grid needs lists of values, not ranges; list them or use random or optuna")
         return self
 
     def space(self, row: str) -> Settings:
-        """What is searched in a row."""
+        """Return the settings that are searched in a row: those of the study, then those of the row itself."""
         try:
             return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
         except ValidationError as error:
-            raise ValueError(_told(f"variants.{row}.settings", error)) from None
+            raise ValueError(first_problem(f"variants.{row}.settings", error)) from None
 
     @property
     def choose_metric(self) -> str:
-        """The metric of a trial that chooses a row's settings."""
+        """The name of the metric by which a row's best settings are chosen."""
         return "val/probe_accuracy" if self.choose == "probe" else "val/reconstruction_mse"
 
 
-def _told(place: str, error: ValidationError) -> str:
-    """One line of the first error, with the names of fields that lead to it."""
-    found = error.errors(include_url=False)
-    first = next((e for e in found if e["type"] == "value_error"), found[0])
+def _check_row(row: str, override: dict[str, Any]) -> None:
+    if not re.fullmatch(_ROW_NAME, row):
+        raise ValueError(
+            f"variants.{row}: the names of metrics contain a row's name; use letters, digits, spaces and . - _ :"
+        )
+    if row in REFERENCES:
+        raise ValueError(f"variants.{row}: every study has a reference of this name; choose another name")
+    if unknown := set(override) - _ROW_FIELDS:
+        raise ValueError(
+            f"variants.{row}.{min(unknown)}: a row may differ in {', '.join(sorted(_ROW_FIELDS))}; "
+            "the rest must be equal for all, in base"
+        )
+
+
+def _check_setting(name: str, values: list[Any] | Range) -> None:
+    if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune)\.", name):
+        raise ValueError(f"settings.{name}: only fields of variant, network, pretrain and finetune can be searched")
+    if name.endswith((".epochs", ".task")):
+        raise ValueError(f"settings.{name}: equal for all trials; budget.epochs sets how long each may train")
+    if values == []:
+        raise ValueError(f"settings.{name}: no values to try; list some, or leave it out")
+
+
+def first_problem(path: str, error: ValidationError) -> str:
+    """Describe pydantic's first error in one line that begins with the dotted path of the field.
+
+    Errors raised by our own checks come first: among the errors of a union they say more than those about types.
+
+    Args:
+        path: dotted path of the value that was validated.
+    """
+    errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "value_error"), errors[0])
     if first["type"] == "value_error":
-        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
-    path = ".".join([place, *map(str, first["loc"])])
-    return f"{path}: {first['msg']}, got {short_repr(first['input'])}"
+        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{'.'.join([path, *map(str, first['loc'])])}: {first['msg']}, got {short_repr(first['input'])}"

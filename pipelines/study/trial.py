@@ -1,4 +1,4 @@
-"""What a study knows of a trial once it has ended."""
+"""The result of a trial of a study: what the report reads."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -6,47 +6,45 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 REFERENCES: tuple[Literal["pca", "random"], ...] = ("pca", "random")
-"""What every study contains unasked."""
+"""The rows that every study contains besides its variants: PCA, and the base's network with random weights."""
 
 
 class Trial(NamedTuple):
-    """One variant with one choice of settings and one seed."""
+    """A trial that has ended: one row of a study with one choice of settings and one seed."""
 
     row: str
-    """The study's name for the variant; `pca` and `random` are the references."""
+    """The study's name for the variant, or `pca` or `random`."""
     settings: dict[str, Any]
-    """What was searched, by dotted name; empty without a search."""
+    """The values of the searched fields, by dotted name; empty where nothing is searched."""
     seed: int
     kind: str
     """The variant's kind, or `pca` or `random`."""
     status: Literal["finished", "stopped", "failed"]
-    """`stopped` by the scheduler (ASHA), or `failed` with `error`."""
+    """`stopped` means early, by the scheduler (ASHA); `failed` comes with an `error`."""
     error: str = ""
     run_id: str = ""
-    """Its MLflow run."""
+    """The trial's MLflow run."""
     metrics: Mapping[str, float] = {}
-    """Final measures; see `aecore.evaluation` for their names."""
+    """Final measures; `aecore.evaluation` lists their names."""
     history: tuple[Mapping[str, float], ...] = ()
-    """Metrics of each epoch of unsupervised training; `val/reconstruction` is the curve to draw."""
+    """The metrics of each epoch of unsupervised training; the report draws `val/reconstruction`."""
     curves: Mapping[str, Any] = {}
-    """JSON: see `aecore.evaluation`."""
+    """Measures that are curves, as plain JSON; see `aecore.evaluation`."""
     arrays: Mapping[str, np.ndarray] = {}
     """Values per test row, pictures and maps; see `aecore.evaluation`."""
     epochs_planned: int = 0
     epochs_used: int = 0
-    """Passes over the training rows, shared stages counted once for each trial that uses them."""
+    """Passes over the training rows. Those of a shared stage count for each trial that uses the stage."""
     seconds: float = 0.0
-    """Device- or CPU-seconds that computing it took, retries included; 0 when restored."""
+    """Seconds that training the trial's stages took, retries included; of a restored stage, what it took back then."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The trial's name in messages and in the report."""
         return trial_name(self.row, self.settings, self.seed)
 
 
 def trial_name(row: str, settings: Mapping[str, Any], seed: int) -> str:
-    """A trial's name, for people."""
-    said = (
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
-    )
-    return " ".join([row, *said, f"seed={seed}"])
+    """Return a trial's name as people read it, such as `plain finetune.lr=0.001 seed=0`."""
+    values = (f"{value:.4g}" if isinstance(value, float) else value for value in settings.values())
+    return " ".join([row, *map("{}={}".format, settings, values), f"seed={seed}"])

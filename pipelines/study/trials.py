@@ -23,7 +23,7 @@ from pipelines.cluster.share import share_of
 from pipelines.execution.run import Tell, checkpoints_of, compute, load_rows, restore, run_trial
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
-from pipelines.study.members import Member, _references, expand, member, shared
+from pipelines.study.plan import TrialPlan, plan_trial, plan_trials, reference_groups, shared_stages
 from pipelines.study.schema import Study
 from pipelines.study.trial import REFERENCES, Trial, trial_name
 
@@ -60,7 +60,7 @@ def run(
     Args:
         parent: the study's MLflow run.
     """
-    members = expand(study, facts, resources.numerics)
+    members = plan_trials(study, facts, resources.numerics)
     job = _Job(study, facts, tracker, parent, resources)
     stopped: dict[str, int] = {}
     errors: dict[str, str] = {}
@@ -90,7 +90,7 @@ def run(
     return Ended(trials, len(runs.keys() - before.keys()), len(before))
 
 
-def _finished(members: Sequence[Member], tracker: "Tracker") -> Runs:
+def _finished(members: Sequence[TrialPlan], tracker: "Tracker") -> Runs:
     """Those of the finished stages of some trials."""
     stages = {key for m in members for key, stage in m.stages().items() if stage.kept}
     found = {key: tracker.finished(key) for key in stages}
@@ -112,14 +112,14 @@ class _Job:
         """Whether the study's time is up."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def prepare(self, members: Sequence[Member], say: Callable[[str], None]) -> None:
+    def prepare(self, members: Sequence[TrialPlan], say: Callable[[str], None]) -> None:
         """Compute what several trials stand on, each once, as chained tasks."""
-        common = shared(members)
+        common = shared_stages(members)
         if common:
             say(f"{len(common)} stages that several trials share come first")
             compute(common, self.tracker, self.parent, self.resources, say, study=True)
 
-    def trials(self, members: Sequence[Member], say: Callable[[str], None]) -> tuple[dict[str, str], dict[str, int]]:
+    def trials(self, members: Sequence[TrialPlan], say: Callable[[str], None]) -> tuple[dict[str, str], dict[str, int]]:
         """Run trials on Ray Tune; errors by key, and epochs of those that were stopped by key."""
         if not members:
             return {}, {}
@@ -145,12 +145,12 @@ class _Job:
             say(f"warning: {len(members)} trials lost their worker or node; once more")
         return errors, stopped
 
-    def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
+    def _groups(self, members: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
         """Trials that are to train as one: on GPUs, where no scheduler looks at each, those that differ in numbers
         alone, but so that no GPU is idle."""
         start_ray()
         share = share_of(self.resources)
-        first, members = _references(members), [m for m in members if m.kind not in REFERENCES]
+        first, members = reference_groups(members), [m for m in members if m.kind not in REFERENCES]
         if not share.gpus or self.study.scheduler != "none":
             return first + [[m] for m in members]
         import ray
@@ -159,7 +159,7 @@ class _Job:
         at_once = max(1, min(at_once, self.resources.max_concurrent or at_once))
         return first + grouped(members, max(1, min(_MOST_AS_ONE, ceil(len(members) / at_once))))
 
-    def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[Member], dict[str, str], dict[str, int]]:
+    def optimise(self, row: str, say: Callable[[str], None]) -> tuple[list[TrialPlan], dict[str, str], dict[str, int]]:
         """Let Optuna choose settings with the first seed, then run the best with the others."""
         from ray import tune
         from ray.tune.search.optuna import OptunaSearch
@@ -204,8 +204,8 @@ class _Job:
             stopped |= halted
         return members, errors, stopped
 
-    def _member(self, row: str, settings: dict[str, Any], seed: int) -> Member:
-        return member(self.study, row, settings, seed, self.facts, self.resources.numerics)
+    def _member(self, row: str, settings: dict[str, Any], seed: int) -> TrialPlan:
+        return plan_trial(self.study, row, settings, seed, self.facts, self.resources.numerics)
 
     def _fit(self, space: dict[str, Any], search: Any, count: int) -> Any:
         # the progress table and its log files: the first goes to stderr, the others nobody reads
@@ -220,7 +220,7 @@ class _Job:
         check_reach(self.tracker.uri, self.resources.storage_path)
         share = share_of(self.resources)._replace(study=True)
         if self.data is None:
-            some = expand(self.study, self.facts, self.resources.numerics)[0].stages()
+            some = plan_trials(self.study, self.facts, self.resources.numerics)[0].stages()
             spec = next(s.spec for s in some.values() if isinstance(s.spec, LoadSpec))
             assert isinstance(spec, LoadSpec)
             self.data = ray.remote(num_cpus=1)(load_rows).remote(spec)
@@ -282,7 +282,7 @@ def _trial(
 
         from pipelines.store.tracking import Tracker
 
-    members = [member(study, *choice, facts, numerics) for choice in _choices(config)]
+    members = [plan_trial(study, *choice, facts, numerics) for choice in _choices(config)]
     loaded = next(s for s in members[0].stages().values() if isinstance(s.spec, LoadSpec))
     told = 0.0
 
@@ -322,15 +322,15 @@ def _errors(ended: Mapping[str, Result | Exception]) -> dict[str, str]:
     return {key: " ".join(line.split())[:300] for key, line in lines.items()}
 
 
-def grouped(members: Sequence[Member], most: int) -> list[list[Member]]:
+def grouped(members: Sequence[TrialPlan], most: int) -> list[list[TrialPlan]]:
     """Trials that differ in numbers alone (see `aecore.fused`), so many together at most, in order."""
-    alike: dict[str, list[Member]] = {}
+    alike: dict[str, list[TrialPlan]] = {}
     for m in members:
         alike.setdefault(_but_for_numbers(m), []).append(m)
     return [same[start : start + most] for same in alike.values() for start in range(0, len(same), most)]
 
 
-def _but_for_numbers(m: Member) -> str:
+def _but_for_numbers(m: TrialPlan) -> str:
     """What a trial's training has in common with those that it may be trained with."""
     specs = [s.spec.model_dump(mode="json") for s in m.stages().values() if hasattr(s.spec, "fit")]
     for spec in specs:
@@ -343,7 +343,7 @@ def _but_for_numbers(m: Member) -> str:
 
 
 def run_as_one(
-    members: Sequence[Member], tracker: "Tracker", parent: str, share: Share, done: dict[str, Any], tell: Tell,
+    members: Sequence[TrialPlan], tracker: "Tracker", parent: str, share: Share, done: dict[str, Any], tell: Tell,
     everywhere: bool = False,
 ) -> dict[str, Result | Exception]:  # fmt: skip
     """Trials in this process, that train as one: each restores, computes and keeps its own stages in runs of its own,
@@ -359,7 +359,7 @@ def run_as_one(
 
     from aecore.training.fused import together
 
-    def work(m: Member, fit: Callable[..., Any]) -> Result:
+    def work(m: TrialPlan, fit: Callable[..., Any]) -> Result:
         return run_trial(m.stage, tracker, parent, m.tags(), share._replace(fit=fit), dict(done), tell)
 
     torch.set_num_threads(share.cpus)
@@ -369,7 +369,7 @@ def run_as_one(
 
 
 def _ended(
-    m: Member, tracker: "Tracker", runs: Runs, epochs: int, errors: dict[str, str],
+    m: TrialPlan, tracker: "Tracker", runs: Runs, epochs: int, errors: dict[str, str],
     stopped: dict[str, int],
 ) -> Trial:  # fmt: skip
     """A member as the report wants it."""

@@ -43,7 +43,7 @@ from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
 from pipelines.store.tracking import Tracker, _Lease, _mark, connect
 from pipelines.study import trials as trials_module
-from pipelines.study.members import expand
+from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.trials import _Job
 from tests.benchmarks.tables import last, show
@@ -213,11 +213,11 @@ def stub(
     """The body of a trial that computes nothing."""
     from ray import tune
 
-    from pipelines.study.members import member
+    from pipelines.study.plan import plan_trial
     from pipelines.study.trials import _choices
 
     ((row, settings, seed),) = _choices(config)
-    one = member(study, row, settings, seed, facts, numerics)
+    one = plan_trial(study, row, settings, seed, facts, numerics)
     run = Tracker(*store).open_run(one.stage, parent, more=one.tags())
     run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
@@ -241,7 +241,7 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                 facts = inspect(wanted.base.data)
                 with tracker.job_run("compare", "growth", {}, {}) as top:
                     job = _Job(wanted, facts, tracker, top, Resources())
-                    members = [m for m in expand(wanted, facts, Numerics()) if m.row == "plain"]
+                    members = [m for m in plan_trials(wanted, facts, Numerics()) if m.row == "plain"]
                     if not found:
                         job.trials(members[:4], lambda line: None)  # Ray and the first workers start
                         members = members[4:]

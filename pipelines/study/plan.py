@@ -1,0 +1,259 @@
+"""Plans a study: which trials it consists of, and of which stages each trial is made. Nothing runs here."""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from aecore.config.experiment import Conv, Dense, Experiment, Finetune, Fit, overlay
+from aecore.config.facts import Facts
+from aecore.config.resolve import layer_specs, resolve
+from aecore.config.specs import FinetuneSpec, LoadSpec, MeasureSpec, Numerics, ReferenceSpec
+from aecore.core.errors import InputError
+from aecore.core.fingerprint import fingerprint
+from aecore.models.spec import LayerSpec
+from pipelines.graph.recipe import build, load_stage
+from pipelines.graph.stage import Stage
+from pipelines.study.schema import Range, Study, first_problem
+from pipelines.study.trial import REFERENCES, trial_name
+
+if TYPE_CHECKING:
+    from pipelines.store.tracking import Tracker
+
+_JUDGE_FIT = Fit(epochs=10, batch_size=128)
+_JUDGE_WIDTHS = (128, 64)
+
+
+class TrialPlan(NamedTuple):
+    """A trial that has not run yet: one row of a study with one choice of settings and one seed."""
+
+    row: str
+    settings: dict[str, Any]
+    seed: int
+    kind: str
+    """The variant's kind, or `pca` or `random`."""
+    stage: Stage
+    """The trial's last stage, which measures the trained network; its key identifies the trial."""
+
+    @property
+    def name(self) -> str:
+        """The trial's name in messages and in the report."""
+        return trial_name(self.row, self.settings, self.seed)
+
+    def tags(self) -> dict[str, str]:
+        """Return the tags of the trial's MLflow run."""
+        return {"row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed)}
+
+    def stages(self) -> dict[str, Stage]:
+        """Return all stages of the trial by key, in an order in which they can run; `stage` comes last."""
+        return {stage.key: stage for stage in _with_inputs(self.stage)}
+
+
+def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPlan]:
+    """Plan all trials of a study, the references included, but for those whose settings Optuna is to choose.
+
+    Raises:
+        InputError: a row does not fit the data, or changes a field that does not exist.
+    """
+    rows = [
+        plan_trial(study, row, settings, seed, facts, numerics)
+        for row in study.variants
+        for settings in settings_to_try(study, row)
+        for seed in study.seeds
+    ]
+    return rows + [_plan_reference(study, kind, seed, facts, numerics) for kind in REFERENCES for seed in study.seeds]
+
+
+def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
+    """Return the settings of a row: all combinations of a grid, or random draws, which are the same at each call.
+
+    A row without settings has one trial a seed; where Optuna chooses, no settings are known yet.
+    """
+    space = study.space(row)
+    if not space:
+        return [{}]
+    if study.search == "optuna":
+        return []
+    if study.search == "grid":
+        values = [v for v in space.values() if isinstance(v, list)]
+        return [dict(zip(space, choice, strict=True)) for choice in itertools.product(*values)]
+    generator = random.Random(fingerprint("settings", row, study.seeds[0]))
+    return [{name: _draw(values, generator) for name, values in space.items()} for _ in range(study.budget.settings)]
+
+
+def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
+    if isinstance(values, list):
+        return generator.choice(values)
+    if values.log:
+        return math.exp(generator.uniform(math.log(values.low), math.log(values.high)))
+    return generator.uniform(values.low, values.high)
+
+
+def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int) -> Experiment:
+    """Return the experiment of a trial: the base with the row's changes, the settings and the budget's epochs.
+
+    Raises:
+        InputError: the row changes a field that does not exist, or the budget is too small for its layers.
+    """
+    base = study.base.model_dump()
+    base["finetune"] = base["finetune"] or Finetune().model_dump()
+    values = overlay(base, {key: value for key, value in study.variants[row].items() if key != "settings"})
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        values = overlay(values, value)
+    try:
+        network = Experiment.model_validate(values).network
+    except ValidationError as error:
+        raise InputError(first_problem(f"variants.{row}", error)) from None
+    if values["finetune"] is None:
+        raise InputError(f"variants.{row}.finetune: null, but each row is trained as a whole; leave it out")
+    epochs = study.budget.epochs
+    if values["pretrain"] is not None:
+        layers = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
+        epochs_per_layer = max(1, epochs // (2 * layers))
+        epochs -= epochs_per_layer * layers
+        if epochs <= 0:
+            raise InputError(
+                f"budget.epochs: {study.budget.epochs} leave row {row} with its {layers} layers no epoch for the "
+                f"whole; allow at least {layers + 1}"
+            )
+        # what neither the row nor the settings say of pretraining is as in finetuning, so that a stacked row differs in
+        # one field from a row that is trained end to end
+        own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
+        own |= {k.removeprefix("pretrain."): v for k, v in settings.items() if k.startswith("pretrain.")}
+        fit = {k: v for k, v in values["finetune"].items() if k != "task"}
+        values["pretrain"] = {**fit, **own, "epochs": epochs_per_layer}
+    values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
+    return Experiment.model_validate({**values, "control": False, "seed": seed})
+
+
+def plan_trial(
+    study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
+) -> TrialPlan:
+    """Plan one trial of a variant or of a reference.
+
+    Raises:
+        InputError: the row does not fit the data, or changes a field that does not exist.
+    """
+    for kind in REFERENCES:
+        if row == kind:
+            return _plan_reference(study, kind, seed, facts, numerics)
+    experiment = experiment_of(study, row, settings, seed)
+    name = trial_name(row, settings, seed)
+    try:
+        graph = build(experiment, facts, numerics, f"{name}: ", served=False)
+    except InputError as error:
+        raise InputError(f"variants.{row}: {error}") from None
+    assert graph.finetune is not None
+    measures = _measures(study, name, graph.finetune, seed, facts, numerics)
+    return TrialPlan(row, settings, seed, experiment.variant.kind, measures)
+
+
+def _plan_reference(
+    study: Study, kind: Literal["pca", "random"], seed: int, facts: Facts, numerics: Numerics
+) -> TrialPlan:
+    """Plan PCA of the code's width, or the base's network with random weights, measured like any other trial."""
+    experiment = resolve(study.base, facts)
+    layers = tuple(layer_specs(experiment.network, experiment.data, facts))
+    if kind == "pca":
+        width = min(prod(layers[-1].code_shape), prod(facts.shape))
+        layers = (
+            LayerSpec(
+                kind="dense", in_shape=facts.shape, code_shape=(width,), activation="linear", likelihood="gaussian",
+                out_activation="linear", levels=0, dropout=0, normalization="none", tied=False,
+            ),
+        )  # fmt: skip
+    spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)
+    name = trial_name(kind, {}, seed)
+    stack = Stage(f"{name}: stack", "stages.reference", spec, {"data": load_stage(experiment, facts)})
+    return TrialPlan(kind, {}, seed, kind, _measures(study, name, stack, seed, facts, numerics))
+
+
+def _measures(study: Study, name: str, stack: Stage, seed: int, facts: Facts, numerics: Numerics) -> Stage:
+    """Return the stage that measures a trained stack, on top of the classifiers that it needs.
+
+    Args:
+        name: the trial's name.
+    """
+    data = stack.inputs["data"]
+    assert isinstance(data, Stage) and isinstance(data.spec, LoadSpec)
+    assert isinstance(stack.spec, FinetuneSpec | ReferenceSpec)
+    variant = stack.spec.variant if isinstance(stack.spec, FinetuneSpec) else None
+    # the splits leave fewer rows than these for training; the stage takes a count that is too large as all of them
+    rows = min(facts.rows, data.spec.data.limit or facts.rows)
+    counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
+    classifiers = [
+        Stage(
+            f"{name}: classify, {'all' if count is None else count} labels", "stages.finetune",
+            _classifier_spec(stack.spec.layers, facts, study.labels.fit, seed, numerics, count),
+            {"data": data, "stack": stack},
+        )
+        for count in ([*counts, None] if facts.classes else [])
+    ]  # fmt: skip
+    inputs: dict[str, Stage | tuple[Stage, ...]] = {"data": data, "stack": stack, "classifiers": tuple(classifiers)}
+    if variant is not None and variant.kind == "variational" and facts.classes:
+        layers = layer_specs(Dense(widths=_JUDGE_WIDTHS, activation="relu"), data.spec.data, facts)
+        judge = _classifier_spec(tuple(layers), facts, _JUDGE_FIT, 0, numerics, None)
+        inputs["judge"] = Stage("judge of samples", "stages.finetune", judge, {"data": data})
+    spec = MeasureSpec(
+        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.classes else (), seed=seed,
+        pictures=seed == study.seeds[0],
+    )  # fmt: skip
+    return Stage(name, "evaluation.measure", spec, inputs)
+
+
+def _classifier_spec(
+    layers: tuple[LayerSpec, ...], facts: Facts, fit: Fit, seed: int, numerics: Numerics, labels: int | None
+) -> FinetuneSpec:
+    return FinetuneSpec(
+        layers=tuple(layer.model_copy(update={"stochastic": False}) for layer in layers), task="classify",
+        classes=facts.classes, variant=None, fit=fit, seed=seed, numerics=numerics, labels=labels, served=False,
+    )  # fmt: skip
+
+
+def shared_stages(plans: Sequence[TrialPlan]) -> list[Stage]:
+    """Return the stages that several trials need, in an order in which they can run.
+
+    The seeds of a reference count as one trial, because one worker runs them all (see `reference_groups`).
+    """
+    groups = [[plan] for plan in plans if plan.kind not in REFERENCES] + reference_groups(plans)
+    uses = Counter(key for group in groups for key in {key for plan in group for key in plan.stages()})
+    stages: dict[str, Stage] = {}
+    for plan in plans:
+        for key, stage in plan.stages().items():
+            stages.setdefault(key, stage)
+    return [stage for key, stage in stages.items() if stage.kept and uses[key] > 1]
+
+
+def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
+    """Return the trials of each reference, all seeds of a kind together: they share most of their stages, and one trial
+    of Tune runs them one after another."""
+    groups = [[plan for plan in plans if plan.kind == kind] for kind in REFERENCES]
+    return [group for group in groups if group]
+
+
+def describe_plans(study: Study, plans: Sequence[TrialPlan], tracker: "Tracker | None") -> Iterator[str]:
+    """Yield a line for each trial: whether it is finished, and how many of its stages other trials need too."""
+    shared = {stage.key for stage in shared_stages(plans)}
+    for plan in plans:
+        stages = [stage for stage in plan.stages().values() if stage.kept]
+        counts = f"{len(stages)} stages, {sum(stage.key in shared for stage in stages)} shared"
+        run_id = tracker.find(plan.stage.key) if tracker else None
+        state = f"finished, run {run_id}" if run_id else "would run"
+        yield f"{plan.name:40} {plan.stage.key[:12]}  {counts:22} {state}"
+    for row in study.variants if study.search == "optuna" else ():
+        if study.space(row):
+            yield f"{row:40} Optuna chooses {study.budget.settings} settings; the best is trained with all seeds"
+
+
+def _with_inputs(stage: Stage) -> Iterator[Stage]:
+    for parent in stage.parents():
+        yield from _with_inputs(parent)
+    yield stage
