@@ -1,1 +1,1 @@
-"""The commands: parse, connect, call one pipeline function, print."""
+"""The commands: each parses its settings, calls the pipeline that does the work, and prints the result."""

@@ -1,4 +1,4 @@
-"""What every command shares: settings from defaults < recipe < environment < command line, and how a command ends."""
+"""What all commands share: reading the settings, and ending with a report, a message and an exit code."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
@@ -34,29 +34,22 @@ from aecore.core.errors import (
 from pipelines.host.environment import submission_id
 
 ENVIRONMENT = "DIABOLO__"
-"""`DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
+"""Prefix of the environment variables that set a field: `DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
 
 NAME = r"^\w[\w .-]*$"
-"""What MLflow takes for a registered model's name, and a filter can quote."""
+"""Pattern of a registered model's name: MLflow accepts it, and it can be quoted in an MLflow filter."""
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def without_secrets(config: Any) -> Any:
-    """A configuration as it may be kept: addresses in it without passwords and the like."""
-    if isinstance(config, dict):
-        return {key: without_secrets(value) for key, value in config.items()}
-    return hide_secrets(config) if isinstance(config, str) else config
-
-
-def _is_no_file(path: Path) -> Path:
-    if found := next((p for p in (path, *path.parents) if p.is_file()), None):
-        raise ValueError(f"figures: {found} is a file; name a folder")
+def _require_folder(path: Path) -> Path:
+    if file := next((p for p in (path, *path.parents) if p.is_file()), None):
+        raise ValueError(f"figures: {file} is a file; name a folder")
     return path
 
 
-Folder = Annotated[Path, AfterValidator(_is_no_file)]
-"""Where files are written; made where it is missing."""
+Folder = Annotated[Path, AfterValidator(_require_folder)]
+"""Type of a setting that names a folder to write files into. The folder is created if it does not exist."""
 
 
 class _Sources(BaseSettings):
@@ -71,12 +64,18 @@ class _Sources(BaseSettings):
 
 
 def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
-    """Settings from defaults < recipe (the positional argument) < environment < command line.
+    """Read the settings of a command. In rising precedence they come from the defaults, the recipe (the positional
+    argument), the environment and the command line.
 
-    A partial override keeps its siblings; a changed `kind` replaces its whole subtree.
+    An override of one field keeps the other fields beside it; another `kind` replaces its whole subtree.
+
+    Args:
+        settings: class of the settings.
+        prog: name of the command in `--help`.
+        args: command line; that of this process by default.
 
     Raises:
-        InputError: an unknown key, or a value that does not fit; the message has its full path.
+        InputError: a key is unknown or a value does not fit. The message holds the full path of the field.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
     both = type(settings.__name__, (settings, _Sources), {"__doc__": settings.__doc__})
@@ -104,63 +103,85 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
 
 
 def _with_underscores(arg: str) -> str:
-    """An option's name may be written with hyphens, which no field has."""
-    found = re.match(r"--(no-)?([\w.-]+)", arg)
-    return f"--{found[1] or ''}{found[2].replace('-', '_')}{arg[found.end() :]}" if found else arg
+    """Replace the hyphens in an option's name, as in `--warm-start`, by the underscores of the field's name."""
+    option = re.match(r"--(no-)?([\w.-]+)", arg)
+    return f"--{option[1] or ''}{option[2].replace('-', '_')}{arg[option.end() :]}" if option else arg
+
+
+class _Ending(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    report: dict[str, Any] | None
+    message: str = ""
 
 
 def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence[str] | None = None) -> NoReturn:
-    """Run a command to its end: print `run`'s report as the last line of stdout, and exit.
+    """Run a command, print its report as the last line of stdout, and exit.
 
-    Exit codes: 0 done; 2 bad configuration or data, told in one line; 1 failed; 130 interrupted.
+    Exit codes: 0 finished; 2 bad configuration or data, explained in one line; 1 failed; 130 interrupted.
 
     Args:
-        addresses: where the report is posted to, filled in by `run`; where it is given, bad input makes a report too.
+        job: name of the command in the report.
+        run: does the work and returns the report, or None if there is none to print.
+        addresses: URLs that the report is posted to. `run` fills the list while it works. If a list is passed, bad
+            input makes a report too.
     """
     began = time.monotonic()
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
-    report: dict[str, Any] | None
-    last = ""
     try:
-        report, code = run(), 0
-    except KeyboardInterrupt:
-        last, report, code = "interrupted", {"status": "killed"}, 130
-    except Exception as error:
-        cause = getattr(error, "cause", None) or error  # a task's error comes wrapped in Ray's
-        text = escape_unprintable(hide_secrets(" ".join(str(cause).split())))
-        if isinstance(cause, InputError):
-            report = None if addresses is None else {"status": "failed", "reason": text}
-            last, code = f"error: {text}", 2
-        elif isinstance(cause, OutageError | TakenOverError):
-            last, report, code = f"error: {text}", {"status": "failed"}, 1
-        elif isinstance(cause, OSError):  # a disk that is full or read-only, a folder that vanished, a lost connection
-            last = f"error: {text}; mend that, and the same command goes on from what is kept"
-            report, code = {"status": "failed"}, 1
-        else:
-            traceback.print_exception(error)
-            text = f"{type(cause).__name__}: {text[:300]}"
-            last, report, code = f"error: {text}", {"status": "failed"}, 1
-        if report is not None and addresses is not None:
-            report["reason"] = text
+        ending = _Ending(0, run())
+    except (KeyboardInterrupt, Exception) as error:
+        ending = _ending_of(error, with_reason=addresses is not None)
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()  # what workers still print comes before the last words
-    if last:
-        say(last)
-    if report is not None:
-        line = json.dumps({"job": job, **report, "seconds": round(time.monotonic() - began, 2)})
+        sys.modules["ray"].shutdown()  # workers print their last lines now, before the message below
+    if ending.message:
+        say(ending.message)
+    if ending.report is not None:
+        line = json.dumps({"job": job, **ending.report, "seconds": round(time.monotonic() - began, 2)})
         print(line, flush=True)
         for address in addresses or ():
-            post(address, line, 1 if code == 130 else 3)
+            post(address, line, tries=1 if ending.code == 130 else 3)
     sys.stdout.flush()
     sys.stderr.flush()
-    # not sys.exit: idle threads of Ray and MLflow take longer to unwind than some jobs do
-    os._exit(code)
+    # not sys.exit, which joins idle threads of Ray and MLflow; that takes longer than some jobs do
+    os._exit(ending.code)
+
+
+def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
+    """Return exit code, report and message for the exception that ended a command.
+
+    Args:
+        with_reason: the report says why, and bad input makes a report as well.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _Ending(130, {"status": "killed"}, "interrupted")
+    cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task
+    reason = escape_unprintable(hide_secrets(" ".join(str(cause).split())))
+    code, message = 1, f"error: {reason}"
+    if isinstance(cause, InputError):
+        code = 2
+        if not with_reason:
+            return _Ending(code, None, message)
+    elif isinstance(cause, OSError):  # the disk is full or read-only, a folder vanished, a connection was lost
+        message += "; remove the cause and run the same command again, it continues from what is stored"
+    elif not isinstance(cause, OutageError | TakenOverError):
+        traceback.print_exception(error)
+        reason = f"{type(cause).__name__}: {reason[:300]}"
+        message = f"error: {reason}"
+    return _Ending(code, {"status": "failed", **({"reason": reason} if with_reason else {})}, message)
 
 
 def post(address: str, line: str, tries: int = 3, timeout: float = 5.0, pause: float = 1.0) -> bool:
-    """POST a line of JSON; whether it was taken. What goes wrong is a warning without the address, which may be a
-    secret."""
+    """POST a line of JSON to a webhook and return whether it was accepted.
+
+    A failure prints a warning. The warning does not name the address, which may hold a secret.
+
+    Args:
+        timeout: seconds to wait for each answer.
+        pause: seconds before the second try; before the third it is twice as long, and so on.
+    """
     reason = ""
     for number in range(tries):
         time.sleep(pause * number)
@@ -172,19 +193,33 @@ def post(address: str, line: str, tries: int = 3, timeout: float = 5.0, pause: f
             reason = f"HTTP {error.code}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except Exception as error:  # urllib raises almost anything; some of it names the address
+        except Exception as error:  # urllib raises many types, and some of their messages hold the address
             reason = type(getattr(error, "reason", error)).__name__
-    say(f"warning: webhook: not delivered ({reason}); the result is the line on stdout")
+    say(f"warning: webhook: not delivered ({reason}); the result is the last line of stdout")
     return False
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr; stdout is for the result."""
+    """Print a line of progress to stderr; stdout is for the result."""
     print(line, file=sys.stderr, flush=True)
 
 
+def without_secrets(config: Any) -> Any:
+    """Return a configuration in which addresses have lost their passwords, tokens and queries, so that it may be
+    stored."""
+    if isinstance(config, dict):
+        return {key: without_secrets(value) for key, value in config.items()}
+    return hide_secrets(config) if isinstance(config, str) else config
+
+
+def ray_tags() -> dict[str, str]:
+    """Return the tags that link an MLflow run to its Ray job; none if this process was not submitted to a cluster."""
+    submission = submission_id()
+    return {"ray.submission_id": submission} if submission else {}
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows closes the runs
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not break off the closing of MLflow runs
     raise KeyboardInterrupt
 
 
@@ -197,55 +232,56 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"recipe {path}: {error.strerror}; name a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such day
-        raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())}); mend it") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
+        raise InputError(f"recipe {path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
     if not isinstance(recipe, dict | None):
-        raise InputError(f"recipe {path}: holds a {type(recipe).__name__}; write `field: value` lines")
+        raise InputError(f"recipe {path}: holds a {type(recipe).__name__}; write lines such as `field: value`")
     return recipe or {}
 
 
 def _models(field: FieldInfo) -> list[type[BaseModel]]:
-    """The models that a field's value may be."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    """Return the model classes that a field's value may have; several if the field is a union."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _keys(models: list[type[BaseModel]], path: list[str]) -> dict[str, FieldInfo]:
-    """The keys that are valid below `path`, with all kinds of a union taken together."""
+    """Return the keys that are valid below `path`. Where a union allows several models, the keys of all count."""
     fields = {(field.alias or name): field for model in models for name, field in model.model_fields.items()}
     return _keys(_models(fields[path[0]]), path[1:]) if path and path[0] in fields else fields
 
 
 def _nearest(settings: type[BaseModel], path: str) -> str:
-    """The valid key nearest to an unknown one, as the end of a sentence."""
-    good: list[str] = []
+    """Return the end of a sentence that names the valid key most like an unknown one, or else all valid keys."""
+    valid: list[str] = []
     for part in path.split("."):
-        fields = _keys([settings], good)
+        fields = _keys([settings], valid)
         if part not in fields:
             match = difflib.get_close_matches(part, fields, 1, 0.5)
-            rest = path.split(".")[len(good) + 1 :]
+            rest = path.split(".")[len(valid) + 1 :]
             if match:
-                return f"the nearest is {'.'.join([*good, match[0], *rest])}"
-            return f"there are {join_names(['.'.join([*good, name]) for name in fields])}"
-        good.append(part)
+                return f"the nearest is {'.'.join([*valid, match[0], *rest])}"
+            return f"there are {join_names(['.'.join([*valid, name]) for name in fields])}"
+        valid.append(part)
     return "see --help"
 
 
 def _option_error(settings: type[BaseModel], text: str) -> str:
+    """Return one line for an error of pydantic-settings: an option that it does not know or cannot read."""
     text = " ".join(text.removeprefix("error parsing CLI: ").split())
     if text.startswith("unrecognized arguments: --"):
         option = text.split()[2].removeprefix("--").split("=")[0]
         return f"--{option}: unknown option; {_nearest(settings, option)}"
-    if found := re.match('error parsing value for field "(.*)" from source "(Cli|Env)', text):
-        name = f"--{found[1]}" if found[2] == "Cli" else f"{ENVIRONMENT}{found[1].upper()}"
-        return f"{name}: not a value for all of it; set its fields one by one, or write it as JSON"
+    if match := re.match('error parsing value for field "(.*)" from source "(Cli|Env)', text):
+        name = f"--{match[1]}" if match[2] == "Cli" else f"{ENVIRONMENT}{match[1].upper()}"
+        return f"{name}: has several fields; set them one by one, or write all of them as JSON"
     return f"{text}; see --help"
 
 
 def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
-    """One line of pydantic's first error: path, what is wrong, what was given."""
+    """Return pydantic's first error as one line: the field's path, what is wrong, and the value."""
     errors = error.errors(include_url=False)
-    # of what a union's members say, our own words say more than their types
+    # each member of a union reports an error; a message of our own says more than a mismatch of types
     first = next(
         (e for e in errors if e["type"] == "value_error" and e["loc"][:-1] == errors[0]["loc"][:-1]), errors[0]
     )
@@ -253,7 +289,7 @@ def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
     models: list[type[BaseModel]] = [settings]
     for part in map(str, first["loc"]):
         tagged = [model for model in models if len(models) > 1 and part in _kinds(model)]
-        if tagged:  # the tag of a union is no key
+        if tagged:  # pydantic puts the `kind` into the location; it is no key
             models = tagged
             continue
         parts.append(part)
@@ -273,9 +309,3 @@ def _value_error(settings: type[BaseModel], error: ValidationError) -> str:
 
 def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
     return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
-
-
-def ray_tags() -> dict[str, str]:
-    """What ties an MLflow run to the Ray job that it is part of; empty outside `ray job submit`."""
-    submission = submission_id()
-    return {"ray.submission_id": submission} if submission else {}

@@ -271,7 +271,7 @@ TABLE: dict[str, Row] = {
     ),
     # the settings
     "typo": settings("--finetune.epohs: unknown option; the nearest is finetune.epochs", "--finetune.epohs 3"),
-    "half an option": settings("--data: not a value for all of it; set its fields one by one", "--data "),
+    "half an option": settings("--data: has several fields; set them one by one", "--data "),
     "half a variable": settings("finetune: input should be a valid dictionary", "", DIABOLO__FINETUNE="{"),
     "typo in a variable": settings(
         "finetune.lrr: unknown key; the nearest is finetune.lr", "", DIABOLO__FINETUNE__LRR="3"
@@ -345,11 +345,11 @@ TABLE: dict[str, Row] = {
     # the recipe
     "no recipe": settings("recipe gone.yaml: No such file or directory; name a YAML file", "gone.yaml"),
     "folder as recipe": settings("recipe .: Is a directory; name a YAML file", "."),
-    "not YAML": recipe("recipe recipe.yaml: not YAML ... mend it", b"a: [1"),
-    "not text": recipe("recipe recipe.yaml: not YAML", b"\xff\xfe\x00"),
-    "no such day": recipe("recipe recipe.yaml: not YAML ... mend it", b"seed: 2001-99-99"),
-    "bottomless": recipe("recipe recipe.yaml: not YAML", b"[" * 5000),
-    "list": recipe("recipe recipe.yaml: holds a list; write `field: value` lines", b"- a"),
+    "not YAML": recipe("recipe recipe.yaml: not valid YAML ... correct it", b"a: [1"),
+    "not text": recipe("recipe recipe.yaml: not valid YAML", b"\xff\xfe\x00"),
+    "no such day": recipe("recipe recipe.yaml: not valid YAML ... correct it", b"seed: 2001-99-99"),
+    "bottomless": recipe("recipe recipe.yaml: not valid YAML", b"[" * 5000),
+    "list": recipe("recipe recipe.yaml: holds a list; write lines such as `field: value`", b"- a"),
     "number as a key": recipe("1: keys should be strings, got 1", {1: 2}),
     "typo in a recipe": recipe("resources.gpu: unknown key; the nearest is resources.gpus", {"resources": {"gpu": 1}}),
     "other kind's field": recipe(
@@ -460,15 +460,14 @@ def test_the_table_is_long_enough() -> None:
 def test_bad_input_is_told_in_one_line_before_ray_starts(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started() -> None:
+    def started(*_: Any, **__: Any) -> None:
         raise AssertionError("Ray was started")
 
     row = TABLE[case]
     args = prepare(row, tmp_path)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    for module in ("execution.run", "study.trials"):
-        monkeypatch.setattr(f"pipelines.{module}.start_ray", started)
+    monkeypatch.setattr("ray.init", started)
     for name, value in row.environment.items():
         monkeypatch.setenv(name, value)
     model, run = COMMANDS[row.command]

@@ -104,7 +104,7 @@ BAD: list[tuple[list[str], Any, str]] = [
     (["--control", "maybe"], None, "control: input should be a valid boolean"),
     (["--finetune.epochs"], None, "expected one argument"),
     (["no-such-recipe.yaml"], None, "recipe no-such-recipe.yaml: No such file"),
-    ([], "a: [1", "not YAML"),
+    ([], "a: [1", "not valid YAML"),
     ([], "- just\n- a list", "holds a list"),
 ]  # fmt: skip
 

@@ -76,7 +76,7 @@ def _laptop(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(module, "_RETRY", 0.0)
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.0)
 
 
 def run(cluster: Fake, *args: str) -> int:
@@ -96,6 +96,7 @@ def test_the_job_gets_the_command_the_folder_and_its_environment(monkeypatch: py
     assert variables == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment_name",
         "AWS_PROFILE": "aws_profile", "DIABOLO__SEED": "diabolo__seed", "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "DIABOLO_SUBMISSION_ID": cluster.submitted["submission_id"],
     }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_a_duplicate_in_the_same_moment_is_refused(monkeypatch: pytest.MonkeyPat
 
     cluster = Fake()
     monkeypatch.setattr(cluster, "submit_job", refuse)
-    with pytest.raises(InputError, match="submitted by another just now"):
+    with pytest.raises(InputError, match="submitted by somebody else just now"):
         run(cluster, "--name", "n")
 
 
@@ -185,7 +186,7 @@ STREAMS: dict[str, tuple[tuple[int, Any], ...]] = {
 def test_the_log_comes_whole_and_once(
     streams: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "_SILENCE", 0.2)
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 0.2)
     assert run(Fake(streams=streams), "--name", "n") == 0
     said = capsys.readouterr()
     assert said.out == LOG and json.loads(said.out.splitlines()[-1])["status"] == "finished"
@@ -197,10 +198,10 @@ def test_a_cluster_out_of_reach_is_waited_for_and_given_up_at_last(monkeypatch: 
     cluster = Fake(streams=streams)
     cluster.outages = 20
     assert run(cluster) == 0
-    monkeypatch.setattr(module, "_LOST", 5)
+    monkeypatch.setattr(module, "_MOST_FAILURES", 5)
     cluster = Fake(streams=streams)
     cluster.outages = 20
-    with pytest.raises(RuntimeError, match="does not answer; the job may go on"):
+    with pytest.raises(RuntimeError, match="does not answer; the job may still be running"):
         run(cluster)
 
 
@@ -243,8 +244,8 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
     (GOOD, {}, "address missing: name the dashboard"),
     (["--address", "head:6379", *GOOD], {}, "address head:6379: name the dashboard"),
     (GOOD, {"RAY_ADDRESS": "ray://head:10001"}, "address ray://head:10001: name the dashboard"),
-    ([*REMOTE, "--name", "a b", *GOOD], {}, "--name a b: letters"),
-    ([*REMOTE, "--env", "NOT_SET", *GOOD], {}, "--env NOT_SET: not set here"),
+    ([*REMOTE, "--name", "a b", *GOOD], {}, "--name a b: use letters"),
+    ([*REMOTE, "--env", "NOT_SET", *GOOD], {}, "--env NOT_SET: not set in this environment"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI: not set; name a server"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "sqlite:////shared/mlflow.db"}, "sqlite:////shared/mlflow.db: a file"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "file:///shared/mlruns"}, "a file that the job cannot reach"),
@@ -291,6 +292,21 @@ def test_a_large_folder_is_warned_of_and_what_is_ignored_does_not_count(
     assert submission("--", "jobs.train") and "warning" not in capsys.readouterr().err
     (tmp_path / ".rayignore").unlink()
     assert submission("--", "jobs.train") and "warning: 60 MB go to the cluster" in capsys.readouterr().err
+
+
+def test_a_recipe_that_git_ignores_is_refused_wherever_it_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "own").mkdir()
+    for file in ("jobs/train.py", "own/a.yaml", "own/b.yaml"):
+        (tmp_path / file).touch()
+    (tmp_path / "own" / ".gitignore").write_text("b.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_INDEX_FILE", str(ROOT / ".git" / "index"))  # as in a git hook
+    assert submission("--", "jobs.train", "./own/a.yaml") and submission("--", "jobs.train", f"{tmp_path}/own/a.yaml")
+    with pytest.raises(InputError, match=r"recipe own/b\.yaml: does not reach the cluster"):
+        submission("--", "jobs.train", "own/b.yaml")
 
 
 @pytest.fixture
@@ -349,7 +365,7 @@ def test_a_wrong_address_ends_the_command_with_one_line_and_code_2() -> None:
     ("end", "code", "line"),
     [
         (InputError("so"), 2, "error: so"), (RuntimeError("a\nb"), 1, "error: a b"), (3, 3, None),
-        (KeyboardInterrupt(), 130, "interrupted; a job that was submitted goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; a job that was submitted continues"),
     ],
 )  # fmt: skip
 def test_every_end_has_its_code(

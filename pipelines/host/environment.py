@@ -4,11 +4,20 @@ import json
 import os
 from pathlib import Path
 
+SUBMISSION_ID = "DIABOLO_SUBMISSION_ID"
+"""Environment variable in which `jobs.submit` gives a job its own submission id."""
+
 
 def submission_id() -> str | None:
-    """Of the `ray job submit` that this process is the driver of; None where it is none."""
+    """Return the submission id if this process is the driver of a submitted Ray job, else None.
+
+    `jobs.submit` sets `DIABOLO_SUBMISSION_ID`. For a job of a plain `ray job submit` the id is read from Ray's own
+    variable RAY_JOB_CONFIG_JSON_ENV_VAR, which is not documented (seen in Ray 2.60). Ray has no public way to
+    ask before the process is connected to the cluster, and a job without a usable store must be refused before that;
+    afterwards `ray.util.state.list_jobs` would know the id.
+    """
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return config.get("metadata", {}).get("job_submission_id")
+    return os.environ.get(SUBMISSION_ID) or config.get("metadata", {}).get("job_submission_id")
 
 
 def store_uri() -> str:
