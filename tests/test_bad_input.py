@@ -301,11 +301,11 @@ TABLE: dict[str, Row] = {
         "--variant.kind sparse --variant.penalty kl --network.activation relu",
     ),
     "too many codes": settings(
-        "variant.k: 100 codes kept of the 48 that layer 1 has; keep fewer",
+        "variant.k: 100 codes are more than the 48 that layer 1 has; keep fewer",
         "--variant.kind sparse --variant.penalty topk --variant.k 100",
     ),
     "noise": settings(
-        "variant.level: 1.5 is no share of the features; use 0 to 1", "--variant.kind denoising --variant.level 1.5"
+        "variant.level: 1.5 is not a share of the features; use 0 to 1", "--variant.kind denoising --variant.level 1.5"
     ),
     "tied levels": settings(
         "network.tied: a categorical decoder ... set --network.tied false",

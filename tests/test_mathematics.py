@@ -184,7 +184,7 @@ def test_topk_keeps_the_largest_and_more_of_them_when_encoding() -> None:
     assert torch.allclose(training.sum(1), everything.topk(2).values.sum(1), atol=1e-6)
     # the decoder reads the same two, whatever the encoder hands out
     assert torch.equal(layer.mean(encoding), layer.mean(training))
-    with pytest.raises(InputError, match="11 codes kept of the 10"):
+    with pytest.raises(InputError, match="11 codes are more than the 10"):
         Sparse(penalty="topk", k=11).build(dense("linear", 12, 10), 1)
 
 

@@ -1,1 +1,1 @@
-"""What every other room may use: errors, identities of data, shared types, quick imports."""
+"""Errors, identities of configurations, shared types and faster imports, for all other rooms to use."""

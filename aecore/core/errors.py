@@ -1,46 +1,51 @@
-"""How a run can end badly through no fault of the code."""
+"""The ways in which a run can end badly although the code is right, and helpers that write their messages."""
 
 import re
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Bad configuration or bad data. The message is one line: what, where, and how to mend it."""
+    """The configuration or the data are wrong.
+
+    The message is one line that says what is wrong, where, and how to mend it. Secrets in addresses and characters that
+    a terminal would act on are taken out of it.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(escape_unprintable(hide_secrets(message)))
 
 
 class DivergenceError(ArithmeticError):
-    """A loss term stopped being finite. The message names the term and the epoch."""
+    """A term of the loss is no longer finite. The message names the term and the epoch."""
 
 
 class OutageError(Exception):
-    """Something outside, such as MLflow, does not answer. One line: what, what is kept, and how to go on."""
+    """A service outside, such as MLflow, does not answer. The message is one line: what is down, which work is safe,
+    and how to go on."""
 
 
 class TakenOverError(Exception):
-    """Another process has this job now; what it does counts."""
+    """Another process has taken this job over, and only that process's results count."""
 
 
 def escape_unprintable(text: str) -> str:
-    """`text` on one line, fit for a terminal: line ends, escapes and the like, which names in data may hold, spelled
-    out."""
+    """Return `text` on one line, with line ends, terminal escapes and the like, which names in data may hold, as escape
+    sequences."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def hide_secrets(text: str) -> str:
-    """`text` without what an address in it may hold of secrets: user, password and query."""
+    """Return `text` with stars in place of the user, password and query of every address in it."""
     return re.sub(r"(://[^\s?]*\?)[^\s'\"]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
 def short_repr(value: object, most: int = 80) -> str:
-    """`value` as it is written in code, cut where it is longer than `most` characters."""
+    """Return `repr(value)` without secrets, cut to at most `most` characters."""
     text = hide_secrets(repr(value))
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def join_names(names: Sequence[str], most: int = 12) -> str:
-    """Names with commas, the first of them if they are many."""
+    """Return the names joined by commas; of more than `most`, the first ones and how many more there are."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "none"

@@ -1,7 +1,7 @@
-"""A stable identity for data: canonical JSON, then SHA-256.
+"""A stable identity for configurations: the SHA-256 of their canonical JSON.
 
-Identity is data only. What has no stable representation is refused instead of guessed at, and fields marked
-`Unhashed` (where a file lies, say) are left out.
+A value without a stable representation is refused rather than guessed at. Fields marked `Unhashed`, such as the folder
+where a data set lies, are left out.
 """
 
 import hashlib
@@ -14,20 +14,23 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """Base of every config: immutable, no unknown keys, finite numbers, the docstring under a field is its `--help`."""
+    """Base of every configuration: immutable, without unknown keys, all numbers finite.
+
+    The docstring under a field is its text in `--help`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Unhashed:
-    """Marks a config field that says where or how, never what: `root: Annotated[Path, Unhashed()]`."""
+    """Marks a field that says where or how, but never what is computed: `root: Annotated[Path, Unhashed()]`."""
 
 
 def canonical(value: Any) -> Any:
-    """`value` as plain JSON types.
+    """Convert `value` to plain JSON types, so that equal choices become equal values.
 
     Raises:
-        TypeError: `value` has no stable identity (a function, an array, any other object).
+        TypeError: `value` has no stable identity; it is a function, an array or some other object.
     """
     match value:
         case None | bool() | int() | str():
@@ -35,7 +38,7 @@ def canonical(value: Any) -> Any:
         case float():
             if not math.isfinite(value):
                 raise TypeError(f"cannot fingerprint {value!r}: use a finite number or None")
-            # 1.0 and 1 are the same choice, whichever way a recipe spells it
+            # a recipe may spell the same choice as 1 or as 1.0
             return int(value) if value.is_integer() else value
         case BaseModel():
             fields = type(value).model_fields.items()
@@ -53,7 +56,7 @@ def canonical(value: Any) -> Any:
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (64 hex digits) of the canonical JSON of `parts`.
+    """Return the SHA-256 of the canonical JSON of `parts`, as 64 hexadecimal digits.
 
     Raises:
         TypeError: a part has no stable identity.
@@ -63,5 +66,6 @@ def fingerprint(*parts: Any) -> str:
 
 
 def derive_seed(seed: int, *role: str | int) -> int:
-    """A seed for one role of an experiment, independent of the seeds of its other roles."""
+    """Return the seed of one role in an experiment, such as `("pretrain", 2)`; different roles get independent
+    seeds."""
     return int(fingerprint("seed", seed, *role)[:15], 16)

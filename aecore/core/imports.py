@@ -1,4 +1,4 @@
-"""Imports that take a second."""
+"""A faster way to import large libraries."""
 
 import gc
 from collections.abc import Iterator
@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
-    """Imports inside take a quarter less: what they make stays, so that going over it for garbage is in vain."""
-    collecting = gc.isenabled()
+    """Pause the garbage collector, which makes imports in the `with` block take a quarter less time.
+
+    Nearly all objects that an import makes stay alive, so the collector would search them in vain.
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()

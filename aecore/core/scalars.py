@@ -1,4 +1,4 @@
-"""Numbers that may be tensors."""
+"""Hyperparameters that are numbers in one fit and tensors when several fits train as one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 
 def is_zero(number: float | Tensor) -> bool:
-    """Whether a weight or level is 0, known without looking on the device: fits that are trained as one (see
-    `aecore.fused`) have a tensor where their numbers differ, none of which is 0."""
+    """Say whether a weight or level is the number 0, without waiting for the device.
+
+    Where several fits train as one (`aecore.training.fused`), a hyperparameter in which they differ is a tensor. None
+    of its elements is 0, so the answer is then False.
+    """
     return isinstance(number, float | int) and number == 0

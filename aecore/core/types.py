@@ -1,4 +1,4 @@
-"""Names of types that several rooms share. Nothing here imports torch."""
+"""Names for types that several rooms share. This module does not import torch."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,8 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Task = Literal["classify", "reconstruct"]
 
 Shape = tuple[int, ...]
-"""(channels, height, width) of an image or of convolutional codes, (features,) of a vector."""
+"""The shape of one row: (channels, height, width) of an image or of convolutional codes, (features,) of a vector."""
 
 Terms = dict[str, "Tensor"]
-"""Weighted terms of an objective, scalars: the objective is their sum, each is logged under its name."""
+"""The terms of an objective by name, scalars that are already weighted: the objective is their sum, and each is logged
+under its name."""

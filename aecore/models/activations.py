@@ -1,7 +1,8 @@
-"""Activation functions and their derivatives."""
+"""The activation functions, their derivatives, and what else layers need to know of them."""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +10,31 @@ from torch import Tensor
 
 from aecore.core.types import Activation
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "elu": F.elu,
-    "linear": lambda x: x,
+
+class ActivationFunction(NamedTuple):
+    """An activation: elementwise functions of the pre-activation, both of its shape."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    """The derivative of `value`."""
+    he_initialised: bool = False
+    """Weights start as in He et al. 2015, for functions like a rectifier; otherwise as in Glorot & Bengio 2010."""
+    is_rectifier: bool = False
+    """A decoder that ends in this function is fitted before it. Behind it, units that emit nothing get no gradient and
+    stay dead: 784-256-128-64 on MNIST has a squared error per pixel of 0.028 when fitted behind relu, 0.017 before
+    it."""
+
+
+ACTIVATIONS: dict[Activation, ActivationFunction] = {
+    "relu": ActivationFunction(F.relu, lambda a: (a > 0).to(a.dtype), he_initialised=True, is_rectifier=True),
+    "sigmoid": ActivationFunction(torch.sigmoid, lambda a: a.sigmoid() * (1 - a.sigmoid())),
+    "tanh": ActivationFunction(torch.tanh, lambda a: 1 - a.tanh().square()),
+    "gelu": ActivationFunction(
+        F.gelu,
+        lambda a: 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi),
+        he_initialised=True,
+        is_rectifier=True,
+    ),
+    "elu": ActivationFunction(F.elu, lambda a: a.clamp(max=0).exp(), he_initialised=True),
+    "linear": ActivationFunction(lambda a: a, torch.ones_like),
 }
-RECTIFIERS = ("relu", "gelu")
-"""A decoder that ends in one of these is fitted before it: behind it, units that emit nothing get no gradient and stay
-dead (784-256-128-64 on MNIST: 0.028 squared error a pixel behind relu, 0.017 before it)."""
-SLOPES: "dict[Activation, Callable[[Tensor], Tensor]]" = {
-    "relu": lambda a: (a > 0).to(a.dtype),
-    "sigmoid": lambda a: a.sigmoid() * (1 - a.sigmoid()),
-    "tanh": lambda a: 1 - a.tanh().square(),
-    "gelu": lambda a: 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi),
-    "elu": lambda a: a.clamp(max=0).exp(),
-    "linear": torch.ones_like,
-}
-"""Derivative of each activation by its argument."""

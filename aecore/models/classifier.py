@@ -1,4 +1,4 @@
-"""The encoders of a stack under a softmax head."""
+"""The classifier: the encoders of a stack under a softmax head."""
 
 from collections.abc import Sequence
 from math import prod
@@ -10,7 +10,7 @@ from aecore.models.layers import Encoder
 
 
 class Classifier(nn.Module):
-    """The encoders of a stack under a softmax head; emits logits, (batch, classes)."""
+    """The encoders of a stack under a linear head, which maps rows (batch, *in_shape) to logits (batch, classes)."""
 
     def __init__(self, encoders: Sequence[Encoder], classes: int) -> None:
         super().__init__()
@@ -18,6 +18,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(prod(encoders[-1].spec.code_shape), classes)
 
     def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """Return the code of the last encoder, (batch, *code_shape)."""
         for encoder in self.encoders:
             x = encoder(x)
         return x

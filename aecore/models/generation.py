@@ -1,4 +1,5 @@
-"""What a variational autoencoder makes of its prior, and what its codes are worth: samples, walks and bounds."""
+"""Samples from a variational autoencoder, walks through its codes, and bounds on the likelihood that it gives to
+data."""
 
 import math
 
@@ -11,31 +12,38 @@ from aecore.models.divergences import kl_to_prior
 from aecore.models.stack import Stack
 
 STEPS = 10
-"""Images of a walk through the codes."""
-_IMPORTANCE_SAMPLES = 200
+"""Images per walk through the codes."""
 _WALKS = 8
-_ACTIVE = 1e-2
+_IMPORTANCE_SAMPLES = 200
+_ACTIVE_VARIANCE = 1e-2
 
 
 def samples(stack: Stack, count: int, seed: int = 0) -> Float[Tensor, "count ..."]:
-    """Means of p(x|z) for z drawn from the prior N(0, 1), (count, *shape of the data)."""
+    """Return the means of p(x|z) for `count` codes z drawn from the prior N(0, 1), of shape (count, *in_shape)."""
     code = torch.randn(count, *stack.code_shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return torch.cat([stack.mean(part) for part in code.to(_device(stack)).split(1000)])
 
 
 def manifold(stack: Stack, side: int = 10) -> Float[Tensor, "count ..."]:
-    """The plane of a two-dimensional code at quantiles of the prior, (side * side, *shape), row by row from the upper
-    left (Kingma & Welling 2014, fig. 4)."""
+    """Decode the plane of a two-dimensional code at quantiles of the prior (Kingma & Welling 2014, fig. 4).
+
+    Returns:
+        (side * side, *in_shape), row by row from the upper left.
+    """
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
-    code = torch.stack([torch.cartesian_prod(-quantiles, quantiles)[:, i] for i in (1, 0)], 1)
+    code = torch.cartesian_prod(-quantiles, quantiles).flip(1)
     with torch.no_grad():
         return stack.mean(code.view(-1, *stack.code_shape).to(_device(stack)))
 
 
 def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """From the code of the first row of x, one code at a time from -3 to 3: STEPS images for each of the most active
-    codes, at most eight."""
+    """Decode walks that start at the code of the first row of `x` and move one of its units from -3 to 3.
+
+    Returns:
+        (walks * STEPS, *in_shape), with one walk for each of the most active units, at most eight. The most active
+        units are those whose codes vary most over the first 1,000 rows.
+    """
     with torch.no_grad():
         codes = stack.encode(x[:1000])
         order = codes.flatten(1).var(0).argsort(descending=True)[:_WALKS]
@@ -47,7 +55,11 @@ def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
 
 
 def interpolation(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """From the code of one row to that of the next in STEPS images, for the first rows of x, at most eight walks."""
+    """Decode straight walks from the code of one row to that of the next, over the first pairs of rows of `x`.
+
+    Returns:
+        (walks * STEPS, *in_shape), with at most eight walks.
+    """
     with torch.no_grad():
         codes = stack.encode(x[: 2 * _WALKS])
         share = torch.linspace(0, 1, STEPS, device=codes.device).view(1, -1, *[1] * (codes.ndim - 1))
@@ -57,8 +69,10 @@ def interpolation(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
 
 
 def bound(stack: Stack, x: Tensor) -> dict[str, float]:
-    """The two parts of the negative evidence lower bound, means over the rows of x in nats: `reconstruction`, by one
-    sample a row, and `kl`."""
+    """Return the two parts of the negative evidence lower bound, means over the rows of `x` in nats.
+
+    `reconstruction` is estimated with one sample of the code per row; `kl` is the divergence from the prior.
+    """
     parts = {"reconstruction": 0.0, "kl": 0.0}
     for rows in x.split(2000):
         mean, log_variance = stack.posterior(rows)
@@ -69,11 +83,12 @@ def bound(stack: Stack, x: Tensor) -> dict[str, float]:
 
 
 def importance_weighted(stack: Stack, x: Tensor, count: int = _IMPORTANCE_SAMPLES) -> float:
-    """Mean over rows of log 1/K sum_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x), nats (Burda et al. 2016, eq. 8).
+    """Return the importance-weighted bound, the mean over rows of log 1/K sum_k p(x, z_k) / q(z_k | x) with samples
+    z_k ~ q(z | x), in nats (Burda et al. 2016, eq. 8).
 
     Args:
-        x: (rows, *shape) of zeros and ones.
-        count: K.
+        x: rows of zeros and ones, of shape (rows, *in_shape).
+        count: K, the number of samples per row.
     """
     total = 0.0
     for rows in x.split(200):
@@ -91,10 +106,10 @@ def importance_weighted(stack: Stack, x: Tensor, count: int = _IMPORTANCE_SAMPLE
 
 
 def active_units(stack: Stack, x: Tensor) -> float:
-    """How many codes tell rows apart: the variance over x of their posterior mean exceeds 0.01 (Burda et al. 2016,
-    sec. 5)."""
+    """Count the units of the code that tell rows apart: the variance of their posterior mean over the rows of `x`
+    exceeds 0.01 (Burda et al. 2016, sec. 5)."""
     codes = torch.cat([stack.encode(rows).flatten(1) for rows in x.split(2000)])
-    return float((codes.var(0) > _ACTIVE).sum())
+    return float((codes.var(0) > _ACTIVE_VARIANCE).sum())
 
 
 def _device(stack: Stack) -> torch.device:

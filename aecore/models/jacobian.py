@@ -4,47 +4,53 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aecore.models.activations import SLOPES
+from aecore.models.activations import ACTIVATIONS
+from aecore.models.autoencoder import Autoencoder
 from aecore.models.layers import Layer
 from aecore.models.products import linear
-from aecore.models.protocol import Autoencoder
 from aecore.models.spec import LayerSpec
+
+_CHUNK_VALUES = 2**22
+"""Most values in a tensor of the directions that are pulled back at once (16 MB of float32)."""
 
 
 def squared_norm(
     model: Autoencoder, x: Float[Tensor, "batch ..."], probes: int | None = None
 ) -> Float[Tensor, " batch"]:
-    """||d encode(x) / dx||_F^2 of each row, (batch,), differentiable.
+    """Return the squared Frobenius norm of the encoder's Jacobian, ||d encode(x) / dx||_F^2, one value per row.
 
-    One dense layer has a closed form: the sum over units of their squared slope times the squared norm of their weights
-    (Rifai et al. 2011, eq. 5, for any activation). Others are estimated without bias along random directions of +-1,
-    E||v^T J||^2 = ||J||_F^2 (Hutchinson 1990), or computed exactly.
+    The result is differentiable. One dense layer has a closed form: the sum over units of their squared slope times the
+    squared norm of their weights (Rifai et al. 2011, eq. 5, for any activation). Other encoders are estimated without
+    bias along random directions v of +-1, by E||v^T J||^2 = ||J||_F^2 (Hutchinson 1990), or computed exactly. The code
+    of a row must not depend on the other rows, as it does with batch normalisation in training.
 
     Args:
-        probes: random directions a row; None is exact.
+        probes: number of random directions per row; None computes the norm exactly, with one backward pass per unit of
+            the code. Passes run in batches of bounded memory; where gradients are recorded, all of them are kept.
     """
     if isinstance(model, Layer) and _has_closed_form(model.spec):
         affine = model.encoder.affine
         assert affine.bias is not None
-        slope = SLOPES[model.spec.activation](linear(x.flatten(1), affine.weight, affine.bias))
+        slope = ACTIVATIONS[model.spec.activation].slope(linear(x.flatten(1), affine.weight, affine.bias))
         return slope.square() @ affine.weight.square().sum(1)
-    if probes is None:
-        return _exact(model, x)
     code, pull, *_ = torch.func.vjp(model.encode, x)
-    norms = []
-    for _ in range(probes):
-        direction = torch.randint(0, 2, code.shape, device=x.device).to(code.dtype) * 2 - 1
-        norms.append(pull(direction)[0].flatten(1).square().sum(1))
-    return torch.stack(norms).mean(0)
+
+    def squared_pullback(direction: Tensor) -> Tensor:
+        return pull(direction)[0].flatten(1).square().sum(1)
+
+    if probes is not None:
+        signs = (torch.randint(0, 2, code.shape, device=x.device).to(code.dtype) * 2 - 1 for _ in range(probes))
+        return torch.stack([squared_pullback(direction) for direction in signs]).mean(0)
+
+    def squared_gradient(unit: Tensor) -> Tensor:
+        return squared_pullback(unit.view(code.shape[1:]).expand_as(code))
+
+    units = code[0].numel()
+    chunk = max(1, _CHUNK_VALUES // max(x.numel(), code.numel(), 1))
+    identity = torch.eye(units, dtype=code.dtype, device=code.device)
+    parts = [torch.func.vmap(squared_gradient)(part).sum(0) for part in identity.split(chunk)]
+    return torch.stack(parts).sum(0)
 
 
 def _has_closed_form(spec: LayerSpec) -> bool:
     return spec.kind == "dense" and spec.normalization == "none" and not (spec.top_k or spec.top_k_encoding)
-
-
-def _exact(model: Autoencoder, x: Tensor) -> Tensor:
-    def encode_one(row: Tensor) -> Tensor:
-        return model.encode(row[None])[0].flatten()
-
-    jacobian = torch.func.vmap(torch.func.jacrev(encode_one))(x)
-    return jacobian.flatten(1).square().sum(1)

@@ -1,4 +1,4 @@
-"""Reconstruction terms: what the decoder's output means, and what it costs to be wrong."""
+"""Reconstruction terms: which distribution the output of a decoder stands for, and what it costs to be wrong."""
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,15 @@ from aecore.core.types import LikelihoodKind
 def reconstruction_loss(
     kind: LikelihoodKind, out: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, ""]:
-    """Sum over features, mean over the batch: squared error for gaussian, nats for the others.
+    """Return the reconstruction term, summed over features and averaged over the batch.
+
+    It is the squared error for `gaussian` and the negative log-likelihood in nats for the others.
 
     Args:
-        out: what the decoder emits: means (gaussian), logits of shape (batch, *shape) (bernoulli and
-            continuous_bernoulli, Loaiza-Ganem & Cunningham 2019) or of shape (batch, levels, *shape) (categorical).
-        target: (batch, *shape); in [0, 1] unless gaussian. Categorical reads it as levels / (levels - 1).
+        out: the decoder's output. For `gaussian` these are means, for `bernoulli` and `continuous_bernoulli`
+            (Loaiza-Ganem & Cunningham 2019) logits, all (batch, *shape); for `categorical` logits (batch, levels,
+            *shape).
+        target: (batch, *shape), in [0, 1] unless `gaussian`. `categorical` reads a value as level / (levels - 1).
     """
     out = out.float()  # sums over features lose too much in bf16
     if kind == "gaussian":
@@ -32,7 +35,7 @@ def reconstruction_loss(
 
 
 def mean(kind: LikelihoodKind, out: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-    """The reconstruction, (batch, *shape): the mean of the distribution that `out` parameterises."""
+    """Return the mean of the distribution that the decoder's output stands for: the reconstruction, (batch, *shape)."""
     if kind == "gaussian":
         return out
     if kind == "bernoulli":

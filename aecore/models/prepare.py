@@ -5,7 +5,11 @@ from torch import Tensor, nn
 
 
 class Prepare(nn.Module):
-    """Raw rows -> what the first layer reads: float32, scaled to [0, 1] or standardised. Holds no learned weight."""
+    """Maps raw rows to what the first layer reads: (raw - shift) * scale as float32, without any learned weight.
+
+    Pixels are scaled to [0, 1] and features are standardised, depending on the data. `shift` and `scale` broadcast with
+    the rows.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -21,5 +25,5 @@ class Prepare(nn.Module):
         return (x - self.shift if self.shifted else x) * self.scale
 
     def inverse(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """What the first layer reads -> raw rows, as floats."""
+        """Map what the first layer reads back to raw rows, as floats."""
         return x / self.scale + self.shift

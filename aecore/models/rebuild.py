@@ -1,6 +1,4 @@
-"""Models rebuilt from the results of the stages that trained them."""
-
-from typing import TYPE_CHECKING
+"""Models from the results of the stages that trained them, and the weights of models as arrays."""
 
 import torch
 from torch import nn
@@ -12,54 +10,64 @@ from aecore.models.spec import LayerSpec
 from aecore.models.stack import Stack
 from aecore.models.storage import Result, Weights
 
-if TYPE_CHECKING:
-    pass
+_AUTOENCODER = "autoencoder."
 
 
 def build_layer(result: Result) -> Layer:
-    """The layer that `pretrain_layer` returned."""
+    """Build the layer that the stage `pretrain_layer` returned."""
     layer = Layer(LayerSpec.model_validate(result.config["layer"]))
     set_weights(layer, result.weights)
     return layer
 
 
 def build_stack(result: Result) -> Stack:
-    """The unrolled autoencoder that `finetune` or `reference` returned."""
-    stack = Stack([Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]])
+    """Build the unrolled autoencoder that the stage `finetune` or `reference` returned."""
+    stack = Stack(_layers(result))
     set_weights(stack, result.weights)
     return stack
 
 
 def build_autoencoder(result: Result) -> Stack | None:
-    """The autoencoder of the model that `finetune` returned: itself, or what the classifier was finetuned from."""
+    """Build the autoencoder that belongs to a result of `finetune`.
+
+    This is the model itself or, for a classifier, the autoencoder that it was finetuned from; None where there was
+    none.
+    """
     if result.config["task"] == "reconstruct":
         return build_stack(result)
     if not (layers := result.config["autoencoder"]):
         return None
-    prefix = "autoencoder."
-    weights = {name.removeprefix(prefix): v for name, v in result.weights.items() if name.startswith(prefix)}
+    weights = {n.removeprefix(_AUTOENCODER): v for n, v in result.weights.items() if n.startswith(_AUTOENCODER)}
     return build_stack(Result({"layers": layers}, weights, {}))
 
 
 def build_classifier(result: Result) -> Classifier:
-    """The classifier that `finetune` returned."""
-    layers = [Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]]
-    classifier = Classifier([layer.encoder for layer in layers], len(result.config["classes"]))
+    """Build the classifier that the stage `finetune` returned."""
+    classifier = Classifier([layer.encoder for layer in _layers(result)], len(result.config["classes"]))
     set_weights(classifier, result.weights)
     return classifier
 
 
 def build_prepare(result: Result) -> Prepare:
-    """The preprocessing that the model of `finetune` was trained behind."""
+    """Build the preprocessing that belongs to the model that the stage `finetune` returned."""
     shift, scale = (torch.tensor(result.weights[f"prepare.{name}"]) for name in ("shift", "scale"))
     return Prepare(shift, scale)
 
 
 def get_weights(module: nn.Module) -> Weights:
+    """Return the module's parameters and buffers as NumPy arrays, by name."""
     return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
 
 
 def set_weights(module: nn.Module, weights: Weights) -> None:
-    # a classifier's weights lie beside its preprocessing; a layer that is a code no more needs no log-variance
+    """Load the module's parameters and buffers from `weights`, whose other entries are ignored.
+
+    There are others beside a classifier's weights, such as its preprocessing's, and where a variational layer is used
+    for its code only, so that it has no log-variance.
+    """
     needed = module.state_dict().keys()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items() if name in needed})
+
+
+def _layers(result: Result) -> list[Layer]:
+    return [Layer(LayerSpec.model_validate(layer)) for layer in result.config["layers"]]

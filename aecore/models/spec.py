@@ -1,4 +1,4 @@
-"""The description of one layer, from which it is built. Nothing here imports torch."""
+"""The description that a layer is built from. This module does not import torch."""
 
 from math import prod
 from typing import Literal
@@ -6,38 +6,51 @@ from typing import Literal
 from aecore.core.fingerprint import Frozen
 from aecore.core.types import Activation, LikelihoodKind, Shape
 
-_SCORING_ROWS, _SCORING_VALUES = 2048, 2**25
-"""Most rows of a batch that is scored at once, and most values that its decoder may emit."""
+_SCORING_ROWS = 2048
+"""Most rows in a batch that is scored."""
+_SCORING_VALUES = 2**25
+"""Most values that the decoder may emit for a batch that is scored."""
 
 
 class LayerSpec(Frozen):
-    """One layer, complete: all that its weights' shapes and its mathematics depend on."""
+    """One layer of a stack: all choices that the shapes of its weights and its mathematics depend on.
+
+    The layer maps rows (batch, *in_shape) to codes (batch, *code_shape) and back.
+    """
 
     kind: Literal["dense", "conv"]
     in_shape: Shape
+    """Shape of one row that the layer reads; a dense layer flattens it."""
     code_shape: Shape
+    """Shape of one code: (units,) of a dense layer, (channels, height, width) of a convolutional one."""
     activation: Activation
+    """Activation of the encoder, which makes the code."""
     likelihood: LikelihoodKind
-    """Reconstruction term of what the layer reads."""
+    """Reconstruction term of the rows that the layer reads."""
     out_activation: Activation
-    """The activation that made the layer's input, in which the decoder ends, so that it can emit what it must fit."""
+    """Activation that the decoder ends in. It is the one that made the layer's input, so that the decoder can emit what
+    it must fit."""
     levels: int
-    """Grey levels a channel (categorical only)."""
+    """Number of grey levels per channel for a categorical likelihood; 0 for the others."""
     dropout: float
+    """Share of the codes that are set to 0 in training."""
     normalization: Literal["none", "batch", "layer"]
+    """Normalisation before the encoder's activation."""
     tied: bool
+    """Whether the decoder uses the transposed weight of the encoder."""
     kernel: int = 0
+    """Side of the kernel in pixels; 0 for a dense layer, as are `stride` and `padding`."""
     stride: int = 0
     padding: int = 0
     top_k: int = 0
-    """Codes of a row that the decoder reads, the largest; 0 is all."""
+    """Number of codes per row, the largest, that the decoder reads; 0 is all of them."""
     top_k_encoding: int = 0
-    """Codes of a row that the encoder emits when it isn't training; 0 is all."""
+    """Number of codes per row, the largest, that the encoder emits outside of training; 0 is all of them."""
     stochastic: bool = False
-    """The code is the mean of a Gaussian, whose log-variance the layer learns too."""
+    """Whether the code is the mean of a Gaussian, of which the layer learns the log-variance too."""
 
     @property
     def scoring_rows(self) -> int:
-        """Rows of a batch that is scored at once: fewer where each has many outputs, such as 256 per colour value."""
+        """Number of rows to score at once: fewer where a row has many outputs, such as 256 for each colour value."""
         outputs = max(self.levels, 1) * prod(self.in_shape)
         return max(1, min(_SCORING_ROWS, _SCORING_VALUES // outputs))

@@ -1,6 +1,8 @@
-"""The variants: each a frozen model whose fields are its hyperparameters and whose `loss` is its mathematics.
+"""The variants of the autoencoder, each a frozen model whose fields are its hyperparameters and whose `loss` is its
+mathematics.
 
-To add one, write its file and name it in `Variant`; the command line, hashes, studies and test tables follow.
+To add a variant, write its file and name it in the union `Variant`. The command line, the hashes, studies and the
+tables of tests follow from that.
 """
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What all variants have in common."""
+"""The base class of all variants."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aecore.core.types import Activation, Terms
-    from aecore.models.protocol import Autoencoder
+    from aecore.models.autoencoder import Autoencoder
     from aecore.models.spec import LayerSpec
 
 
 class Objective(Frozen, ABC):
-    """A way to train an autoencoder: what it asks of the layer, and what it minimises."""
+    """A variant of the autoencoder: what it needs of a layer, and the objective that it minimises."""
 
     paper: ClassVar[str]
-    """Where it comes from."""
+    """The papers that introduced the variant, with their years."""
 
     @property
     def code_activation(self) -> Activation | None:
-        """The bottleneck's activation where the network names none; None takes that of the other layers."""
+        """The activation of the bottleneck if the network names none; None stands for that of the other layers."""
         return None
 
     def build(self, layer: LayerSpec, number: int) -> LayerSpec:
-        """The layer that is trained by this objective, made of the one that the network describes.
+        """Return the layer that the network describes with the changes that this variant needs.
 
         Args:
-            number: the layer's place in the stack; layer 1 reads the data.
+            number: the layer's place in the stack, where layer 1 reads the data.
 
         Raises:
-            InputError: the objective is not defined for such a layer.
+            InputError: the variant is not defined for such a layer.
         """
         return layer
 
     @abstractmethod
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        """Terms of the objective for x of shape (batch, *in_shape); each a mean over the batch."""
+        """Return the terms of the objective for rows `x` (batch, *in_shape).
+
+        Each is a scalar, averaged over the batch and already weighted; the objective is their sum.
+        """

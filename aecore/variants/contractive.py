@@ -14,27 +14,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aecore.core.types import Terms
-    from aecore.models.protocol import Autoencoder
+    from aecore.models.autoencoder import Autoencoder
     from aecore.models.spec import LayerSpec
 
 
 class Contractive(Objective):
-    """Reconstructs from a code that hardly moves with the input: reconstruction + weight * ||J||_F^2, where J is the
-    Jacobian of the encoder (Rifai et al., ICML 2011, eq. 2)."""
+    """The contractive autoencoder of Rifai et al. (ICML 2011) reconstructs its input from a code that hardly moves when
+    the input does.
+
+    It minimises the reconstruction term plus `weight` times ||J||_F^2, the squared Frobenius norm of the Jacobian of
+    the encoder at the input (eq. 2). It assumes that the code of a row does not depend on the other rows, so that batch
+    normalisation is refused.
+    """
 
     paper: ClassVar = "Rifai et al., ICML 2011"
     kind: Literal["contractive"] = "contractive"
     weight: NonNegativeFloat = 0.1
-    """Weight of the squared Frobenius norm, in units of the reconstruction term."""
+    """Weight of the squared Frobenius norm of the encoder's Jacobian, in units of the reconstruction term."""
     probes: PositiveInt | None = 1
-    """Random directions a row that estimate the norm where it has no closed form (all but one dense layer); null
-    computes it exactly, at the price of a pass for each code."""
+    """Number of random directions per row that estimate the norm. Only a single dense layer has a closed form and needs
+    none. null computes the norm exactly, which costs a backward pass per unit of the code."""
 
     def build(self, layer: LayerSpec, number: int) -> LayerSpec:
         if layer.normalization == "batch":
             raise InputError(
-                "network.normalization: batch makes a code depend on the other rows, so it has no Jacobian of its own; "
-                "use layer or none with variant contractive"
+                "network.normalization: batch makes the code of a row depend on the other rows, so that the row has no "
+                "Jacobian of its own; use layer or none with the contractive variant"
             )
         return layer
 

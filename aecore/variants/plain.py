@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aecore.core.types import Terms
-    from aecore.models.protocol import Autoencoder
+    from aecore.models.autoencoder import Autoencoder
 
 
 class Plain(Objective):
-    """Reconstruction alone; what keeps it from the identity map is the bottleneck (or dropout, or weight decay)."""
+    """The plain autoencoder of Hinton & Salakhutdinov (2006) minimises the reconstruction term alone.
+
+    It assumes that something else keeps the network from the identity map: a bottleneck, dropout or weight decay.
+    """
 
     paper: ClassVar = "Hinton & Salakhutdinov, Science 313 (2006); Bengio et al., NIPS 2006"
     kind: Literal["plain"] = "plain"

@@ -16,30 +16,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aecore.core.types import Activation, Terms
-    from aecore.models.protocol import Autoencoder
+    from aecore.models.autoencoder import Autoencoder
     from aecore.models.spec import LayerSpec
 
 
 class Sparse(Objective):
-    """Reconstructs from a code of which little is active at a time.
+    """The sparse autoencoder reconstructs its input from a code in which few units are active at a time.
 
-    `l1` adds the sum of absolute codes. `kl` holds each unit's mean activation over the batch at `rate` (Ng, CS294A
-    lecture notes, sec. 3), for sigmoid codes alone: an activation outside (0, 1) is no rate. `topk` keeps the `k`
-    largest codes of a row and needs no weight (Makhzani & Frey, ICLR 2014).
+    There are three ways to make the code sparse. `l1` adds `weight` times the sum of the absolute codes of a row. `kl`
+    adds `weight` times the divergence of each unit's mean activation over the batch from `rate` (Ng, CS294A lecture
+    notes, sec. 3); it assumes sigmoid codes, as an activation outside (0, 1) is not a rate. `topk` keeps the `k`
+    largest codes of a row and has no penalty (Makhzani & Frey, ICLR 2014).
     """
 
     paper: ClassVar = "Ng, CS294A (2011); Makhzani & Frey, ICLR 2014"
     kind: Literal["sparse"] = "sparse"
     penalty: Literal["l1", "kl", "topk"] = "l1"
-    """What makes the code sparse: l1 of the codes, kl to a target rate (sigmoid codes), or topk."""
+    """How the code is made sparse: l1 penalises absolute codes, kl mean activations that differ from a target rate (for
+    sigmoid codes), and topk keeps the largest codes only."""
     weight: NonNegativeFloat = 0.1
-    """Weight of l1 or kl, in units of the reconstruction term."""
+    """Weight of the l1 or kl penalty, in units of the reconstruction term; topk has none."""
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Target mean activation of each unit (kl)."""
+    """Target of each unit's mean activation over a batch, between 0 and 1 (only for kl)."""
     k: PositiveFloat = 0.1
-    """Codes kept active (topk): a share of the units below 1, else a number."""
+    """Codes that stay active in each row (only for topk): a share of the units if below 1, else a number of units."""
     alpha: Annotated[float, Field(ge=1)] = 1.0
-    """Factor on k when encoding for others; the decoder always reads k (topk)."""
+    """Factor on k for the codes that a trained encoder emits; the decoder always reads k of them (only for topk)."""
 
     @property
     def code_activation(self) -> Activation | None:
@@ -53,14 +55,14 @@ class Sparse(Objective):
             )
         if self.penalty == "kl" and layer.dropout:
             raise InputError(
-                "variant.penalty: kl needs codes in (0, 1), dropout scales them beyond; set pretrain.dropout 0"
+                "variant.penalty: kl needs codes in (0, 1), and dropout scales them beyond 1; set pretrain.dropout 0"
             )
         if self.penalty != "topk":
             return layer
         units = prod(layer.code_shape)
         k = ceil(self.k * units) if self.k < 1 else int(self.k)
         if k > units:
-            raise InputError(f"variant.k: {k} codes kept of the {units} that layer {number} has; keep fewer")
+            raise InputError(f"variant.k: {k} codes are more than the {units} that layer {number} has; keep fewer")
         return layer.model_copy(update={"top_k": k, "top_k_encoding": round(min(units, self.alpha * k))})
 
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:

@@ -14,35 +14,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aecore.core.types import Activation, Terms
-    from aecore.models.protocol import Autoencoder
+    from aecore.models.autoencoder import Autoencoder
     from aecore.models.spec import LayerSpec
 
 
 class Variational(Objective):
-    """Maximises the evidence lower bound: E_q[log p(x|z)] - beta * KL(q(z|x) || N(0, 1)) with a Gaussian posterior,
-    reparameterised (Kingma & Welling 2014, eq. 10; beta: Higgins et al. 2017). Sums over features and codes, mean over
-    the batch.
+    """The variational autoencoder of Kingma & Welling (2014) maximises the evidence lower bound of the data.
 
-    The code is the posterior's mean. p(x|z) is `data.likelihood`: squared error is a Gaussian of variance 1/2 without
-    its constant; on grey values cross-entropy is no likelihood, continuous_bernoulli is one (Loaiza-Ganem & Cunningham
-    2019).
+    The bound is E_q[log p(x|z)] - beta * KL(q(z|x) || N(0, 1)) (eq. 10; beta by Higgins et al. 2017), summed over
+    features and codes and averaged over the batch. Codes are drawn by reparameterisation. It assumes that the posterior
+    q(z|x) is Gaussian with independent codes; the code that the layer emits is its mean. p(x|z) is `data.likelihood`:
+    squared error is a Gaussian of variance 1/2 without its constant. On grey values cross-entropy is not a likelihood,
+    but continuous_bernoulli is (Loaiza-Ganem & Cunningham 2019).
     """
 
     paper: ClassVar = "Kingma & Welling, ICLR 2014; Higgins et al., ICLR 2017"
     kind: Literal["variational"] = "variational"
     beta: NonNegativeFloat = 1.0
-    """Weight of the divergence from the prior; 1 is the bound itself."""
+    """Weight of the divergence from the prior; 1 gives the evidence lower bound itself."""
     binarize: bool = False
-    """Draw each pixel as 0 or 1 with its grey value's probability, anew each time (bernoulli only)."""
+    """Whether each pixel is drawn as 0 or 1, with its grey value as the probability of 1, anew for every batch (only
+    for the bernoulli likelihood)."""
 
     @property
     def code_activation(self) -> Activation | None:
-        return "linear"  # the prior knows no bounds
+        return "linear"  # codes of the prior have no bounds
 
     def build(self, layer: LayerSpec, number: int) -> LayerSpec:
         if self.binarize and number == 1 and layer.likelihood != "bernoulli":
             raise InputError(
-                f"variant.binarize: needs the bernoulli likelihood, the data have {layer.likelihood}; "
+                f"variant.binarize: needs the bernoulli likelihood, but the data have {layer.likelihood}; "
                 "set --data.likelihood bernoulli or --variant.binarize false"
             )
         return layer.model_copy(update={"stochastic": True})
@@ -51,7 +52,7 @@ class Variational(Objective):
         import torch
 
         if self.binarize and model.likelihood == "bernoulli":
-            x = (torch.rand_like(x) < x).to(x.dtype)  # a quarter of torch.bernoulli's time on CPU
+            x = (torch.rand_like(x) < x).to(x.dtype)  # takes a quarter of torch.bernoulli's time on CPU
         mean, log_variance = model.posterior(x)
         code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         return {
