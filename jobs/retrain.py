@@ -1,8 +1,10 @@
 """python -m jobs.retrain [RECIPE.yaml] --model NAME [--logical-date D] [--dotted.field VALUE ...]
 
-Train again if the data have changed, and let the new model be champion only if it is proven better; never twice.
+Train a registered model again if the data have changed, and let the new model be champion only if it is proven better.
+One decision is made for a model and a date, however often the command is fired.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +16,21 @@ from aecore.core.errors import InputError
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import open_store
-from pipelines.retraining import retrain
+from pipelines.retraining.history import dates_to_decide
+from pipelines.retraining.plan import plan
+from pipelines.retraining.retrain import Firing, retrain, rollback
+from pipelines.retraining.rule import Rule, check_recipe
 
 
-class Retrain(Experiment, retrain.Rule):
-    """Retraining on a schedule: champion and challenger on the same rows, drift, aliases in MLflow's registry.
+class Retrain(Experiment, Rule):
+    """Retrains a registered model on new data: champion and challenger are compared on the same rows, drift is
+    measured, and the aliases in MLflow's registry follow.
 
-    Every field can be set in the recipe, in the environment (DIABOLO__MARGIN) and here, where the last wins.
+    Every field can be set in the recipe, in the environment (DIABOLO__MARGIN) or here; the last one wins.
     """
 
     recipe: CliPositionalArg[Path | None] = None
-    """YAML file with whatever differs from the defaults."""
+    """YAML file with the fields that differ from the defaults."""
     data: Data = Data(split="content")
     control: bool = False
     """Also finetune the same network from random weights, to see what pretraining is worth."""
@@ -32,61 +38,61 @@ class Retrain(Experiment, retrain.Rule):
     model: Annotated[str | None, Field(pattern=cli.NAME)] = None
     """Name of the registered model; its aliases champion, previous and challenger are set here."""
     rollback: CliImplicitFlag[bool] = False
-    """Let champion and previous change places, and do nothing else."""
+    """Let champion and previous champion change places, and do nothing else."""
     warm_start: CliImplicitFlag[bool] = False
     """Finetune from the champion's weights instead of pretraining anew."""
     only_on_drift: CliImplicitFlag[bool] = False
     """Train only if the data have drifted from those that the champion was trained on."""
     webhook: str | None = None
-    """URL that the final JSON is posted to, however the command ends."""
+    """URL to which the final JSON is posted, however the command ends."""
     plan: CliImplicitFlag[bool] = False
-    """Print what would be decided on and which stages would run, and stop."""
+    """Print the dates that would be decided on and the stages that would run, and stop."""
 
     @field_validator("webhook")
     @classmethod
-    def _is_address(cls, url: str | None) -> str | None:
+    def _check_webhook(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError("webhook: not an address; write http://HOST/PATH or https://HOST/PATH")
         return url
 
     @property
     def experiment(self) -> Experiment:
-        """The hashed part."""
+        """The fields that are hashed into the keys of the stages."""
         return Experiment.model_validate(self.model_dump(include=set(Experiment.model_fields)))
 
     @property
-    def rule(self) -> retrain.Rule:
-        """The part that decides."""
-        return retrain.Rule.model_validate(self.model_dump(include=set(retrain.Rule.model_fields)))
+    def rule(self) -> Rule:
+        """The fields by which it is decided whether to train and whom to promote."""
+        return Rule.model_validate(self.model_dump(include=set(Rule.model_fields)))
 
 
 def run(settings: Retrain) -> dict[str, Any] | None:
-    """Decide; the report for the last line of stdout, None for a plan."""
-    name, rule = settings.model, settings.rule
-    if name is None:
+    """Decide, and return the report for the last line of stdout, or None where only the plan is printed."""
+    model, experiment, rule, resources = settings.model, settings.experiment, settings.rule, settings.resources
+    if model is None:
         raise InputError("model: name the registered model, --model NAME")
-    retrain.check(settings.experiment)
-    tracker = open_store(settings.resources, create=not settings.plan, ready=False)
+    check_recipe(experiment)
+    tracker = open_store(resources, create=not settings.plan, ready=False)
     if settings.plan:
-        for line in retrain.plan(name, settings.experiment, rule, tracker, settings.resources):
+        for line in plan(model, experiment, rule, tracker, resources):
             print(line)
         return None
     assert tracker is not None
     if settings.rollback:
-        reports = [retrain.rollback(name, tracker, cli.ray_tags())]
+        reports = [rollback(model, tracker, cli.ray_tags())]
     else:
-        days = retrain.dates(name, rule, tracker)
-        if not days:
-            reason = f"{rule.logical_date} lies more than {rule.max_lag} days back (max_lag)"
-            return {"status": "unchanged", "reason": reason, "logical_date": rule.logical_date.isoformat()}
-        reports = [
-            retrain.retrain(name, settings.experiment, rule, day, tracker, settings.resources, cli.say, cli.ray_tags())
-            for day in days
-        ]
+        firing = Firing(
+            model=model, experiment=experiment, rule=rule, day=rule.logical_date, tracker=tracker, resources=resources,
+            say=cli.say, tags=cli.ray_tags(),
+        )  # fmt: skip
+        reports = [retrain(replace(firing, day=day)) for day in dates_to_decide(model, rule, tracker)]
+    if not reports:
+        reason = f"{rule.logical_date} lies more than {rule.max_lag} days back (max_lag)"
+        return {"status": "unchanged", "reason": reason, "logical_date": rule.logical_date.isoformat()}
     for report in reports:
         _print_table(report)
-    more = [{key: report[key] for key in ("logical_date", "status", "run_id")} for report in reports[:-1]]
-    return {**reports[-1], **({"earlier": more} if more else {})}
+    earlier = [{key: report[key] for key in ("logical_date", "status", "run_id")} for report in reports[:-1]]
+    return {**reports[-1], **({"earlier": earlier} if earlier else {})}
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -94,14 +100,14 @@ def _print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    found, title = report["metrics"], Text(f"{report['status']}: {report['reason']}")
+    metrics, title = report["metrics"], Text(f"{report['status']}: {report['reason']}")
     table = Table("", "all test rows", "frozen", "newest", title=title, title_justify="left")
-    models = [f"{who}/{what}" for what in ("accuracy", "reconstruction") for who in ("champion", "challenger")]
+    models = [f"{model}/{metric}" for metric in ("accuracy", "reconstruction") for model in ("champion", "challenger")]
     for row in ("rows", *models, "difference", "difference_low", "difference_high"):
-        values = [found.get(prefix + row) for prefix in ("", "frozen/", "newest/")]
+        values = [metrics.get(prefix + row) for prefix in ("", "frozen/", "newest/")]
         if any(value is not None for value in values):
-            shown = "{:,.0f}" if row == "rows" else "{:.5f}" if row.endswith("reconstruction") else "{:.2%}"
-            table.add_row(row, *("" if value is None else shown.format(value) for value in values))
+            style = "{:,.0f}" if row == "rows" else "{:.5f}" if row.endswith("reconstruction") else "{:.2%}"
+            table.add_row(row, *("" if value is None else style.format(value) for value in values))
     Console(width=110).print(table)
 
 

@@ -27,7 +27,7 @@ from aecore.stages.context import Run
 from aecore.stages.drift import cliff, compare, drift, words
 from aecore.stages.finetune import finetune
 from pipelines.graph.recipe import build
-from pipelines.retraining.retrain import decide
+from pipelines.retraining.rule import judge
 from tests.test_stream import images
 
 MARGIN = 0.005
@@ -75,7 +75,7 @@ def scores(whole: tuple[float, float, float], frozen: tuple[float, float, float]
     ],
 )
 def test_the_rule(found: dict[str, float], promoted: bool, why: str) -> None:
-    took, reason = decide("accuracy", found, MARGIN)
+    took, reason = judge("accuracy", found, MARGIN)
     assert took == promoted and re.search(why, reason), reason
 
 
@@ -90,7 +90,7 @@ def simulated(gap: float, rng: np.random.Generator, rows: int = 10_000) -> bool:
     better = rng.choice([1.0, -1.0, 0.0], rows, p=[*chances, 1 - sum(chances)])
     _, *interval = gain(better)
     names = ("difference", "difference_low", "difference_high")
-    return decide("accuracy", {"rows": float(rows), **dict(zip(names, interval, strict=True))}, MARGIN)[0]
+    return judge("accuracy", {"rows": float(rows), **dict(zip(names, interval, strict=True))}, MARGIN)[0]
 
 
 def test_what_is_no_better_is_not_promoted_and_a_gain_of_a_point_is() -> None:

@@ -28,7 +28,8 @@ from jobs.retrain import Retrain, run
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import Outcome, run_here
 from pipelines.graph.stage import Stage
-from pipelines.retraining import retrain
+from pipelines.retraining import retrain, rule
+from pipelines.retraining.history import dates_to_decide
 from pipelines.store.tracking import Tracker, connect
 from tests.test_train import Done, clean
 from tests.test_train import command as started
@@ -207,7 +208,7 @@ def test_another_champion_meanwhile_is_the_one_to_beat(
         if "contest" in outcomes and not raced:  # between this firing's contest and its decision another one is faster
             raced.append(1)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(retrain, "decide", lambda *_: (True, "by all means"))
+                patch.setattr(rule, "judge", lambda *_: (True, "by all means"))
                 assert aliases(here(*day(2), "--seed", "1"))[0] == "2"
         return outcomes
 
@@ -251,12 +252,12 @@ def test_broken_off_between_the_aliases_it_is_done_again_alike(
         monkeypatch.setattr(Tracker, "set_alias", broken)
         with pytest.raises(KeyboardInterrupt):
             here(*day(2))
-    conclude = retrain._Firing.conclude
+    conclude = vars(retrain)["_conclude"]
     monkeypatch.setattr(Tracker, "set_alias", real)
-    monkeypatch.setattr(retrain._Firing, "conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(retrain, "_conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         here(*day(2))  # all aliases are set, and nobody was told
-    monkeypatch.setattr(retrain._Firing, "conclude", conclude)
+    monkeypatch.setattr(retrain, "_conclude", conclude)
     report = here(*day(2))
     assert report["status"] == "promoted" and "version 2 against 1" in report["reason"]
     assert aliases(report) == ("2", "1", "2")
@@ -265,12 +266,12 @@ def test_broken_off_between_the_aliases_it_is_done_again_alike(
 def test_missed_dates(champion: Path, here: Here) -> None:
     tracker = store(champion)
 
-    def missed(last: int, **rule: Any) -> list[int]:
-        made = retrain.Rule(logical_date=date(2026, 11, last), **rule)
-        return [found.day for found in retrain.dates("digits", made, tracker)]
+    def missed(last: int, **fields: Any) -> list[int]:
+        made = rule.Rule(logical_date=date(2026, 11, last), **fields)
+        return [found.day for found in dates_to_decide("digits", made, tracker)]
 
     assert missed(4) == [4] and missed(4, catch_up="all") == [2, 3, 4] and missed(1, catch_up="all") == [1]
-    lag = (retrain.today() - date(2026, 11, 3)).days
+    lag = (rule.today() - date(2026, 11, 3)).days
     assert missed(4, catch_up="all", max_lag=lag) == [3, 4] and missed(1, max_lag=lag) == []
     late = here(*day(1), "--max-lag", "0") if lag > 0 else {"status": "unchanged", "reason": "(max_lag)"}
     assert late["status"] == "unchanged" and "(max_lag)" in late["reason"]
@@ -337,11 +338,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "another shape": (vectors, [], r"data: rows have the shape \(5,\), those of models:/digits@champion \(1, 8, 8\)"),
     "other values": (floats, ["--data.likelihood", "bernoulli"], "data: values are floats, those of .* bytes"),
     "a class is gone": (
-        lambda folder: write(folder, 0, 700, range(7)), [], "data: no row is of the classes 7, 8 any more"
+        lambda folder: write(folder, 0, 700, range(7)), [], "data: no row has the classes 7, 8 any more"
     ),
     "no labels": (
         lambda folder: write(folder, 0, 900), ["--data.labels", "null"],
-        "finetune.task: models:/digits@champion is to classify, this is to reconstruct",
+        "finetune.task: models:/digits@champion was trained to classify, this model to reconstruct",
     ),
     "another cut": (
         lambda folder: write(folder, 0, 900), ["--data.test", "0.3"],
@@ -397,6 +398,9 @@ def test_the_plan_writes_nothing(champion: Path, monkeypatch: pytest.MonkeyPatch
     assert run(cli.parse(Retrain, "test", [*line, "--warm-start"])) is None
     said = capsys.readouterr().out
     assert re.search(r"drift +\w{12}  would run", said) and "layer 1" not in said
+    # whether there is an autoencoder to compare by is seen before the warm start leaves the pretraining out
+    assert run(cli.parse(Retrain, "test", [*line, "--warm-start", "--metric", "reconstruction"])) is None
+    assert re.search(r"contest +\w{12}  would run", capsys.readouterr().out)
     assert (champion / "mlflow.db").stat().st_mtime_ns == before
 
 

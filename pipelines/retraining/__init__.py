@@ -1,1 +1,1 @@
-"""Champion and challenger: when a model is trained again, and when the new one takes over."""
+"""Retraining on new data: when a model is trained again, and when the new one becomes the champion."""

@@ -1,0 +1,181 @@
+"""The two models that are compared: the champion, and the candidate that one day's data and recipe would make."""
+
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import TYPE_CHECKING
+
+from aecore.config.experiment import Experiment
+from aecore.config.facts import Facts
+from aecore.config.specs import ContestSpec, DriftSpec, FinetuneSpec
+from aecore.core.errors import InputError, join_names
+from aecore.core.fingerprint import fingerprint
+from aecore.data.dataset import inspect
+from aecore.models.storage import Result
+from pipelines.cluster.resources import Resources
+from pipelines.graph.recipe import Stacked, build, from_parent
+from pipelines.graph.stage import Finished, Known, Stage
+from pipelines.retraining.rule import Metric, Rule
+
+if TYPE_CHECKING:
+    from pipelines.store.tracking import Tracker, Version
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+"""Aliases of a registered model in MLflow: the best version, the one that it replaced, and the one compared last."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version of a registered model that is the champion, with the stages that made it."""
+
+    name: str
+    """models:/NAME@champion."""
+    number: str
+    """Its version in the registry."""
+    finetune: Finished
+    """The stage that trained it."""
+    contest: Finished
+    """The contest that it won."""
+    model: Result
+    """The result of `finetune`."""
+    contest_result: Result
+    """Ids of the test rows of that day, and in its config what the data were like."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The model that the data and the recipe of one day would make, before it is trained."""
+
+    facts: Facts
+    graph: Stacked
+    identity: str
+    """Hash of the data and the recipe, which does not depend on who is champion."""
+
+    @property
+    def finetune(self) -> Stage:
+        """The stage whose result is the model."""
+        assert self.graph.finetune is not None
+        return self.graph.finetune
+
+    @property
+    def spec(self) -> FinetuneSpec:
+        """The specification of `finetune`."""
+        assert isinstance(self.finetune.spec, FinetuneSpec)
+        return self.finetune.spec
+
+
+def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champion:
+    """Load the champion and the results that it rests on.
+
+    Raises:
+        InputError: it was not made champion by this command, or its artifacts are lost.
+    """
+    from pipelines.store.tracking import LostResultError
+
+    name = f"models:/{model}@{CHAMPION}"
+
+    def load(title: str, tag: str) -> tuple[Finished, Result]:
+        if not (key := version.tags.get(tag)):
+            raise InputError(
+                f"model: {name}, version {version.number} was not made champion by jobs.retrain, so it is not known "
+                "which rows it was trained on; delete the alias, or name another --model"
+            )
+        try:
+            if not (run_id := tracker.find(key)):
+                raise LostResultError("no such run in this MLflow experiment")
+            return Finished(title, "", Known(key=key)), tracker.restore(run_id)
+        except LostResultError as error:
+            raise InputError(
+                f"model: the results behind {name}, version {version.number} are lost ({error}); set "
+                "MLFLOW_EXPERIMENT_NAME to the experiment that it was trained in, use --rollback, or delete the alias"
+            ) from error
+
+    finetune, result = load("champion", "stage.key")
+    contest, contest_result = load("earlier contest", "contest.key")
+    return Champion(name, version.number, finetune, contest, result, contest_result)
+
+
+def candidate_of(experiment: Experiment, day: date, rule: Rule, resources: Resources) -> Candidate:
+    """Inspect the data of a day and build the stages that would train on them; nothing runs.
+
+    Raises:
+        InputError: the data cannot be used, or the experiment does not fit them.
+    """
+    if experiment.data.path is not None and "{date}" in experiment.data.path:
+        path = experiment.data.path.replace("{date}", day.isoformat())
+        experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": path})})
+    facts = inspect(experiment.data)
+    graph = build(experiment, facts, resources.numerics)
+    assert graph.finetune is not None
+    return Candidate(facts, graph, fingerprint("retrain", graph.finetune.key, rule.warm_start))
+
+
+def resolve_metric(rule: Rule, candidate: Candidate, champion: Champion | None) -> Metric:
+    """Return the measure by which the two models are compared.
+
+    Raises:
+        InputError: one of the models does not have the measure that the rule asks for.
+    """
+    classifies = candidate.spec.task == "classify"
+    if rule.metric == "accuracy" and not classifies:
+        raise InputError("metric: accuracy needs a model that classifies, this one reconstructs; use reconstruction")
+    if rule.metric != "reconstruction":
+        return "accuracy" if classifies else "reconstruction"
+    has_autoencoder = champion is None or champion.model.config["autoencoder"]
+    if classifies and not (candidate.graph.layers and has_autoencoder):
+        raise InputError("metric: reconstruction needs an autoencoder, and nothing was pretrained; use accuracy")
+    return "reconstruction"
+
+
+def check_schema(candidate: Candidate, champion: Champion) -> None:
+    """Check that the candidate's data and task are of the same kind as the champion's.
+
+    Raises:
+        InputError: they differ, so that the two models cannot be compared on the same test rows.
+    """
+    before, name, remedy = champion.contest_result.config, champion.name, "correct that, or name another --model"
+    facts, known = candidate.facts, Facts.model_validate(before["facts"])
+    if facts.shape != known.shape:
+        raise InputError(f"data: rows have the shape {facts.shape}, those of {name} {known.shape}; {remedy}")
+    if facts.levels != known.levels:
+        kinds = ["bytes" if levels else "floats" for levels in (facts.levels, known.levels)]
+        raise InputError(f"data: values are {kinds[0]}, those of {name} {kinds[1]}; {remedy}")
+    task, known_task = candidate.spec.task, champion.model.config["task"]
+    if task != known_task:
+        raise InputError(f"finetune.task: {name} was trained to {known_task}, this model to {task}; {remedy}")
+    if missing := [label for label in known.classes if label not in facts.classes]:
+        raise InputError(f"data: no row has the classes {join_names(missing)} any more, which {name} knows; {remedy}")
+    data = candidate.graph.experiment.data
+    if (data.split, data.test) != (before["split"], before["test"]):
+        raise InputError(
+            f"data.test: {data.test:g}, but the test rows of {name} were cut by {before['test']:g} "
+            f"({before['split']}), so that it would be tested on rows of its training; {remedy}"
+        )
+
+
+def start_from_champion(candidate: Candidate, champion: Champion) -> Candidate:
+    """Return the candidate without pretraining: its finetuning starts from the champion's weights.
+
+    Raises:
+        InputError: the two networks differ in more than dropout.
+    """
+    known = [{**layer, "dropout": 0} for layer in champion.model.config["layers"]]
+    if known != [{**layer.model_dump(mode="json"), "dropout": 0} for layer in candidate.spec.layers]:
+        raise InputError(f"warm_start: the network is not that of {champion.name}; leave warm_start out once")
+    return replace(candidate, graph=from_parent(candidate.graph, champion.finetune))
+
+
+def drift_stage(candidate: Candidate, champion: Champion, rule: Rule) -> Stage:
+    """Return the stage that compares the day's new rows with those that the champion was trained on."""
+    spec = DriftSpec(classes=candidate.facts.classes, threshold=rule.drift_effect)
+    inputs = {"data": candidate.graph.data, "champion": champion.finetune, "earlier": champion.contest}
+    return Stage("drift", "drift.drift", spec, inputs)
+
+
+def contest_stage(candidate: Candidate, champion: Champion | None, metric: Metric) -> Stage:
+    """Return the stage that compares the candidate with the champion, or scores it alone where there is none yet."""
+    data = candidate.graph.experiment.data
+    spec = ContestSpec(metric=metric, facts=candidate.facts, split=data.split, test=data.test)
+    inputs: dict[str, Stage] = {"data": candidate.graph.data, "challenger": candidate.finetune}
+    if champion:
+        inputs |= {"champion": champion.finetune, "earlier": champion.contest}
+    return Stage("contest", "contest.contest", spec, inputs)
