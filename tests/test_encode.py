@@ -321,8 +321,8 @@ def test_a_killed_job_goes_on(mnist_root: Path, tmp_path: Path) -> None:
 def test_the_readme_serves_the_same_columns(
     models: dict[str, Result], tracker: Tracker, tmp_path: Path
 ) -> None:  # fmt: skip
-    """The two lines of the README, as they stand there but for the port and the name."""
-    block = (ROOT / "README.md").read_text().split("The same columns by HTTP")[1].split("\n\n")[1]
+    """The two lines of jobs/ENCODE.md, as they stand there but for the port and the name."""
+    block = (ROOT / "jobs" / "ENCODE.md").read_text().split("## Serving")[1].split("\n\n")[2]
     serve, curl = re.sub(r"^    ", "", block, flags=re.MULTILINE).split("\n", 1)
     port = free_port()
     command = (
