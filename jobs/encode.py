@@ -1,6 +1,7 @@
 """python -m jobs.encode --model models:/NAME@ALIAS --output FOLDER [--data.path ...] [--dotted.field VALUE ...]
 
-A data set through a registered model into Parquet: codes, predictions, anomaly scores. Or codes back, or samples.
+Run a data set through a registered model and write codes, predictions and anomaly scores as Parquet files. It can also
+turn codes back into reconstructions, or draw samples.
 """
 
 from pathlib import Path
@@ -19,47 +20,47 @@ from aecore.models.storage import Result
 from aecore.serving.encoding import Way, Work, fit_codes, fit_data
 from jobs import cli
 from pipelines.cluster.resources import Resources
-from pipelines.encoding.encode import absolute, write
+from pipelines.encoding.encode import absolute_path, write_files
 from pipelines.execution.run import open_store
 from pipelines.host.environment import store_is_empty, store_uri
 
 
 class Encode(Frozen):
-    """Encode all rows of a data set with a registered model, into a folder of Parquet files.
+    """Encodes all rows of a data set with a registered model, into a folder of Parquet files.
 
-    One row each: `id` (running), `file` and `row` (where it came from), `code`, of a classifier `prediction` and
-    `probability`, and, where there is an autoencoder, `reconstruction_mse` and `anomaly_score` (percent of the
-    model's validation rows that it reconstructs no worse). The same command again goes on where it was killed.
+    Each row has `id` (a running number), `file` and `row` (where it came from) and `code`. Classifiers add `prediction`
+    and `probability`. Models with an autoencoder add `reconstruction_mse` and `anomaly_score`: the percentage of the
+    model's validation rows that it reconstructs no worse. If the command is killed, the same command finishes the job.
     """
 
     recipe: CliPositionalArg[Path | None] = None
-    """YAML file with whatever differs from the defaults."""
+    """YAML file with the fields that differ from the defaults."""
     model: str | None = None
-    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    """The registered model: models:/NAME@ALIAS or models:/NAME/VERSION."""
     data: Data = Data(labels=None)
-    """All rows are encoded, whatever their split. Labels are ignored unless `data.labels` asks for them."""
+    """The data set; all rows are encoded, whatever their split. Labels are left out unless `data.labels` is set."""
     output: str | None = None
     """Folder or URI for the Parquet files."""
     decode: str | None = None
-    """Folder of codes that this command wrote: reconstruct from these, in place of `data`."""
+    """Folder of codes that this command wrote; they are reconstructed, and `data` is not read."""
     sample: PositiveInt | None = None
-    """So many rows drawn from a variational model, in place of `data`."""
+    """Number of rows to draw from a variational model; `data` is not read."""
     workers: PositiveInt | None = None
     """Processes side by side, each with one CPU; null takes as many as the cluster holds."""
     gpus: Annotated[float | None, Field(ge=0)] = None
-    """GPUs a worker, fractions allowed; null takes 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker, fractions allowed; null takes 1 where the cluster has GPUs, else 0."""
     batch_size: PositiveInt | None = None
     """Rows that a worker computes at once; null takes 2,048, or fewer where a row has many outputs."""
 
 
 def encode(settings: Encode) -> dict[str, Any]:
-    """Run the job; the report for the last line of stdout."""
+    """Run the job and return the report for the last line of stdout."""
     if settings.model is None:
         raise InputError("model: missing; name one, --model models:/NAME@champion")
     if settings.output is None:
         raise InputError("output: missing; name a folder, --output codes")
     if settings.decode is not None and settings.sample is not None:
-        raise InputError("sample: decode is asked for too; leave one of them out")
+        raise InputError("sample: excludes decode; leave one of them out")
     if store_is_empty():
         raise InputError(
             f"model: {store_uri()} does not exist, so there is no {settings.model}; set MLFLOW_TRACKING_URI"
@@ -67,36 +68,37 @@ def encode(settings: Encode) -> dict[str, Any]:
     tracker = open_store(Resources(), ready=False)
     assert tracker is not None
     model = tracker.load_model(settings.model)
-    way, data, facts, rows = _read_from(settings, model.result, model.uri, model.digest)
-    work = Work(way, model.uri, model.digest, data, facts, rows, absolute(settings.output), settings.batch_size)
+    way, data, facts, rows = _find_rows(settings, model.result, model.uri, model.digest)
+    output = absolute_path(settings.output)
+    work = Work(way, model.uri, model.digest, data, facts, rows, output, settings.batch_size)
 
-    key = fingerprint("encode", work.identity, work.output)
+    key = fingerprint("encode", work.identity, output)
     tags = {name.removeprefix("diabolo."): value for name, value in work.identity.items()} | cli.ray_tags()
-    config = cli.without_secrets(settings.model_dump(mode="json"))
-    with tracker.job_run("encode", key, tags, config) as run_id:
+    with tracker.job_run("encode", key, tags, cli.without_secrets(settings.model_dump(mode="json"))) as run_id:
         if facts is not None and data is not None:
             tracker.log_data(run_id, data.name, facts, "inference", model.model_id)
-        done = write(work, model.result, tracker.uri, settings.workers, settings.gpus, cli.say)
-        metrics = {"rows": float(done.rows), "files": float(done.files)}
-        if done.fresh:
-            metrics |= {"encode_seconds": done.seconds, "rows_per_second": done.fresh / max(done.seconds, 1e-9)}
+        written = write_files(work, model.result, tracker.uri, settings.workers, settings.gpus, cli.say)
+        metrics = {"rows": float(written.rows), "files": float(written.files)}
+        if written.computed:
+            rate = written.computed / max(written.seconds, 1e-9)
+            metrics |= {"encode_seconds": written.seconds, "rows_per_second": rate}
         tracker.log_summary(run_id, metrics, {})
-    print(f"{done.rows:,} rows in {done.files} files, {done.fresh:,} of them made now, by {model.uri}")
+    print(f"{written.rows:,} rows in {written.files} files, {written.computed:,} of them computed now, by {model.uri}")
     return {
         "status": "finished",
         "run_id": run_id,
         "model": model.uri,
-        "output": work.output,
-        "rows": {"all": done.rows, "made": done.fresh},
+        "output": output,
+        "rows": {"all": written.rows, "made": written.computed},
         "metrics": metrics,
     }
 
 
-def _read_from(settings: Encode, result: Result, model: str, digest: str) -> tuple[Way, Data | None, Facts | None, int]:
-    """What is to be done, and with which rows.
+def _find_rows(settings: Encode, result: Result, model: str, digest: str) -> tuple[Way, Data | None, Facts | None, int]:
+    """Return what is to be computed, from which data, what is known of them, and how many rows they have.
 
     Raises:
-        InputError: these, or that, are not for this model.
+        InputError: the data, the codes or the sampling do not fit the model.
     """
     last = LayerSpec.model_validate(result.config["layers"][-1])
     if settings.sample is not None:
@@ -106,11 +108,11 @@ def _read_from(settings: Encode, result: Result, model: str, digest: str) -> tup
     if settings.decode is not None:
         if result.config["task"] != "reconstruct":
             raise InputError(f"decode: {model} is a classifier, whose codes have no decoder; name an autoencoder")
-        data = Data(name="parquet", path=absolute(settings.decode), column="code", labels=None)
+        data = Data(name="parquet", path=absolute_path(settings.decode), column="code", labels=None)
         facts = identify(data)
         fit_codes(data, facts, last, model, digest)
         return "decode", data, facts, facts.rows
-    path = settings.data.path and absolute(settings.data.path)
+    path = settings.data.path and absolute_path(settings.data.path)
     data = settings.data.model_copy(update={"root": settings.data.root.absolute(), "path": path})
     facts = identify(data)
     return "encode", fit_data(result, data, facts, model), facts, facts.rows

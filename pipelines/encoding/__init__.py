@@ -1,1 +1,1 @@
-"""A whole data set through a registered model, on Ray Data."""
+"""Encoding of whole data sets with a registered model, on Ray Data."""
