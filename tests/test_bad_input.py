@@ -209,7 +209,7 @@ TABLE: dict[str, Row] = {
         x=replaced(VECTORS, 3, [0.1, -0.1, 0.1, 0.1]),
     ),
     "categorical": rows(
-        "data.likelihood: categorical needs integer pixels, these are floats; use gaussian",
+        "data.likelihood: categorical needs integer pixels, but these are floats; use gaussian",
         "--data.likelihood categorical",
         x=VECTORS,
     ),
@@ -237,7 +237,7 @@ TABLE: dict[str, Row] = {
         "data: of 40 rows 27 are left to train on, fewer than the 40 classes; bring more", x=VECTORS, label=IDS
     ),
     "no labels to classify": rows(
-        "finetune.task: classify needs labels, the data have none; use reconstruct",
+        "finetune.task: classify needs labels, but the data have none; use reconstruct",
         "--finetune.task classify",
         x=VECTORS,
     ),
@@ -282,7 +282,7 @@ TABLE: dict[str, Row] = {
     "no width": settings("network.widths.0: input should be greater than 0", "--network.widths [0]"),
     "no widths": settings("network.widths: ... at least 1 item", "--network.widths []"),
     "impossible width": settings(
-        "network.widths: 1000000000000 units make 6.4e+13 weights of layer 1, more than any device holds",
+        "network.widths: 1000000000000 units give layer 1 6.4e+13 weights, more than any device holds",
         "--network.widths [1000000000000]",
     ),
     "kernel": settings(
@@ -290,11 +290,13 @@ TABLE: dict[str, Row] = {
         "--network.kind conv --network.kernel 9",
     ),
     "stride": settings(
-        "network.stride: 20 leaps over the 8 x 8 input of layer 1; use a smaller one",
+        "network.stride: 20 leaps over the 8 x 8 input of layer 1; use a smaller stride",
         "--network.kind conv --network.stride 20",
     ),
     "convolution of vectors": rows(
-        "network.kind: conv needs images, data.name parquet has vectors; use dense", "--network.kind conv", x=VECTORS
+        "network.kind: conv needs images, but data.name parquet has vectors; use dense",
+        "--network.kind conv",
+        x=VECTORS,
     ),
     "kl of ReLU": settings(
         "variant.penalty: kl needs codes in (0, 1), layer 1 has relu; set --network.activation sigmoid",
@@ -324,7 +326,7 @@ TABLE: dict[str, Row] = {
     ),
     "no path": settings("data.path is missing: name a Parquet file, folder or URI", "--data.name parquet"),
     "path too many": settings(
-        "data.path belongs to data.name parquet, not digits: add --data.name parquet", "--data.path x"
+        "data.path is for data.name parquet, not digits: add --data.name parquet", "--data.path x"
     ),
     "nothing to register": settings("register: finetune is null ... set finetune", "--register digits --finetune null"),
     "name to register": settings("register: string should match pattern ... got '../digits'", "--register ../digits"),

@@ -224,6 +224,51 @@ def test_contraction_is_the_jacobians_squared_norm(encoder: str) -> None:
     assert float((slopes[0] - slopes[1]).norm() / slopes[0].norm()) < 0.15
 
 
+_MEMORY_OF_THE_EXACT_JACOBIAN = """
+import resource, torch
+from aecore.models.jacobian import squared_norm
+from aecore.models.layers import Layer
+from aecore.models.spec import LayerSpec
+
+layer = Layer(LayerSpec(
+    kind="conv", in_shape=(3, 32, 32), code_shape=(16, 16, 16), activation="elu", likelihood="gaussian",
+    out_activation="linear", levels=0, dropout=0, normalization="none", tied=False, kernel=3, stride=2, padding=1,
+))
+x = torch.randn(8, 3, 32, 32)
+with torch.no_grad():
+    squared_norm(layer, x, probes=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    squared_norm(layer, x, probes=None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_the_exact_jacobian_takes_bounded_memory() -> None:
+    # the Jacobians of the eight rows have 0.4 GB, and computing all of them at once took 2.6 GB
+    run = subprocess.run(
+        [sys.executable, "-c", _MEMORY_OF_THE_EXACT_JACOBIAN], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 400_000  # kB
+
+
+@pytest.mark.parametrize("directions", [1, 5])
+def test_the_exact_jacobian_is_the_same_in_any_chunks(directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = Layer(conv()), torch.randn(4, 1, 6, 6)
+    whole = squared_norm(layer, x, None)
+    monkeypatch.setattr("aecore.models.jacobian._CHUNK_VALUES", directions * x.numel())
+    assert torch.allclose(squared_norm(layer, x, None), whole, rtol=1e-5)
+
+
+def test_the_exact_jacobian_is_that_of_the_codes_that_dropout_left() -> None:
+    torch.manual_seed(0)
+    layer, x = Layer(conv().model_copy(update={"dropout": 0.5})), torch.randn(4, 1, 6, 6)
+    everything = squared_norm(layer.eval(), x, None)
+    left = squared_norm(layer.train(), x, None)  # those that are left are doubled
+    assert ((left > 0) & (left < 4 * everything)).all() and not torch.allclose(left, everything)
+
+
 def test_a_code_that_depends_on_other_rows_has_no_jacobian() -> None:
     with pytest.raises(InputError, match=r"network\.normalization: batch"):
         Contractive().build(dense(normalization="batch"), 1)

@@ -96,9 +96,9 @@ def test_each_fit_may_have_its_own_dropout() -> None:
 
 
 def test_a_batch_larger_than_the_data_draws_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"pretrain\.batch_size: 2000 is more than the 1797 rows there are"):
+    with pytest.warns(UserWarning, match=r"pretrain\.batch_size: 2000 is more than the 1797 rows of the data"):
         graph(pretrain={"batch_size": 2000})
-    with pytest.warns(UserWarning, match=r"finetune\.batch_size: 32 is more than the 20 rows there are"):
+    with pytest.warns(UserWarning, match=r"finetune\.batch_size: 32 is more than the 20 rows of the data"):
         graph(pretrain=None, data={"limit": 20})
 
 

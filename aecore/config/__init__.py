@@ -1,1 +1,1 @@
-"""What a user chooses, how `auto` is resolved against the data, and the hashed specs of the stages."""
+"""What a user chooses, how each `auto` is resolved against the data, and the hashed specs of the stages."""

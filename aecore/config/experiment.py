@@ -1,11 +1,13 @@
-"""The choices that change the numbers: the whole tree is hashed into the keys of the stages."""
+"""The choices that change the numbers of an experiment. All of them are hashed into the keys of the stages.
+
+The text under a field is its text in `--help`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator as _model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from aecore.core.fingerprint import Frozen, Unhashed
 from aecore.core.types import Activation, LikelihoodKind, Task
@@ -13,7 +15,10 @@ from aecore.variants import Plain, Variant
 
 
 def overlay(lower: Any, upper: Any) -> Any:
-    """`upper` over `lower`, key by key; another `kind` takes nothing of what lies below it."""
+    """Lay the settings `upper` over the settings `lower`, key by key.
+
+    Where both are mappings of a different `kind`, such as two variants, `upper` replaces `lower` as a whole.
+    """
     if not (isinstance(lower, Mapping) and isinstance(upper, Mapping)):
         return upper
     if upper.get("kind", lower.get("kind")) != lower.get("kind"):
@@ -22,63 +27,72 @@ def overlay(lower: Any, upper: Any) -> Any:
 
 
 class Data(Frozen):
-    """Which examples, and how they are split."""
+    """The examples, and how they are split into training, validation and test rows."""
 
     name: Literal["digits", "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "parquet"] = "digits"
-    """Data set: scikit-learn's bundled digits, one of torchvision's, or your own Parquet."""
+    """Data set: scikit-learn's bundled digits, one of torchvision's sets, or your own Parquet."""
     root: Annotated[Path, Unhashed()] = Path("data")
-    """Folder of the torchvision sets; downloaded there on first use, an existing copy is used as it is."""
+    """Folder of the torchvision sets. A set is downloaded there on first use; a copy that is there is used as it is."""
     path: Annotated[str | None, Unhashed()] = None
-    """Parquet file, folder or URI (parquet only)."""
+    """Parquet file, folder or object-store URI; only for data.name parquet, which needs it."""
     column: str | None = None
-    """Parquet column of images or feature vectors; null finds it."""
+    """Parquet column with the images or feature vectors; null looks for it."""
     labels: str | None = "auto"
-    """Parquet column of labels; auto takes label, labels, target, class or y; null ignores labels, of any set."""
+    """Parquet column with the labels; auto looks for label, labels, target, class or y. null ignores the labels of any
+    data set."""
     validation: Annotated[float, Field(gt=0)] = 0.15
-    """Training rows set aside to choose by: a share below 1, else a number of rows."""
+    """Training rows that are set aside to choose the best epoch and settings by: a share if below 1, else a number of
+    rows."""
     test: Annotated[float, Field(gt=0)] = 0.2
-    """Rows set aside for the one final test where the data bring no test split: a share below 1, else a number."""
+    """Rows that are set aside for the one final test if the data have no test split: a share if below 1, else a number
+    of rows."""
     split: Literal["drawn", "content"] = "drawn"
-    """Rows that the data do not mark are cut at random, stratified by label (drawn), or by a hash of their own values
-    (content): a row and its copies then stay in their split however the data grow."""
+    """How rows are split for which the data name no split: drawn splits at random, stratified by label; content splits
+    by a hash of a row's values, so that a row and its copies stay in the same split when the data grow."""
     limit: PositiveInt | None = None
-    """Use only this many training rows, drawn at random, stratified by label; null uses all."""
+    """Number of training rows to use, drawn at random and stratified by label; null uses all."""
     likelihood: Literal["auto", LikelihoodKind] = "auto"
-    """Reconstruction term: gaussian is squared error, bernoulli is cross-entropy on [0, 1], continuous_bernoulli makes
-    that a likelihood of grey values, categorical is 256-way cross-entropy a channel; auto follows the data (grey images
-    bernoulli, colour categorical, others gaussian)."""
+    """Reconstruction term: gaussian is the squared error, bernoulli the cross-entropy of values in [0, 1],
+    continuous_bernoulli normalises that to a likelihood of grey values, and categorical is the cross-entropy over the
+    256 levels of each colour value. auto is bernoulli for grey images, categorical for colour images and gaussian for
+    other data."""
     standardize: Literal["auto"] | bool = "auto"
-    """Zero mean and unit variance a feature, fitted on the training rows; auto does so for feature vectors."""
-
+    """Whether each feature is scaled to zero mean and unit variance over the training rows; auto does so for vectors of
+    floating-point features with the gaussian likelihood."""
     in_memory: Literal["auto", "always", "never"] = "auto"
-    """Hold the rows in memory (always), or read them anew from Parquet each epoch, shuffled within windows of 32 MB
-    (never); auto streams Parquet of more than 2 GB of values."""
+    """Whether the rows are held in memory (always) or read from Parquet in every epoch and shuffled within windows of
+    32 MB (never). auto holds them unless they are Parquet with more than 2 GB of values."""
 
-    @_model_validator(mode="after")
-    def _path_belongs_to_parquet(self) -> Self:
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
         if self.name == "parquet" and not self.path:
             raise ValueError("data.path is missing: name a Parquet file, folder or URI")
         if self.name != "parquet" and self.path is not None:
-            raise ValueError(f"data.path belongs to data.name parquet, not {self.name}: add --data.name parquet")
+            raise ValueError(f"data.path is for data.name parquet, not {self.name}: add --data.name parquet")
         if self.name != "parquet" and self.in_memory == "never":
-            raise ValueError(f"data.in_memory: never needs data.name parquet, {self.name} is held in memory; use auto")
+            raise ValueError(
+                f"data.in_memory: never needs data.name parquet, as {self.name} is always held in memory; use auto"
+            )
         if self.split == "content" and self.test >= 1:
-            raise ValueError(f"data.test: {self.test:g} rows are not the same ones when the data grow; give a share")
+            raise ValueError(
+                f"data.test: {self.test:g} rows are not the same ones when the data grow, as data.split content "
+                "promises; give a share below 1"
+            )
         return self
 
 
 class _Network(Frozen):
     activation: Activation = "elu"
-    """Activation of every encoder layer; elu, unlike relu, leaves no unit dead."""
+    """Activation of every encoder layer. Unlike relu, elu leaves no unit without a gradient."""
     code_activation: Activation | None = None
-    """Activation of the last, the bottleneck; null takes the variant's (variational linear, sparse kl sigmoid), else
-    `activation`."""
+    """Activation of the last layer, the bottleneck. null takes the one that the variant needs (linear for variational,
+    sigmoid for sparse with kl), else network.activation."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each layer's outputs dropped while training."""
+    """Share of each layer's outputs that are set to 0 in training."""
     normalization: Literal["none", "batch", "layer"] = "none"
-    """Normalisation before each encoder activation."""
+    """Normalisation before the activation of each encoder layer."""
     tied: bool = False
-    """Decoder weights are the transposed encoder weights."""
+    """Whether each decoder layer uses the transposed weights of its encoder layer."""
 
 
 class Dense(_Network):
@@ -86,74 +100,76 @@ class Dense(_Network):
 
     kind: Literal["dense"] = "dense"
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (48, 32, 16)
-    """Units of each layer, from the data to the bottleneck."""
+    """Number of units of each layer, from the data to the bottleneck."""
 
 
 class Conv(_Network):
-    """Strided convolutions, transposed back; dense layers may follow them."""
+    """Strided convolutions, which the decoder transposes. Dense layers may follow them."""
 
     kind: Literal["conv"] = "conv"
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16, 32)
-    """Channels of each convolutional layer."""
+    """Number of channels of each convolutional layer, from the data on."""
     dense: tuple[PositiveInt, ...] = ()
-    """Units of the dense layers behind the convolutional ones."""
+    """Number of units of each dense layer behind the convolutional ones; none by default."""
     kernel: PositiveInt = 3
-    """Side of the kernel, pixels."""
+    """Side of the convolution's kernel, in pixels."""
     stride: PositiveInt = 2
-    """Step of the kernel, pixels."""
+    """Step of the convolution's kernel, in pixels."""
 
 
 Network = Annotated[Dense | Conv, Field(discriminator="kind")]
 
 
 class Fit(Frozen):
-    """One run of the training loop."""
+    """The settings of one run of the training loop."""
 
     epochs: PositiveInt = 20
-    """Passes over the training rows, at most."""
+    """Largest number of passes over the training rows."""
     batch_size: PositiveInt = 64
-    """Rows a step."""
+    """Number of rows per step."""
     lr: PositiveFloat = 1e-3
-    """Peak learning rate of Adam."""
+    """Learning rate of Adam, at its peak."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay (AdamW); 0 is plain Adam."""
+    """Coefficient of decoupled weight decay (AdamW); 0 is plain Adam."""
     schedule: Literal["constant", "cosine", "plateau"] = "constant"
-    """Learning rate over time: constant, cosine down to 0, or halved after 3 epochs without a better validation."""
+    """Learning rate over time: constant, falling to 0 as a cosine, or (plateau) halved after 3 epochs without a better
+    validation loss."""
     warmup: NonNegativeInt = 0
-    """Epochs of linear warm-up."""
+    """Number of epochs in which the learning rate rises linearly from 0 to lr."""
     clip: PositiveFloat | None = None
-    """Largest norm of the gradient; null does not clip."""
+    """Norm to which larger gradients are scaled down; null leaves them as they are."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of each layer's outputs dropped in this fit; null takes the network's."""
+    """Share of each layer's outputs that are set to 0 in this training; null takes network.dropout."""
     patience: PositiveInt | None = None
-    """Stop after so many epochs without a better validation; null never does. The best weights are kept either way."""
+    """Number of epochs without a better validation score (error of a classifier, else loss) after which training stops;
+    null trains for all epochs. The weights of the best epoch are used in either case."""
 
 
 class Finetune(Fit):
-    """Finetuning of the whole stack, all weights free."""
+    """The settings of the finetuning, which trains all weights of the stack."""
 
     task: Literal["auto", Task] = "auto"
-    """classify puts a softmax head on the code; reconstruct trains the unrolled autoencoder by the variant's loss;
-    auto classifies where there are labels."""
+    """What the stack is finetuned for: classify puts a softmax head on the code, reconstruct trains the unrolled
+    autoencoder with the variant's loss. auto classifies if the data have labels."""
 
 
 class Experiment(Frozen):
-    """Everything that decides the numbers. The defaults are the embedded experiment: scikit-learn's digits."""
+    """All choices that the numbers depend on. The defaults are the embedded experiment on scikit-learn's digits."""
 
     data: Data = Data()
     network: Network = Dense()
     variant: Variant = Plain()
     pretrain: Fit | None = Fit(epochs=50, batch_size=32, lr=2e-3)
-    """Greedy layer-wise pretraining; null starts from random weights."""
+    """Greedy layer-wise pretraining; null starts from random weights instead."""
     finetune: Finetune | None = Finetune(epochs=50, batch_size=32)
     """Finetuning of the whole stack; null leaves the pretrained layers as they are."""
     control: bool = True
-    """Also finetune the same network from random weights, to see what pretraining is worth."""
+    """Whether the same network is also finetuned from random weights, to show what pretraining is worth."""
     seed: int = 0
-    """Seed of weights, batches and noise; the splits do not depend on it."""
+    """Seed of initial weights, batches and noise. The splits of the data do not depend on it."""
 
-    @_model_validator(mode="after")
-    def _something_to_train(self) -> Self:
+    @model_validator(mode="after")
+    def _check_that_something_trains(self) -> Self:
         if self.pretrain is None and self.finetune is None:
             raise ValueError("pretrain and finetune are both null: nothing to train; set one of them")
         return self

@@ -1,19 +1,19 @@
-"""What is known of a data set before any of it is held in memory."""
+"""What is known of a data set before any of its rows are held in memory."""
 
 from aecore.core.fingerprint import Frozen
 from aecore.core.types import Shape
 
 
 class Facts(Frozen):
-    """What the driver learns of a data set without keeping any of it."""
+    """What the driver learns of a data set without keeping any row of it."""
 
     digest: str
-    """SHA-256 of the bytes."""
+    """SHA-256 over the files of the data set and, for Parquet, over the names of the columns that are read."""
     shape: Shape
-    """(channels, height, width) of an image, (features,) of a vector."""
+    """Shape of one row: (channels, height, width) of an image, (features,) of a vector."""
     levels: int
-    """Integer values 0 .. levels - 1 that a pixel can take; 0 for floating-point data."""
+    """Number of integer values, from 0 to levels - 1, that a pixel can take; 0 for floating-point data."""
     classes: tuple[str, ...]
-    """Names of the classes; empty without labels."""
+    """Names of the classes; empty for data without labels."""
     rows: int
-    """Rows in all."""
+    """Number of rows of all splits together."""

@@ -1,6 +1,7 @@
-"""What the stages are made of: an experiment, worked out against the data it meets.
+"""The specs of the stages: an experiment, resolved against its data, in the parts that each stage depends on.
 
-Nothing here imports torch, so that a driver which only builds the graph stays small.
+A spec is hashed into its stage's key. This module does not import torch, so that a driver that only builds the graph
+stays small.
 """
 
 from typing import Literal
@@ -13,20 +14,23 @@ from aecore.models.spec import LayerSpec
 from aecore.variants import Variant
 
 REVISION = 2
-"""Part of every stage's key: raise it when a change in this package alters what a stage returns."""
+"""Part of every stage's key. Raise it when a change in this package alters what a stage returns."""
 
 
 class Numerics(Frozen):
-    """The choices of how to compute that reach the numbers, and so the hash."""
+    """The choices of how to compute that alter the numbers, and are therefore hashed."""
 
     precision: Precision = "fp32"
+    """Arithmetic of training: fp32, tf32 (CUDA only), or bf16 autocast."""
     compile: bool = False
+    """Whether the loss is compiled with torch.compile."""
 
 
 class PretrainSpec(Frozen):
-    """Identity of one layer's pretraining."""
+    """The pretraining of one layer."""
 
     number: int
+    """Place of the layer in the stack; layer 1 reads the data."""
     layer: LayerSpec
     variant: Variant
     fit: Fit
@@ -35,24 +39,25 @@ class PretrainSpec(Frozen):
 
 
 class FinetuneSpec(Frozen):
-    """Identity of a finetuning; from a trained stack or, where it stands on none, from random weights."""
+    """The finetuning of a stack. It starts from the weights of its input stages or, without any, from random
+    weights."""
 
     layers: tuple[LayerSpec, ...]
     task: Task
     classes: tuple[str, ...]
     variant: Variant | None
-    """Loss of the unrolled autoencoder; None to classify."""
+    """The variant whose loss trains the unrolled autoencoder; None for a classifier."""
     fit: Fit
     seed: int
     numerics: Numerics
     labels: int | None = None
-    """Labelled training rows, stratified (classify only); None is all."""
+    """Number of labelled training rows that a classifier uses, stratified by label; None uses all."""
     served: bool = True
-    """The result is a model to be served, with what that needs: see `stages.finetune`."""
+    """Whether the result is a model to be served, with the reference and the example that this needs."""
 
 
 class ReferenceSpec(Frozen):
-    """Identity of a reference: PCA, as one linear layer, or a stack with random weights."""
+    """A reference to compare autoencoders with: PCA as one linear layer, or a stack with random weights."""
 
     kind: Literal["pca", "random"]
     layers: tuple[LayerSpec, ...]
@@ -60,52 +65,54 @@ class ReferenceSpec(Frozen):
 
 
 class EvaluateSpec(Frozen):
-    """Identity of an evaluation."""
+    """The evaluation of an experiment's model on the test rows."""
 
     task: Task | None
-    """What the finetuned model does; None where only pretrained layers are evaluated."""
+    """Task of the finetuned model; None if only pretrained layers are evaluated."""
     classes: tuple[str, ...]
     pictures: bool
-    """Draw figures and measure codes; a control needs neither."""
+    """Whether figures are drawn and codes are measured; a control needs neither."""
     variant: Variant | None = None
-    """The variant that trained the autoencoder, where there is one: it decides on some of the figures."""
+    """The variant that trained the autoencoder, which decides on some of the figures; None without an autoencoder."""
 
 
 class MeasureSpec(Frozen):
-    """Identity of the measures that a study compares."""
+    """The measures by which a study compares autoencoders."""
 
     variant: Variant | None
-    """None for a reference."""
+    """The variant that trained the autoencoder; None for a reference."""
     classes: tuple[str, ...]
     labels: tuple[int, ...]
-    """Labelled rows of each point of the label-efficiency curve."""
+    """Number of labelled rows for each point of the label-efficiency curve."""
     seed: int
-    """Of the rows that are labelled; noise and samples have seeds of their own, the same for all."""
+    """Seed of the choice of labelled rows. Noise and samples have seeds of their own, the same for all autoencoders."""
     pictures: bool
-    """Also keep pictures, maps and codes for the report."""
+    """Whether images, maps and codes for the report are returned as well."""
 
 
 class LoadSpec(Frozen):
-    """Identity of the data: what was asked for, and what was found."""
+    """The reading of a data set: the user's choices, and the facts that the driver learned about it."""
 
     data: Data
     facts: Facts
 
 
 class ContestSpec(Frozen):
-    """Identity of a contest of two models on the same rows."""
+    """The comparison of two models, a champion and a challenger, on the same test rows."""
 
     metric: Literal["accuracy", "reconstruction"]
     facts: Facts
     split: str
+    """How test rows were chosen: `data.split`."""
     test: float
-    """How the test rows were cut."""
+    """How many test rows were chosen: `data.test`."""
 
 
 class DriftSpec(Frozen):
-    """Identity of a comparison of new rows with those that a model was trained on."""
+    """The comparison of new rows with the reference rows of a model."""
 
     classes: tuple[str, ...]
-    """Names of the new rows' classes."""
+    """Names of the classes of the new rows."""
     threshold: float
-    """Effect size from which on a difference is drift: the largest gap between two distributions, from 0 to 1."""
+    """Smallest effect size that counts as drift. An effect size is the largest gap between two distributions, from 0 to
+    1."""
