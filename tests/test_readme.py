@@ -14,7 +14,7 @@ from jobs.cli import parse
 from jobs.compare import Compare
 from jobs.encode import Encode
 from jobs.retrain import Retrain
-from jobs.schedule import schedule
+from jobs.schedule import render
 from jobs.submit import submit
 from jobs.train import Train
 from pipelines.study.schema import Study
@@ -84,7 +84,7 @@ def test_every_command_line_is_valid(page: str, line: str, monkeypatch: pytest.M
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     command, *args = shlex.split(line)
     if command == "jobs.schedule":
-        assert "jobs.retrain" in schedule(args)
+        assert "jobs.retrain" in render(args)
         return
     if command == "jobs.submit":
         with pytest.raises(ReachedError):

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from aecore.core.errors import InputError
-from jobs.schedule import Cron, on_calendar, parse_cron, schedule
+from jobs.schedule import render
+from pipelines.retraining.cron import Cron, parse_cron
 from tests.test_cluster import lint_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def fires(cron: Cron, begin: date, count: int) -> Iterator[datetime]:
 @pytest.mark.parametrize("text", CRONS)
 def test_systemd_fires_when_cron_does(text: str) -> None:
     cron = parse_cron(text)
-    calendar = on_calendar(cron)
+    calendar = cron.on_calendar()
     assert calendar == CRONS[text] and parse_cron(str(cron)) == cron
     if shutil.which("systemd-analyze"):
         line = ["systemd-analyze", "calendar", "--iterations=6", "--base-time=2026-11-23 12:00:00 UTC"]
@@ -120,7 +121,7 @@ def ran(folder: Path) -> list[str]:
 
 
 def test_the_crontab_line_runs_as_cron_runs_it(folder: Path, tmp_path: Path) -> None:
-    line = schedule([*ARGS, "--cron", "15 3 * * mon-fri"])
+    line = render([*ARGS, "--cron", "15 3 * * mon-fri"])
     times, command = line[: len("15 3 * * 1,2,3,4,5")], line[len("15 3 * * 1,2,3,4,5 ") :]
     assert times == "15 3 * * 1,2,3,4,5" and "\n" not in line and not re.search(r"(?<!\\)%", line)
     home = tmp_path / "home of it"
@@ -132,7 +133,7 @@ def test_the_crontab_line_runs_as_cron_runs_it(folder: Path, tmp_path: Path) -> 
 
 
 def test_the_units_run_as_systemd_runs_them(folder: Path, tmp_path: Path) -> None:
-    text = schedule([*ARGS, "--format", "systemd"])
+    text = render([*ARGS, "--format", "systemd"])
     names = re.findall(r"^# ~/\.config/systemd/user/(\S+)", text, re.MULTILINE)
     service, timer = re.split(r"^# ~/.*\n", text, flags=re.MULTILINE)[1:]
     assert [name.rsplit(".")[-1] for name in names] == ["service", "timer"] and "OnCalendar=*-*-* 02:00:00\n" in timer
@@ -159,7 +160,7 @@ def test_the_units_run_as_systemd_runs_them(folder: Path, tmp_path: Path) -> Non
 
 def test_the_manifest_is_the_sample_with_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    text = schedule([RECIPE, "--model", "digits", "--cron", "0 5 * * sun", "--format", "kuberay"])
+    text = render([RECIPE, "--model", "digits", "--cron", "0 5 * * sun", "--format", "kuberay"])
     made = yaml.safe_load(text)
     assert made["metadata"]["name"] == "retrain-digits" and made["spec"]["schedule"] == "0 5 * * 0"
     job = made["spec"]["jobTemplate"]
@@ -170,7 +171,7 @@ def test_the_manifest_is_the_sample_with_another_job(monkeypatch: pytest.MonkeyP
 
 def test_other_models_have_other_names(folder: Path) -> None:
     names = ["digits", "Digits", "my digits", "my-digits", "my.digits", "d" * 80, "d" * 81]
-    printed = [schedule(["--model", name, "--format", "kuberay"]) for name in names]
+    printed = [render(["--model", name, "--format", "kuberay"]) for name in names]
     found = [yaml.safe_load(text)["metadata"]["name"] for text in printed]
     assert len(set(found)) == len(names) and found[0] == "retrain-digits"
     assert all(re.fullmatch(r"[a-z0-9-]{1,57}", name) for name in found)
@@ -181,14 +182,14 @@ def test_passwords_are_not_printed(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow:5000")
     for form in ("cron", "systemd"):
-        assert "secret" not in (text := schedule([*ARGS, "--format", form])) and "CHANGE-ME" in text
+        assert "secret" not in (text := render([*ARGS, "--format", form])) and "CHANGE-ME" in text
     assert "MLFLOW_TRACKING_URI holds a password" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "a/b"], "--model a/b: no name of a registered model"),
+        (["--model", "a/b"], "--model a/b: not a name for a registered model"),
         (["gone.yaml", "--model", "a"], "recipe gone.yaml: does not exist here"),
         (["--model", "a", "--address", "head:8265"], "address head:8265: name the dashboard"),
         (["--model", "a", "--cron", "often"], "cron 'often': 1 fields"),
@@ -196,7 +197,7 @@ def test_passwords_are_not_printed(
 )
 def test_what_is_refused(args: list[str], message: str, folder: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        schedule(args)
+        render(args)
 
 
 def test_a_mistake_ends_in_one_line() -> None:
