@@ -19,12 +19,13 @@ from aecore.config.specs import ContestSpec, DriftSpec, Numerics
 from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays, Split, row_ids
 from aecore.data.stream import Stream, open_stream
+from aecore.evaluation.drift import cliffs_delta, drift_table, summary
 from aecore.evaluation.statistics import gain
 from aecore.models.rebuild import build_classifier, build_prepare, build_stack
 from aecore.models.storage import Result
 from aecore.stages.contest import contest
 from aecore.stages.context import Run
-from aecore.stages.drift import cliff, compare, drift, words
+from aecore.stages.drift import drift
 from aecore.stages.finetune import finetune
 from pipelines.graph.recipe import build
 from pipelines.retraining.rule import judge
@@ -234,7 +235,7 @@ def test_of_rows_alike_little_is_found_and_of_others_enough() -> None:
 
     def found(rows: int, shift: float = 0.0) -> bool:
         new = drawn(rng, rows, shift) | {"class": rng.choice(kinds["class"], rows)}
-        return any(row["drifted"] for row in compare(new, old, ["ash", "oak"], 0.2))
+        return any(row["drifted"] for row in drift_table(new, old, ["ash", "oak"], 0.2))
 
     assert sum(found(rows) for rows in (30, 100, 1000) for _ in range(10)) <= 1
     # twenty thousand rows make a shift of a twentieth significant, but none that matters
@@ -245,7 +246,7 @@ def test_of_rows_alike_little_is_found_and_of_others_enough() -> None:
 def test_effects_are_what_they_are_called() -> None:
     rng = np.random.default_rng(1)
     old, new = reference(rng), drawn(rng, 3000, 0.5) | {"class": np.repeat(["ash", "elm"], [2700, 300])}
-    table = {(row["quantity"], row["class"]): row for row in compare(new, old, ["ash", "oak"], 0.2)}
+    table = {(row["quantity"], row["class"]): row for row in drift_table(new, old, ["ash", "oak"], 0.2)}
     # a shift of half a deviation moves a normal distribution function by 0.197 at most
     assert table["code 0", "all"]["effect"] == pytest.approx(0.197, abs=0.04)
     assert table["feature 5", "all"]["effect"] == pytest.approx(0.197, abs=0.02)
@@ -256,13 +257,13 @@ def test_effects_are_what_they_are_called() -> None:
     assert table["unknown classes", "all"]["effect"] == pytest.approx(0.1)
     assert table["unknown classes", "all"]["drifted"]
     assert ("error", "ash") in table and ("error", "oak") not in table
-    assert "unknown classes 0.10" in words([table["unknown classes", "all"]], 3000)
-    assert words([{"quantity": "error", "class": "\x1b[31m", "effect": 0.5}], 9).endswith(
+    assert "unknown classes 0.10" in summary([table["unknown classes", "all"]], 3000)
+    assert summary([{"quantity": "error", "class": "\x1b[31m", "effect": 0.5}], 9).endswith(
         r"rows: error of \x1b[31m 0.50"
     )
     a, b = rng.normal(size=50), rng.normal(0.7, size=40)
     signs_of = np.sign(b[:, None] - a[None])
-    assert cliff(b, a) == pytest.approx(signs_of.mean())
+    assert cliffs_delta(b, a) == pytest.approx(signs_of.mean())
     assert table["error", "all"]["p"] == pytest.approx(
         stats.ks_2samp(old["reference.error"], new["error"], method="asymp").pvalue
     )  # fmt: skip

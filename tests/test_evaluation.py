@@ -14,13 +14,14 @@ from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, ReferenceSpec
 from aecore.data.splits import Arrays
+from aecore.evaluation.units import unit_activity
 from aecore.models.layers import Layer
 from aecore.models.spec import LayerSpec
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Run
 from aecore.stages.finetune import _labelled, finetune
-from aecore.stages.measure import _units, measure
+from aecore.stages.measure import measure
 from aecore.stages.reference import reference
 from aecore.variants import Denoising, Plain, Variational
 from tests.test_stages import CLASSES
@@ -178,7 +179,7 @@ def test_dead_and_saturated_units_are_counted() -> None:
     )  # fmt: skip
     net = Stack([Layer(layer)])
     codes = np.tile([[0.01, 0.5, 0.2, 0.99], [0.02, 0.5, 0.8, 0.5]], (10, 1))
-    found = _units(net, codes)
+    found = unit_activity(net, codes)
     assert found["units/dead"] == 0.25 and found["units/saturated"] == pytest.approx(3 / 8)
     assert found["units/mean_activation"] == pytest.approx(codes.mean())
 

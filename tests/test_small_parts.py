@@ -10,8 +10,12 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from aecore.evaluation import metrics
+from aecore.evaluation.classification import accuracy_interval, confusion
+from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.figures import model as figures
+from aecore.evaluation.generative import frechet
+from aecore.evaluation.probes import linear_probe, nearest
+from aecore.evaluation.scoring import over_batches
 from aecore.models.storage import load_weights, save_weights
 
 RNG = np.random.default_rng(0)
@@ -77,44 +81,44 @@ def separable(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_probe_and_neighbours_on_known_clusters() -> None:
     train, validation, test = separable(600, 0), separable(200, 1), separable(500, 2)
     # three unit normals 4 sqrt 2 apart: the best any classifier can do is about 99.5 %
-    probe = metrics.linear_probe(train, validation)
+    probe = linear_probe(train, validation)
     assert (probe.predict(test[0]) == test[1]).mean() > 0.98
     scaled = (train[0] / [1, 100, 0.01], train[1])
-    assert (metrics.nearest(scaled, test[0] / [1, 100, 0.01]) == test[1]).mean() > 0.98
+    assert (nearest(scaled, test[0] / [1, 100, 0.01]) == test[1]).mean() > 0.98
     noise = RNG.permutation(test[1])
     assert (probe.predict(test[0]) == noise).mean() == pytest.approx(1 / 3, abs=0.08)
 
 
 def test_clusters_are_scored_up_to_their_names() -> None:
     train, _, test = separable(600, 0), separable(200, 1), separable(500, 2)
-    found = metrics.clusters(train[0] / [1, 100, 0.01], (test[0] / [1, 100, 0.01], test[1]), 3)
+    found = cluster_agreement(train[0] / [1, 100, 0.01], (test[0] / [1, 100, 0.01], test[1]), 3)
     assert found["accuracy"] > 0.98 and found["nmi"] > 0.9 and found["ari"] > 0.9
-    chance = metrics.clusters(train[0], (test[0], RNG.permutation(test[1])), 3)
+    chance = cluster_agreement(train[0], (test[0], RNG.permutation(test[1])), 3)
     assert chance["nmi"] < 0.05 and abs(chance["ari"]) < 0.05 and chance["accuracy"] < 0.5
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
     a, b = RNG.normal(size=(200_000, 2)), RNG.normal(size=(200_000, 2)) * [2, 3] + [1, 0]
     # means 1 apart, standard deviations 1 against 2 and 1 against 3
-    assert metrics.frechet(a, b) == pytest.approx(1 + 1 + 4, rel=0.02)
-    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet(a, b) == pytest.approx(1 + 1 + 4, rel=0.02)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("right", "rows"), [(979, 1000), (5, 10), (10, 10), (0, 7)])
 def test_interval_is_wilsons(right: int, rows: int) -> None:
     reference = binomtest(right, rows).proportion_ci(method="wilson")
-    low, high = metrics.accuracy_interval(right / rows, rows)
+    low, high = accuracy_interval(right / rows, rows)
     assert low == pytest.approx(reference.low, abs=1e-6) and high == pytest.approx(reference.high, abs=1e-6)
 
 
 def test_confusion_counts_pairs() -> None:
-    table = metrics.confusion(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
+    table = confusion(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
     assert table.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_batches_change_nothing() -> None:
     x = RNG.normal(size=(50, 3)).astype(np.float32)
-    whole = metrics.over_batches(lambda rows: rows * 2, x, torch.device("cpu"), batch_size=7)
+    whole = over_batches(lambda rows: rows * 2, x, torch.device("cpu"), batch_size=7)
     assert np.array_equal(whole.numpy(), x * 2)
 
 

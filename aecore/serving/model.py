@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from aecore.evaluation import metrics
+from aecore.evaluation.reconstruction import row_errors
 from aecore.models import generation
 from aecore.models.classifier import Classifier
 from aecore.models.rebuild import build_autoencoder, build_classifier, build_prepare, build_stack
@@ -55,7 +55,7 @@ class Model:
             found |= {"prediction": best.indices, "probability": best.values}
         if self.autoencoder is not None:
             own = code if self.autoencoder is self.net else self.autoencoder.encode(x)
-            found["reconstruction_mse"] = metrics.row_errors(x, self.autoencoder.mean(own))
+            found["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(own))
         return found
 
     def decode(self, code: np.ndarray) -> np.ndarray:

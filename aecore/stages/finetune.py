@@ -11,7 +11,8 @@ from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
 from aecore.data.splits import Arrays, Split, cut
 from aecore.data.stream import Stream
-from aecore.evaluation import metrics
+from aecore.evaluation.reconstruction import row_errors
+from aecore.evaluation.scoring import over_batches
 from aecore.models.classifier import Classifier
 from aecore.models.layers import Layer
 from aecore.models.prepare import Prepare
@@ -114,7 +115,7 @@ def _reference(
 ) -> Weights:
     """What a model makes of some of the rows that it was chosen by."""
     drawn = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
-    x = metrics.over_batches(prepare, rows.x[drawn], device)
+    x = over_batches(prepare, rows.x[drawn], device)
     model.eval()
     found = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
     with torch.no_grad():
@@ -122,7 +123,7 @@ def _reference(
         if autoencoder is not None:
             autoencoder.eval()
             parts = x.split(autoencoder.first.spec.scoring_rows)
-            found["error"] = torch.cat([metrics.row_errors(part, autoencoder.reconstruct(part)) for part in parts])
+            found["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part)) for part in parts])
     label = {} if rows.y is None else {"label": rows.y[drawn]}
     return {name: value.cpu().numpy() for name, value in found.items()} | label
 

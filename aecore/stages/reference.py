@@ -7,7 +7,7 @@ from aecore.config.specs import ReferenceSpec
 from aecore.core.fingerprint import derive_seed
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
-from aecore.evaluation import metrics
+from aecore.evaluation.scoring import over_batches
 from aecore.models.layers import Layer
 from aecore.models.rebuild import get_weights
 from aecore.models.stack import Stack
@@ -30,7 +30,7 @@ def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result
         from sklearn.decomposition import PCA
 
         prepare = prepared(data, run.device)
-        x = metrics.over_batches(prepare, held(data).train.x, run.device).flatten(1).cpu().numpy()
+        x = over_batches(prepare, held(data).train.x, run.device).flatten(1).cpu().numpy()
         pca = PCA(prod(spec.layers[0].code_shape), svd_solver="covariance_eigh").fit(x)
         axes, centre = pca.components_, pca.mean_
         weights = {

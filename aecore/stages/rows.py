@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from aecore.data.splits import Arrays, Split
 from aecore.data.stream import Shuffled, Stream
-from aecore.evaluation import metrics
+from aecore.evaluation.scoring import over_batches
 from aecore.models.layers import Encoder
 from aecore.models.prepare import Prepare
 from aecore.stages.context import Run, held
@@ -51,7 +51,7 @@ def _rows(
         validation = torch.tensor(here.validation.x).to(run.device)
         return Shuffled(data, labelled, run.spread), beside(validation, here.validation), read
     if needed <= min(room, _RESIDENT_BYTES):
-        train, validation = (metrics.over_batches(read, split.x, run.device) for split in (here.train, here.validation))
+        train, validation = (over_batches(read, split.x, run.device) for split in (here.train, here.validation))
         read = nn.Identity()
     else:
         train, validation = _in_place(here.train.x), _in_place(here.validation.x)

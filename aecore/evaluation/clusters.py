@@ -1,0 +1,30 @@
+"""Whether codes form clusters that agree with the classes."""
+
+import numpy as np
+
+from aecore.evaluation.classification import confusion
+from aecore.evaluation.probes import Labelled
+
+_FITTED_ROWS = 20_000
+
+
+def cluster_agreement(train: np.ndarray, test: Labelled, count: int) -> dict[str, float]:
+    """Fit `count` k-means clusters to training codes and compare those of the test codes with the classes.
+
+    Returns:
+        Normalised mutual information `nmi`, adjusted Rand index `ari`, and `accuracy` under the best one-to-one naming
+        of clusters by classes (the Hungarian method; Xie et al. 2016, eq. 10).
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    codes, truth = test
+    clusters = KMeans(count, n_init=3, random_state=0).fit(train[:_FITTED_ROWS]).predict(codes)
+    table = confusion(truth, clusters, count)
+    matched = table[linear_sum_assignment(-table)].sum()
+    return {
+        "nmi": float(normalized_mutual_info_score(truth, clusters)),
+        "ari": float(adjusted_rand_score(truth, clusters)),
+        "accuracy": float(matched / len(clusters)),
+    }

@@ -1,0 +1,36 @@
+"""How far a code moves when its input does."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore.models.jacobian import squared_norm
+from aecore.models.stack import Stack
+
+RADII = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""Lengths of the steps of the contraction curve, in units of the input (Rifai et al. 2011, sec. 5.3)."""
+_JACOBIAN_ROWS, _STEPPED_ROWS = 256, 1000
+
+
+def contraction(stack: Stack, x: Tensor, codes: np.ndarray) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Measure the encoder's contraction at the preprocessed test rows `x` with codes (rows, units).
+
+    Returns:
+        The mean Frobenius norm of the encoder's Jacobian over the first 256 rows, also relative to the spread of the
+        codes (the root of their total variance); and the curve of how far codes move per length of a step in a random
+        direction, by the step's length: `radius` and `ratio`, means over the first 1,000 rows.
+    """
+    with torch.no_grad():
+        encoder = stack.first if len(stack.layers) == 1 else stack  # one layer's Jacobian may have a closed form
+        norm = float(squared_norm(encoder, x[:_JACOBIAN_ROWS], None).sqrt().mean())
+        rows = x[:_STEPPED_ROWS]
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(rows.shape, generator=generator).to(x.device).flatten(1)
+        direction = (direction / direction.norm(dim=1, keepdim=True)).view_as(rows)
+        code = stack.encode(rows).flatten(1)
+        ratio = [float(((stack.encode(rows + r * direction).flatten(1) - code).norm(dim=1) / r).mean()) for r in RADII]
+    metrics = {"contraction/norm": norm}
+    spread = float(np.sqrt(codes.var(0).sum()))
+    if spread > 0:
+        metrics["contraction/relative"] = norm / spread
+    return metrics, {"radius": list(RADII), "ratio": ratio}

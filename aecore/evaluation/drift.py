@@ -1,0 +1,157 @@
+"""Tests of whether new rows are like those that a model was trained on, and what they found in words."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from math import erf, sqrt
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from aecore.core.errors import escape_unprintable
+from aecore.evaluation.statistics import LEVEL, holm
+from aecore.models.storage import Weights
+
+COLUMNS = ("quantity", "class", "test", "rows", "reference_rows", "shift", "effect", "p", "p_holm", "drifted")
+Comparison = dict[str, Any]
+"""One line of the table of tests, by `COLUMNS`."""
+_FEWEST, _UNKNOWN = 3, 0.01
+"""Rows that a class needs to be tested; and the number and the share of new rows of unknown classes that are drift."""
+
+
+def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshold: float) -> list[Comparison]:
+    """Test each quantity of the new rows against the reference; drift comes first, then the largest effects.
+
+    Reconstruction errors, of all rows and of each class, and each unit of the code are compared by the two-sample
+    Kolmogorov-Smirnov test; features by Welch's t-test of their means; classes by Pearson's chi-squared test. With many
+    rows every difference is significant. So a difference is drift only where p, after Holm's correction for all tests,
+    is below 0.05 and where its effect reaches `threshold` as well.
+
+    The effect is on one scale for all tests: the largest gap between the two distribution functions; for means, the gap
+    between two normal distributions that far apart; for classes, the total variation distance. The shift tells the
+    direction: Cliff's (1993) delta of errors and codes, positive where the new ones are larger, or the difference of
+    means in standard deviations.
+
+    Args:
+        new: `code` (rows, units) and `x` (rows, features), and where there are any `error` (rows,) and the names
+            `class` (rows,).
+        reference: the arrays that `stages.finetune` returns with the model.
+        known: the names of the classes that the reference's labels number.
+    """
+    labels = reference.get("reference.label")
+    classes = None
+    if labels is not None and known and "class" in new:
+        classes = np.array(known)[labels], new["class"]
+    table = [*_errors(new, reference, known, classes), *_codes(new, reference), *_means(new, reference)]
+    if classes is not None:
+        table += _shares_of_classes(*classes)
+    adjusted = holm(np.array([row["p"] for row in table]))
+    for row, p in zip(table, adjusted, strict=True):
+        row["p_holm"] = float(p)
+        row["drifted"] = bool(p < LEVEL and row["effect"] >= threshold)
+    if classes is not None:
+        table.append(_unknown_classes(*classes, known))
+    return sorted(table, key=lambda row: (not row["drifted"], -row["effect"]))
+
+
+def cliffs_delta(new: np.ndarray, old: np.ndarray) -> float:
+    """Return Cliff's (1993) delta, from -1 to 1: how much more often a new value is larger than an old one than it is
+    smaller."""
+    return float(2 * stats.mannwhitneyu(new, old, method="asymptotic").statistic / (len(new) * len(old)) - 1)
+
+
+def summary(drifted: Sequence[Comparison], rows: int) -> str:
+    """Say in words which quantities of so many new rows have drifted."""
+    if not drifted:
+        return f"no drift in {rows} new test rows"
+    shown = [f"{title(row)} {row['effect']:.2f}" for row in drifted[:3]]
+    more = f" and {len(drifted) - 3} more" if len(drifted) > 3 else ""
+    return f"drift in {rows} new test rows: {', '.join(shown)}{more}"
+
+
+def title(row: Comparison) -> str:
+    """Name what a comparison compares, for people."""
+    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {escape_unprintable(row['class'])[:40]}"
+
+
+def as_csv(table: Sequence[Comparison]) -> str:
+    """Write the table as CSV."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return buffer.getvalue()
+
+
+def _comparison(
+    quantity: str, test: str, sizes: tuple[int, int], shift: float, effect: float, p: float, group: str = "all"
+) -> Comparison:
+    """Make a line of the table, not yet judged; `sizes` are the numbers of new and of reference rows."""
+    values = (quantity, group, test, *sizes, float(shift), float(effect), float(p), float("nan"), False)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _distributions(quantity: str, old: np.ndarray, new: np.ndarray, group: str = "all") -> Comparison:
+    tested = stats.ks_2samp(old, new, method="asymp")
+    sizes = len(new), len(old)
+    return _comparison(
+        quantity, "Kolmogorov-Smirnov", sizes, cliffs_delta(new, old), tested.statistic, tested.pvalue, group
+    )
+
+
+def _errors(
+    new: Weights, reference: Weights, known: Sequence[str], classes: tuple[np.ndarray, np.ndarray] | None
+) -> Iterator[Comparison]:
+    if "error" not in new or "reference.error" not in reference:
+        return
+    errors = reference["reference.error"], new["error"]
+    yield _distributions("error", *errors)
+    for name in known if classes is not None else ():
+        assert classes is not None
+        old, now = (values[names == name] for values, names in zip(errors, classes, strict=True))
+        if min(len(old), len(now)) >= _FEWEST:
+            yield _distributions("error", old, now, name)
+
+
+def _codes(new: Weights, reference: Weights) -> Iterator[Comparison]:
+    for unit, old in enumerate(reference["reference.code"].T):
+        yield _distributions(f"code {unit}", old, new["code"][:, unit])
+
+
+def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
+    """Compare each feature's mean by Welch's test; of the reference's features only means and spreads are known."""
+    x, count = new["x"], len(reference["reference.code"])
+    if len(x) < 2:
+        return
+    old_mean, old_std = (reference[f"reference.{name}"].astype(np.float64) for name in ("mean", "std"))
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    spread = np.sqrt((old_std**2 + std**2) / 2)
+    varies = spread > 0
+    gap = mean - old_mean
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # a feature that never varies has moved by nothing or, in units of no spread, by very much: call it 9
+        shift = np.where(varies, gap / spread, np.where(mean == old_mean, 0.0, np.sign(gap) * 9))
+        p = stats.ttest_ind_from_stats(mean, std, len(x), old_mean, old_std, count, equal_var=False).pvalue
+    p = np.where(varies, p, np.where(shift == 0, 1.0, 0.0))
+    for number in range(x.shape[1]):
+        # the largest gap between two normal distribution functions whose means are so many deviations apart
+        effect = erf(abs(shift[number]) / (2 * sqrt(2)))
+        yield _comparison(f"feature {number}", "Welch", (len(x), count), shift[number], effect, p[number])
+
+
+def _shares_of_classes(old: np.ndarray, new: np.ndarray) -> Iterator[Comparison]:
+    names = sorted({*old, *new})
+    if len(names) < 2:
+        return
+    counts = np.array([[(values == name).sum() for name in names] for values in (old, new)])
+    shares = counts / counts.sum(1, keepdims=True)
+    distance = np.abs(shares[0] - shares[1]).sum() / 2
+    p = stats.chi2_contingency(counts, correction=False).pvalue
+    yield _comparison("classes", "chi-squared", (len(new), len(old)), np.nan, distance, p)
+
+
+def _unknown_classes(old: np.ndarray, new: np.ndarray, known: Sequence[str]) -> Comparison:
+    unknown = ~np.isin(new, known)
+    row = _comparison("unknown classes", "share", (len(new), len(old)), np.nan, unknown.mean(), np.nan)
+    return row | {"drifted": bool(unknown.sum() >= _FEWEST and unknown.mean() >= _UNKNOWN)}

@@ -1,0 +1,67 @@
+"""What a variational autoencoder is worth as a model of the data: its likelihood bounds and its samples."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore.data.splits import Arrays
+from aecore.evaluation.scoring import fixed_noise, over_batches, over_prepared, to_numpy
+from aecore.models import generation
+from aecore.models.prepare import Prepare
+from aecore.models.rebuild import build_classifier
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.variants import Variational
+
+_SAMPLES = 2000
+
+
+def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor) -> dict[str, float]:
+    """Return the evidence lower bound of the preprocessed test rows `x` and its two parts in nats, and the number of
+    active units. Rows with a Bernoulli likelihood also get the importance-weighted bound, of binarised rows."""
+    with fixed_noise(x.device), torch.no_grad():
+        binary = torch.bernoulli(x) if stack.likelihood == "bernoulli" else x
+        bound = generation.bound(stack, binary if variant.binarize else x)
+        metrics = {
+            "vae/bound": -sum(bound.values()),
+            "vae/reconstruction": bound["reconstruction"],
+            "vae/kl": bound["kl"],
+            "vae/active_units": generation.active_units(stack, x),
+        }
+        if stack.likelihood == "bernoulli":
+            metrics["vae/iw_bound"] = generation.importance_weighted(stack, binary)
+    return metrics
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the squared Fréchet distance between Gaussians that are fitted to two sets of features (rows, features).
+
+    It is the squared distance of their means plus tr(A + B - 2 (A B)^(1/2)) of their covariances (Heusel et al. 2017,
+    eq. 6).
+    """
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(covariance_a @ covariance_b).astype(complex)).real.sum()
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    return float(shift + np.trace(covariance_a) + np.trace(covariance_b) - 2 * roots)
+
+
+def sample_distance(
+    stack: Stack, judge: Result, prepare: Prepare, data: Arrays, device: torch.device
+) -> dict[str, float]:
+    """Return the Fréchet distance of samples from test rows, and that of training rows from test rows as its floor.
+
+    Args:
+        judge: a finetuned classifier of the data; the distance is one of its codes.
+    """
+    classifier = build_classifier(judge).to(device).eval()
+
+    def features(rows: Tensor) -> np.ndarray:
+        return to_numpy(over_prepared(lambda part: classifier.encode(part).flatten(1), rows, stack))
+
+    count = min(_SAMPLES, len(data.test.x), len(data.train.x))
+    test, train = (over_batches(prepare, split.x[:count], device) for split in (data.test, data.train))
+    samples = generation.samples(stack, count)
+    return {
+        "sample/frechet": frechet(features(samples), features(test)),
+        "sample/frechet_floor": frechet(features(train), features(test)),
+    }

@@ -1,0 +1,56 @@
+"""The arrays that figures of a study are drawn from: the same test rows and the same noise for every model."""
+
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore.core.types import Noise
+from aecore.evaluation.scoring import fixed_noise, to_numpy
+from aecore.models import generation
+from aecore.models.corruption import corrupt
+from aecore.models.stack import Stack
+
+SHOWN_ROWS = 12
+"""Test rows that are shown as pictures, always the first ones."""
+MAPPED_ROWS = 1000
+"""Test rows whose codes are shown in a plane, always the first ones."""
+RESTORED: tuple[Noise, float] = ("gaussian", 0.3)
+"""The corruption of the pictures that set all variants side by side."""
+
+
+def study_arrays(
+    stack: Stack, x: Tensor, codes: np.ndarray, y: np.ndarray | None, sampled: bool
+) -> dict[str, np.ndarray]:
+    """Return what the report of a study shows of one model.
+
+    Args:
+        x, codes, y: the preprocessed test rows, their codes (rows, units) and their class numbers.
+        sampled: whether the model is variational, so that images can be drawn from its prior.
+    """
+    shown = x[:SHOWN_ROWS]
+    with fixed_noise(x.device):
+        corrupted = corrupt(shown[: SHOWN_ROWS // 2], *RESTORED)
+    with torch.no_grad():
+        arrays = {
+            "inputs": to_numpy(shown),
+            "reconstructed": to_numpy(stack.reconstruct(shown)),
+            "corrupted": to_numpy(corrupted),
+            "restored": to_numpy(stack.reconstruct(corrupted)),
+            "codes": codes[:64, :256],
+            "map": codes[
+                :MAPPED_ROWS
+            ],  # not yet in a plane: mapping takes seconds, and a report shows one seed per row
+        }
+        if y is not None:
+            arrays["map_labels"] = y[:MAPPED_ROWS]
+        first = stack.first
+        if first.spec.kind == "dense":
+            weight = first.encoder.affine.weight[:16]
+            arrays["filters"] = to_numpy(weight.view(len(weight), *first.spec.in_shape))
+        if sampled:
+            arrays["samples"] = to_numpy(generation.samples(stack, 100))
+            if prod(stack.code_shape) == 2:
+                arrays["manifold"] = to_numpy(generation.manifold(stack))
+    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}

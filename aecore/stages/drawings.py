@@ -1,0 +1,89 @@
+"""The figures of one job's model: what each shows is computed here, and drawn in a thread of its own."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from typing import ParamSpec
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore.config.specs import EvaluateSpec
+from aecore.data.splits import Arrays
+from aecore.evaluation.figures import model as figures
+from aecore.evaluation.pictures import MAPPED_ROWS, SHOWN_ROWS
+from aecore.evaluation.scoring import Codes, fixed_noise, to_numpy
+from aecore.models import generation
+from aecore.models.corruption import corrupt
+from aecore.models.stack import Stack
+from aecore.models.storage import Result
+from aecore.variants import Denoising, Sparse, Variational
+
+P = ParamSpec("P")
+
+
+class Pen:
+    """Draws figures one after the other in a thread, while the caller goes on measuring."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._drawings: dict[str, Future[bytes]] = {}
+
+    def draw(self, name: str, figure: Callable[P, bytes], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Start drawing; nothing may write to the arrays among the arguments any more."""
+        self._drawings[name] = self._thread.submit(figure, *args, **kwargs)
+
+    def figures(self) -> dict[str, bytes]:
+        """Wait for all figures and return them as PNG by name."""
+        return {name: drawing.result() for name, drawing in self._drawings.items()}
+
+
+def draw_codes(pen: Pen, codes: Codes, data: Arrays, classes: Sequence[str]) -> None:
+    """Draw the codes in a plane: those of test rows or, where the code is a plane itself, those of all training rows,
+    since they then take no time to map."""
+    if codes.train.shape[1] == 2:
+        pen.draw("codes", figures.codes_map, codes.train, data.train.y, classes, "training")
+    else:
+        pen.draw("codes", figures.codes_map, codes.test[:MAPPED_ROWS], data.test.y, classes, "test")
+
+
+def draw_fits(pen: Pen, layers: Sequence[Result], finetuned: Result | None) -> None:
+    """Draw the loss curves of each layer's pretraining and of finetuning."""
+    stages = {f"layer {number}": result.config for number, result in enumerate(layers, 1)}
+    if finetuned is not None:
+        stages["finetuning"] = finetuned.config
+    pen.draw("loss_curves", figures.loss_curves, stages)
+
+
+def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:
+    """Draw what only this variant has to show; `x` and `codes` (rows, units) are those of the test rows."""
+    images = x.ndim == 4
+    with torch.no_grad():
+        if isinstance(spec.variant, Denoising) and images:
+            _draw_restored(pen, spec.variant, stack, x[:SHOWN_ROWS])
+        elif isinstance(spec.variant, Sparse):
+            pen.draw("activations", figures.activations, codes[:64])
+        elif isinstance(spec.variant, Variational) and images:
+            _draw_generated(pen, stack, x)
+
+
+def _draw_restored(pen: Pen, variant: Denoising, stack: Stack, x: Tensor) -> None:
+    level = 1.5 * variant.level  # half more noise than in training shows what the model does beyond it
+    with fixed_noise(x.device):
+        noisy = corrupt(x, variant.noise, level)
+    name = f"{variant.noise.replace('_', ' ')} noise, {level:g}"
+    pen.draw("restored", figures.triptych, to_numpy(x), to_numpy(noisy), to_numpy(stack.reconstruct(noisy)), name)
+
+
+def _draw_generated(pen: Pen, stack: Stack, x: Tensor) -> None:
+    def draw(name: str, images: Tensor, columns: int, title: str) -> None:
+        pen.draw(name, figures.image_grid, to_numpy(images), columns, title)
+
+    steps = generation.STEPS
+    draw("samples", generation.samples(stack, 100), 10, "Drawn from the prior")
+    title = "One code at a time from -3 to 3, the most active first"
+    draw("traversals", generation.traversals(stack, x), steps, title)
+    draw("interpolation", generation.interpolation(stack, x), steps, "From one test row's code to another's")
+    if prod(stack.code_shape) == 2:
+        draw("manifold", generation.manifold(stack), 10, "The plane of codes, at quantiles of the prior")
