@@ -1,4 +1,4 @@
-"""Every way to hand a command bad input: one line that says what, where and how to mend it, before Ray starts."""
+"""Bad input of every kind: a command says what is wrong, where, and what to do, in one line and before Ray starts."""
 
 import io
 import os
@@ -59,35 +59,35 @@ STRUCTS = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 class Row(NamedTuple):
-    """Bad input and what is said of it."""
+    """One bad input, and the message that it must produce."""
 
-    says: str
-    """Parts of the line, divided by ` ... `."""
+    message: str
+    """Parts that the message must contain in this order, divided by ` ... `."""
     args: str = PARQUET
     files: Any = None
-    """By name: a table, bytes, or what a YAML file holds; a table alone is data.parquet."""
+    """Content of the input files by name: a table, bytes, or the content of a YAML file. A table alone is data.parquet."""
     command: str = "train"
     environment: Mapping[str, str] = MappingProxyType({})
 
 
-def settings(says: str, args: str, **environment: str) -> Row:
-    return Row(says, args, environment=environment)
+def settings(message: str, args: str, **environment: str) -> Row:
+    return Row(message, args, environment=environment)
 
 
-def recipe(says: str, content: Any) -> Row:
-    return Row(says, "recipe.yaml", {"recipe.yaml": content})
+def recipe(message: str, content: Any) -> Row:
+    return Row(message, "recipe.yaml", {"recipe.yaml": content})
 
 
-def study(says: str, content: Any, args: str = "") -> Row:
-    return Row(says, f"study.yaml {args}".strip(), {"study.yaml": content}, "compare")
+def study(message: str, content: Any, args: str = "") -> Row:
+    return Row(message, f"study.yaml {args}".strip(), {"study.yaml": content}, "compare")
 
 
-def rows(says: str, args: str = "", **columns: Any) -> Row:
-    return Row(says, f"{PARQUET} {args}".strip(), table(**columns))
+def rows(message: str, args: str = "", **columns: Any) -> Row:
+    return Row(message, f"{PARQUET} {args}".strip(), table(**columns))
 
 
-def variants(**given: Any) -> dict[str, Any]:
-    return {"variants": given}
+def variants(**rows: Any) -> dict[str, Any]:
+    return {"variants": rows}
 
 
 TABLE: dict[str, Row] = {
@@ -437,7 +437,7 @@ TABLE: dict[str, Row] = {
 
 
 def prepare(row: Row, folder: Path) -> list[str]:
-    """Write the row's files; its command line."""
+    """Write the files of a row and return its command line."""
     files = {} if row.files is None else row.files
     for name, content in files.items() if isinstance(files, dict) else [("data.parquet", files)]:
         if isinstance(content, pa.Table):
@@ -447,8 +447,9 @@ def prepare(row: Row, folder: Path) -> list[str]:
     return row.args.split(" ") if row.args else []
 
 
-def says(line: str, row: Row) -> bool:
-    return re.search(".*".join(map(re.escape, row.says.split(" ... "))), line) is not None
+def fits(line: str, row: Row) -> bool:
+    """Return whether a line contains all parts of the expected message."""
+    return re.search(".*".join(map(re.escape, row.message.split(" ... "))), line) is not None
 
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], Any]]] = {"train": (Train, train), "compare": (Compare, compare)}
@@ -459,7 +460,7 @@ def test_the_table_is_long_enough() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_bad_input_is_told_in_one_line_before_ray_starts(
+def test_bad_input_is_reported_in_one_line_before_ray_starts(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*_: Any, **__: Any) -> None:
@@ -476,15 +477,15 @@ def test_bad_input_is_told_in_one_line_before_ray_starts(
     with pytest.raises(InputError) as error:
         run(parse(model, "test", args))
     line = str(error.value)
-    assert says(line, row), line
+    assert fits(line, row), line
     assert line.isprintable() and len(line) < 500 and "secret" not in line and "token" not in line
     assert sorted(tmp_path.iterdir()) == before
 
 
-SPOKEN = ["infinite", "undecodable", "escapes in a name", "typo", "not YAML", "GPUs of trials", "data of a study"]
+AS_COMMANDS = ["infinite", "undecodable", "escapes in a name", "typo", "not YAML", "GPUs of trials", "data of a study"]
 
 
-@pytest.mark.parametrize("case", SPOKEN)
+@pytest.mark.parametrize("case", AS_COMMANDS)
 def test_a_command_ends_with_that_line_and_code_2(case: str, tmp_path: Path) -> None:
     row = TABLE[case]
     args = prepare(row, tmp_path)
@@ -496,4 +497,4 @@ def test_a_command_ends_with_that_line_and_code_2(case: str, tmp_path: Path) -> 
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stderr.strip().isprintable()
-    assert says(done.stderr, row)
+    assert fits(done.stderr, row)

@@ -1,4 +1,4 @@
-"""Settings: precedence, kinds, and every way to get them wrong."""
+"""Reading settings: precedence, another `kind`, and every kind of mistake."""
 
 import subprocess
 import sys
@@ -42,16 +42,16 @@ def test_precedence_is_defaults_recipe_environment_command_line(
     monkeypatch.setenv("DIABOLO__FINETUNE__LR", "0.25")
     monkeypatch.setenv("DIABOLO__FINETUNE__EPOCHS", "6")
     monkeypatch.setenv("DIABOLO__RESOURCES__RETRIES", "9")
-    found = settings(file, "--finetune.epochs", "8")
-    assert found.finetune is not None
-    assert (found.finetune.epochs, found.finetune.lr, found.finetune.batch_size) == (8, 0.25, 7)
-    assert found.finetune.schedule == "constant" and found.seed == 1 and found.resources.retries == 9
+    parsed = settings(file, "--finetune.epochs", "8")
+    assert parsed.finetune is not None
+    assert (parsed.finetune.epochs, parsed.finetune.lr, parsed.finetune.batch_size) == (8, 0.25, 7)
+    assert parsed.finetune.schedule == "constant" and parsed.seed == 1 and parsed.resources.retries == 9
 
 
 def test_a_partial_override_keeps_the_class_defaults_of_its_siblings() -> None:
     default = Experiment().pretrain
-    found = settings("--pretrain.lr", "0.1").pretrain
-    assert default is not None and found == default.model_copy(update={"lr": 0.1})
+    parsed = settings("--pretrain.lr", "0.1").pretrain
+    assert default is not None and parsed == default.model_copy(update={"lr": 0.1})
 
 
 def test_another_kind_replaces_its_subtree(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_null_switches_a_part_off_and_a_field_switches_it_on_again(null: str, tm
     assert again is not None and again.epochs == 3
 
 
-def test_values_of_every_sort() -> None:
-    found = settings(
+def test_values_of_every_type() -> None:
+    parsed = settings(
         "--network.widths", "[7, 5]", "--control", "false", "--data.labels", "null", "--data.validation", "100",
         "--pretrain.lr", "1e-4", "--plan", "--figures", "somewhere", "--register", "name",
     )  # fmt: skip
-    assert found.network.widths == (7, 5) and found.control is False and found.data.labels is None
-    assert found.data.validation == 100 and found.pretrain is not None and found.pretrain.lr == 1e-4
-    assert found.plan and found.figures == Path("somewhere") and found.register_as == "name"
+    assert parsed.network.widths == (7, 5) and parsed.control is False and parsed.data.labels is None
+    assert parsed.data.validation == 100 and parsed.pretrain is not None and parsed.pretrain.lr == 1e-4
+    assert parsed.plan and parsed.figures == Path("somewhere") and parsed.register_as == "name"
 
 
 BAD: list[tuple[list[str], Any, str]] = [
@@ -100,7 +100,7 @@ BAD: list[tuple[list[str], Any, str]] = [
     (["--data.name", "parquet"], None, "data.path is missing"),
     (["--data.path", "x.parquet"], None, "add --data.name parquet"),
     (["--pretrain", "null", "--finetune", "null"], None, "nothing to train"),
-    ([], {"variant": {"kind": "denoising", "level": 1.5}}, "variant.level: 1.5 is no share"),
+    ([], {"variant": {"kind": "denoising", "level": 1.5}}, "variant.level: 1.5 is not a share"),
     (["--control", "maybe"], None, "control: input should be a valid boolean"),
     (["--finetune.epochs"], None, "expected one argument"),
     (["no-such-recipe.yaml"], None, "recipe no-such-recipe.yaml: No such file"),
@@ -110,19 +110,21 @@ BAD: list[tuple[list[str], Any, str]] = [
 
 
 @pytest.mark.parametrize(("args", "content", "message"), BAD, ids=[row[2] for row in BAD])
-def test_bad_settings_are_told_in_one_line(args: list[str], content: Any, message: str, tmp_path: Path) -> None:
+def test_bad_settings_are_reported_in_one_line(args: list[str], content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         settings(*([] if content is None else [recipe(tmp_path, content)]), *args)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_environment_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_environment_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIABOLO__FINETUNE__LRR", "3")
     with pytest.raises(InputError, match=r"finetune\.lrr: unknown key; the nearest is finetune\.lr"):
         settings()
 
 
-def test_top_level_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_at_the_top_is_read_only_from_a_variable_with_our_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REGISTER", "not ours")
     assert settings().register_as is None
     monkeypatch.setenv("DIABOLO__REGISTER", "ours")
@@ -133,7 +135,7 @@ def test_top_level_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         settings()
 
 
-def test_what_is_kept_of_a_configuration_has_no_secrets() -> None:
+def test_a_stored_configuration_has_no_secrets() -> None:
     kept = without_secrets(
         {"a": {"path": "s3://key:pass/word@bucket/x?token=1", "n": 3}, "b": "mail@host", "c": "/a@b"}
     )
@@ -195,10 +197,10 @@ def test_a_plan_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_hyphens_in_the_name_of_an_option() -> None:
-    found = parse(
+    parsed = parse(
         Retrain,
         "test",
         ["--warm-start", "--no-only-on-drift", "--logical-date=2026-11-23", "--data.in-memory", "always"],
     )
-    assert found.warm_start and not found.only_on_drift and found.rule.logical_date.isoformat() == "2026-11-23"
-    assert found.data.in_memory == "always" and found.data.split == "content" and not found.control
+    assert parsed.warm_start and not parsed.only_on_drift and parsed.rule.logical_date.isoformat() == "2026-11-23"
+    assert parsed.data.in_memory == "always" and parsed.data.split == "content" and not parsed.control

@@ -1,4 +1,4 @@
-"""Submitting: what is refused before it, the log over broken streams, the exit code. No Ray is started."""
+"""Submitting a job: what is refused, the log over broken streams, and the exit code. No Ray is started."""
 
 import asyncio
 import http.server
@@ -25,10 +25,10 @@ REMOTE = ["--address", "http://head:8265"]
 
 
 class Fake:
-    """A cluster that knows of jobs, and runs the next one to `status` while it streams LOG in `streams` pieces.
+    """A stand-in for a cluster's job client. It knows some jobs, and runs the next one until it has `status`.
 
-    Each stream starts at the log's first character, as Ray's do. A piece is how much of the log comes, and what happens
-    then: "end", an exception, or "hang".
+    Each entry of `streams` is one log stream: how many characters of LOG it delivers, and how it ends then ("end",
+    "hang", or an exception). Each stream starts at the log's first character, as Ray's streams do.
     """
 
     def __init__(
@@ -112,14 +112,16 @@ def test_the_job_gets_the_command_the_folder_and_its_environment(monkeypatch: py
         ({"night": JobStatus.RUNNING}, True, "night: running already"),
     ],
 )
-def test_once_is_once_but_for_what_failed(jobs: dict[str, JobStatus], once: bool, free: str) -> None:
+def test_once_refuses_a_job_that_has_succeeded_but_not_one_that_failed(
+    jobs: dict[str, JobStatus], once: bool, free: str
+) -> None:
     cluster = Fake(jobs)
-    given = ["--name", "night", *(["--once"] if once else [])]
+    args = ["--name", "night", *(["--once"] if once else [])]
     if "already" not in free:
-        assert run(cluster, *given) == 0 and cluster.submitted["submission_id"] == free
+        assert run(cluster, *args) == 0 and cluster.submitted["submission_id"] == free
         return
     with pytest.raises(InputError, match=free):
-        run(cluster, *given)
+        run(cluster, *args)
     assert not cluster.submitted
 
 
@@ -188,12 +190,12 @@ def test_the_log_comes_whole_and_once(
 ) -> None:
     monkeypatch.setattr(module, "_SILENCE_SECONDS", 0.2)
     assert run(Fake(streams=streams), "--name", "n") == 0
-    said = capsys.readouterr()
-    assert said.out == LOG and json.loads(said.out.splitlines()[-1])["status"] == "finished"
-    assert said.err.splitlines() == ["n: submitted; `ray job stop n` stops it", "n: succeeded"]
+    printed = capsys.readouterr()
+    assert printed.out == LOG and json.loads(printed.out.splitlines()[-1])["status"] == "finished"
+    assert printed.err.splitlines() == ["n: submitted; `ray job stop n` stops it", "n: succeeded"]
 
 
-def test_a_cluster_out_of_reach_is_waited_for_and_given_up_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer_is_waited_for_and_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = ((100, OSError("reset")), *[(0, OSError("refused"))] * 20, (len(LOG), "end"))
     cluster = Fake(streams=streams)
     cluster.outages = 20
@@ -215,8 +217,8 @@ def test_an_ended_jobs_exit_code_survives_its_log(
     monkeypatch.setattr(cluster, "get_job_logs", lost)
     monkeypatch.setattr(cluster, "running", False)
     assert run(cluster) == 1
-    said = capsys.readouterr()
-    assert said.out == LOG[:100] and "warning: the end of the log is lost with its node" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == LOG[:100] and "warning: the end of the log is lost with its node" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("args", "environment", "message"), BAD, ids=[row[2] for row in BAD])
-def test_what_cannot_work_is_told_in_one_line_and_not_submitted(
+def test_what_cannot_work_is_refused_in_one_line(
     args: list[str], environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in environment.items():
@@ -267,17 +269,17 @@ def test_what_cannot_work_is_told_in_one_line_and_not_submitted(
 
 
 @pytest.mark.parametrize("uri", ["databricks", "databricks://profile", "postgresql://u@db/mlflow", "https://m"])
-def test_a_store_that_everybody_reaches_is_taken(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_every_machine_can_reach_is_accepted(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert run(Fake()) == 0
 
 
-def test_a_local_cluster_may_write_a_file_that_is_named_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_cluster_may_write_a_file_with_an_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////tmp/mlflow.db")
     assert submit(["--address", "http://127.0.0.1:8265", *GOOD], lambda address: Fake()) == 0
 
 
-def test_a_large_folder_is_warned_of_and_what_is_ignored_does_not_count(
+def test_a_large_folder_makes_a_warning_and_ignored_files_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "jobs").mkdir()
@@ -311,7 +313,7 @@ def test_a_recipe_that_git_ignores_is_refused_wherever_it_is_ignored(
 
 @pytest.fixture
 def dashboard() -> Iterator[Any]:
-    """A server in the dashboard's place: `answer` is the status and body of all it says."""
+    """A server in the dashboard's place, which answers every request with the status and body in `answer`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -342,7 +344,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("status", "body", "message"), ANSWERS)
-def test_rays_own_client_at_a_server_that_refuses(
+def test_a_server_that_refuses_rays_client_is_explained(
     status: int, body: str, message: str, dashboard: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://overridden:1")
