@@ -72,8 +72,8 @@ ROOMS: dict[str, set[str]] = {
 }  # fmt: skip
 """Each room and the rooms that it may import, type-checking imports included.
 
-A room stands below all rooms that import it, so the table has no cycle. It lists no arrow that is not used. If an import
-breaks it, first look for the lower room in which the shared code belongs."""
+A room stands below all rooms that import it, so the table has no cycle. It lists no arrow that is not used. If an
+import breaks it, first look for the lower room in which the shared code belongs."""
 
 
 def room(module: str) -> str:

@@ -65,7 +65,7 @@ class Row(NamedTuple):
     """Parts that the message must contain in this order, divided by ` ... `."""
     args: str = PARQUET
     files: Any = None
-    """Content of the input files by name: a table, bytes, or the content of a YAML file. A table alone is data.parquet."""
+    """Content of each input file by its name: a table, bytes, or values for YAML. A table alone is data.parquet."""
     command: str = "train"
     environment: Mapping[str, str] = MappingProxyType({})
 
