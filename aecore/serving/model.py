@@ -1,4 +1,4 @@
-"""The finetuned model as MLflow serves it: raw rows in, a table out. Loaded from safetensors and JSON alone."""
+"""The finetuned model as MLflow serves it: raw rows in, a table out. It is loaded from safetensors and JSON alone."""
 
 from pathlib import Path
 
@@ -17,15 +17,17 @@ from aecore.models.storage import Result, load_weights
 
 
 class Model:
-    """Raw rows (rows, *shape), as the data set holds them, to one table row each."""
+    """The model that the stage `finetune` returned, behind its preprocessing, on one device.
+
+    It reads raw rows (rows, *shape) as the data set holds them.
+    """
 
     def __init__(self, result: Result, device: torch.device | None = None) -> None:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.classes = device, np.array(result.config["classes"])
         self.prepare = build_prepare(result).to(device)
-        self.task = result.config["task"]
         self.net: Classifier | Stack
-        self.net = (build_classifier if self.task == "classify" else build_stack)(result)
+        self.net = (build_classifier if result.config["task"] == "classify" else build_stack)(result)
         self.net.to(device).eval()
         self.autoencoder = self.net if isinstance(self.net, Stack) else build_autoencoder(result)
         if self.autoencoder is not None:
@@ -34,32 +36,33 @@ class Model:
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
 
     def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What `predict` returns, by column, `code` as one array (rows, units)."""
+        """Return the columns of `predict` by name, each with one entry per row; `code` is an array (rows, units)."""
         with torch.inference_mode():
-            cuts = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
-            parts = [self._measure(torch.tensor(rows[cut], device=self.device)) for cut in cuts]
-        found = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        if "prediction" in found:
-            found["prediction"] = self.classes[found["prediction"]]
+            batches = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
+            parts = [self._measure(torch.tensor(rows[batch], device=self.device)) for batch in batches]
+        columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        if "prediction" in columns:
+            columns["prediction"] = self.classes[columns["prediction"]]
         if len(self.errors):
-            below = np.searchsorted(self.errors, found["reconstruction_mse"], side="right")
-            found["anomaly_score"] = (100 * below / len(self.errors)).astype(np.float32)
-        return found
+            no_worse = np.searchsorted(self.errors, columns["reconstruction_mse"], side="right")
+            columns["anomaly_score"] = (100 * no_worse / len(self.errors)).astype(np.float32)
+        return columns
 
     def _measure(self, raw: Tensor) -> dict[str, Tensor]:
         x = self.prepare(raw)
         code = self.net.encode(x)
-        found = {"code": code.flatten(1)}
+        columns = {"code": code.flatten(1)}
         if isinstance(self.net, Classifier):
             best = self.net.head(code.flatten(1)).softmax(1).max(1)
-            found |= {"prediction": best.indices, "probability": best.values}
+            columns |= {"prediction": best.indices, "probability": best.values}
         if self.autoencoder is not None:
-            own = code if self.autoencoder is self.net else self.autoencoder.encode(x)
-            found["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(own))
-        return found
+            own_code = code if self.autoencoder is self.net else self.autoencoder.encode(x)
+            columns["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(own_code))
+        return columns
 
     def decode(self, code: np.ndarray) -> np.ndarray:
-        """Reconstructions (rows, *shape) of codes (rows, units), as the data set holds them; of an autoencoder."""
+        """Return the reconstructions (rows, *shape), as the data set holds rows, of an autoencoder's codes (rows,
+        units)."""
         assert isinstance(self.net, Stack)
         shape = self.net.code_shape
         with torch.inference_mode():
@@ -67,19 +70,31 @@ class Model:
             return torch.cat([self.prepare.inverse(self.net.mean(part)) for part in parts]).cpu().numpy()
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
-        """Rows (count, *shape) as the data set holds them, drawn from the prior of a variational autoencoder."""
+        """Return rows (count, *shape), as the data set holds rows, drawn from the prior of a variational
+        autoencoder."""
         assert isinstance(self.net, Stack)
         with torch.inference_mode():
             return self.prepare.inverse(generation.samples(self.net, count, seed)).cpu().numpy()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
-        """Columns `code`, of a classifier `prediction` and `probability` of that class, of an autoencoder (a classifier
-        has the one that it was finetuned from) `reconstruction_mse`, a feature, and `anomaly_score`: percent of the
-        reference rows that are reconstructed no worse."""
-        found = self.measure(np.asarray(rows))
-        return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in found.items()})
+        """Return a table with one line per row, as MLflow expects it of a model.
+
+        Its columns are `code`; for a classifier `prediction` and `probability`, the class and its probability; and for
+        an autoencoder `reconstruction_mse`, the squared error per feature, and `anomaly_score`, the percentage of the
+        reference rows that are reconstructed no worse. A classifier has the last two from the autoencoder that it was
+        finetuned from, if there was one.
+
+        Args:
+            params: MLflow's parameters of inference, which this model has none of.
+        """
+        columns = self.measure(np.asarray(rows))
+        return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
 
 
 def _load_pyfunc(path: str) -> Model:
+    """Load the model in the folder `path`.
+
+    MLflow's python_function flavor calls the function of this name in the loader module that a model's metadata name.
+    """
     config, weights = load_weights(Path(path))
     return Model(Result(config, weights, {}))
