@@ -30,10 +30,11 @@ class Contractive(Objective):
     paper: ClassVar = "Rifai et al., ICML 2011"
     kind: Literal["contractive"] = "contractive"
     weight: NonNegativeFloat = 0.1
-    """Weight of the squared Frobenius norm of the encoder's Jacobian, in units of the reconstruction term."""
+    """Weight of the penalty, in units of the reconstruction term: of l1 or kl for sparse, of the squared Frobenius norm
+    of the encoder's Jacobian for contractive."""
     probes: PositiveInt | None = 1
-    """Number of random directions per row that estimate the norm. Only a single dense layer has a closed form and needs
-    none. null computes the norm exactly, which costs a backward pass per unit of the code."""
+    """Number of random directions per row by which contractive estimates the norm. Only a single dense layer has a
+    closed form and needs none. null computes the norm exactly, which costs a backward pass per unit of the code."""
 
     def build(self, layer: LayerSpec, number: int) -> LayerSpec:
         if layer.normalization == "batch":

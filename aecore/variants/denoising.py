@@ -26,10 +26,11 @@ class Denoising(Objective):
     paper: ClassVar = "Vincent et al., JMLR 11 (2010) 3371-3408"
     kind: Literal["denoising"] = "denoising"
     noise: Literal["gaussian", "masking", "salt_and_pepper"] = "masking"
-    """Noise on the input: gaussian adds normal noise, masking sets features to 0, salt_and_pepper to 0 or 1."""
+    """Noise that denoising puts on the input: gaussian adds normal noise, masking sets features to 0, salt_and_pepper
+    to 0 or 1."""
     level: Annotated[float, Field(ge=0)] = 0.25
-    """Standard deviation of gaussian noise in units of the features; for the others the share of features that are
-    corrupted, from 0 to 1."""
+    """Level of denoising's noise: the standard deviation of gaussian noise in units of the features, otherwise the
+    share of features that are corrupted, from 0 to 1."""
 
     @model_validator(mode="after")
     def _check_share(self) -> Self:

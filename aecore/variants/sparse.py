@@ -32,16 +32,19 @@ class Sparse(Objective):
     paper: ClassVar = "Ng, CS294A (2011); Makhzani & Frey, ICLR 2014"
     kind: Literal["sparse"] = "sparse"
     penalty: Literal["l1", "kl", "topk"] = "l1"
-    """How the code is made sparse: l1 penalises absolute codes, kl mean activations that differ from a target rate (for
-    sigmoid codes), and topk keeps the largest codes only."""
+    """How sparse makes its code sparse: l1 penalises absolute codes, kl mean activations that differ from a target rate
+    (for sigmoid codes), and topk keeps the largest codes only."""
     weight: NonNegativeFloat = 0.1
-    """Weight of the l1 or kl penalty, in units of the reconstruction term; topk has none."""
+    """Weight of the penalty, in units of the reconstruction term: of l1 or kl for sparse, of the squared Frobenius norm
+    of the encoder's Jacobian for contractive."""
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Target of each unit's mean activation over a batch, between 0 and 1 (only for kl)."""
+    """Target of each unit's mean activation over a batch, between 0 and 1 (only for sparse with kl)."""
     k: PositiveFloat = 0.1
-    """Codes that stay active in each row (only for topk): a share of the units if below 1, else a number of units."""
+    """Codes that stay active in each row (only for sparse with topk): a share of the units if below 1, else a number of
+    units."""
     alpha: Annotated[float, Field(ge=1)] = 1.0
-    """Factor on k for the codes that a trained encoder emits; the decoder always reads k of them (only for topk)."""
+    """Factor on k for the codes that a trained encoder emits; the decoder always reads k of them (only for sparse with
+    topk)."""
 
     @property
     def code_activation(self) -> Activation | None:
