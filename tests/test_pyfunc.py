@@ -109,8 +109,9 @@ def test_a_large_validation_split_is_sampled_and_labels_may_lack(
     _, arrays = digits
     many = Split(np.repeat(arrays.train.x, 3, 0), None)
     stack = build_stack(trained["reconstruct"])
-    found = _reference(stack, stack, prepared(arrays, CPU), many, CPU)
-    assert set(found) == {"mean", "std", "code", "error"} and len(found["error"]) == len(found["code"]) == 2000
+    reference = _reference(stack, stack, prepared(arrays, CPU), many, CPU)
+    assert set(reference) == {"mean", "std", "code", "error"}
+    assert len(reference["error"]) == len(reference["code"]) == 2000
 
 
 def test_what_is_not_served_pays_for_no_reference(trained: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ class Conv(_Network):
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16, 32)
     """Number of channels of each convolutional layer, from the data on."""
     dense: tuple[PositiveInt, ...] = ()
-    """Number of units of each dense layer behind the convolutional ones; none by default."""
+    """Number of units of each dense layer behind the convolutional ones of conv; none by default."""
     kernel: PositiveInt = 3
     """Side of the convolution's kernel, in pixels."""
     stride: PositiveInt = 2

@@ -31,10 +31,10 @@ class Variational(Objective):
     paper: ClassVar = "Kingma & Welling, ICLR 2014; Higgins et al., ICLR 2017"
     kind: Literal["variational"] = "variational"
     beta: NonNegativeFloat = 1.0
-    """Weight of the divergence from the prior; 1 gives the evidence lower bound itself."""
+    """Weight of variational's divergence from the prior; 1 gives the evidence lower bound itself."""
     binarize: bool = False
-    """Whether each pixel is drawn as 0 or 1, with its grey value as the probability of 1, anew for every batch (only
-    for the bernoulli likelihood)."""
+    """Whether variational draws each pixel as 0 or 1, with its grey value as the probability of 1, anew for every batch
+    (only for the bernoulli likelihood)."""
 
     @property
     def code_activation(self) -> Activation | None:
