@@ -17,8 +17,7 @@ from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import open_store
 from pipelines.retraining.history import dates_to_decide
-from pipelines.retraining.plan import plan
-from pipelines.retraining.retrain import Firing, retrain, rollback
+from pipelines.retraining.retrain import Firing, plan, retrain, rollback
 from pipelines.retraining.rule import Rule, check_recipe
 
 
@@ -39,10 +38,6 @@ class Retrain(Experiment, Rule):
     """Name of the registered model; its aliases champion, previous and challenger are set here."""
     rollback: CliImplicitFlag[bool] = False
     """Let champion and previous champion change places, and do nothing else."""
-    warm_start: CliImplicitFlag[bool] = False
-    """Finetune from the champion's weights instead of pretraining anew."""
-    only_on_drift: CliImplicitFlag[bool] = False
-    """Train only if the data have drifted from those that the champion was trained on."""
     webhook: str | None = None
     """URL to which the final JSON is posted, however the command ends."""
     plan: CliImplicitFlag[bool] = False

@@ -47,20 +47,16 @@ class Candidate:
 
     facts: Facts
     graph: Stacked
+    spec: FinetuneSpec
+    """The specification of the stage that trains the model."""
     identity: str
     """Hash of the data and the recipe, which does not depend on who is champion."""
 
     @property
     def finetune(self) -> Stage:
-        """The stage whose result is the model."""
+        """The stage that trains the model."""
         assert self.graph.finetune is not None
         return self.graph.finetune
-
-    @property
-    def spec(self) -> FinetuneSpec:
-        """The specification of `finetune`."""
-        assert isinstance(self.finetune.spec, FinetuneSpec)
-        return self.finetune.spec
 
 
 def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champion:
@@ -97,24 +93,19 @@ def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champio
 def candidate_of(experiment: Experiment, day: date, rule: Rule, resources: Resources) -> Candidate:
     """Inspect the data of a day and build the stages that would train on them; nothing runs.
 
-    Raises:
-        InputError: the data cannot be used, or the experiment does not fit them.
+    Raises an InputError where the data cannot be used, or the experiment does not fit them.
     """
     if experiment.data.path is not None and "{date}" in experiment.data.path:
         path = experiment.data.path.replace("{date}", day.isoformat())
         experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": path})})
     facts = inspect(experiment.data)
     graph = build(experiment, facts, resources.numerics)
-    assert graph.finetune is not None
-    return Candidate(facts, graph, fingerprint("retrain", graph.finetune.key, rule.warm_start))
+    assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)
+    return Candidate(facts, graph, graph.finetune.spec, fingerprint("retrain", graph.finetune.key, rule.warm_start))
 
 
 def resolve_metric(rule: Rule, candidate: Candidate, champion: Champion | None) -> Metric:
-    """Return the measure by which the two models are compared.
-
-    Raises:
-        InputError: one of the models does not have the measure that the rule asks for.
-    """
+    """Return the measure by which the models are compared; raise an InputError where one of them does not have it."""
     classifies = candidate.spec.task == "classify"
     if rule.metric == "accuracy" and not classifies:
         raise InputError("metric: accuracy needs a model that classifies, this one reconstructs; use reconstruction")
@@ -127,11 +118,7 @@ def resolve_metric(rule: Rule, candidate: Candidate, champion: Champion | None) 
 
 
 def check_schema(candidate: Candidate, champion: Champion) -> None:
-    """Check that the candidate's data and task are of the same kind as the champion's.
-
-    Raises:
-        InputError: they differ, so that the two models cannot be compared on the same test rows.
-    """
+    """Raise an InputError where data or task are not of the champion's kind, so that the models cannot be compared."""
     before, name, remedy = champion.contest_result.config, champion.name, "correct that, or name another --model"
     facts, known = candidate.facts, Facts.model_validate(before["facts"])
     if facts.shape != known.shape:
@@ -155,8 +142,7 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
 def start_from_champion(candidate: Candidate, champion: Champion) -> Candidate:
     """Return the candidate without pretraining: its finetuning starts from the champion's weights.
 
-    Raises:
-        InputError: the two networks differ in more than dropout.
+    Raises an InputError where the two networks differ in more than dropout.
     """
     known = [{**layer, "dropout": 0} for layer in champion.model.config["layers"]]
     if known != [{**layer.model_dump(mode="json"), "dropout": 0} for layer in candidate.spec.layers]:

@@ -1,25 +1,25 @@
-"""One firing of the retraining command: train a challenger where that is needed, and let the better model be champion.
+"""Retrains a model: trains a challenger where that is needed, and makes the better model champion; plans; rolls back.
 
 Every decision is a run in MLflow, one for a model and a logical date, however often the command is fired for them. The
 aliases of the model in MLflow's registry say what was decided.
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from aecore.config.experiment import Experiment
-from aecore.core.errors import InputError, OutageError, hide_secrets
+from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
 from aecore.core.fingerprint import fingerprint
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import Outcome, compute
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
 from pipelines.retraining import models
-from pipelines.retraining.history import decided_runs, report, run_key, why_unchanged
+from pipelines.retraining.history import dates_to_decide, decided_runs, report, run_key, why_unchanged
 from pipelines.retraining.models import CHALLENGER, CHAMPION, PREVIOUS, Candidate, Champion
 from pipelines.retraining.rule import Decision, Metric, Rule, decide
 
@@ -76,11 +76,7 @@ def retrain(firing: Firing) -> dict[str, Any]:
 
 
 def _decide(firing: Firing, run_id: str, version: "Version | None") -> None:
-    """Look at the data, and train a challenger unless there is a reason not to.
-
-    Args:
-        version: the champion.
-    """
+    """Look at the data, and train a challenger for the champion, `version`, unless there is a reason not to."""
     tracker, rule, model, day = firing.tracker, firing.rule, firing.model, firing.day.isoformat()
     candidate = models.candidate_of(firing.experiment, firing.day, rule, firing.resources)
     tracker.log_summary(run_id, {}, {"data.digest": candidate.facts.digest})
@@ -185,11 +181,42 @@ def _conclude(firing: Firing, run_id: str, decision: Decision, tags: Mapping[str
     firing.tracker.log_summary(run_id, {}, {"decision": decision.status})
 
 
-def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[str, Any]:
-    """Let champion and previous champion change places, and return the report.
+def plan(
+    model: str, experiment: Experiment, rule: Rule, tracker: "Tracker | None", resources: Resources
+) -> Iterator[str]:
+    """Yield, line by line, the dates that would be decided on and the stages that would run; nothing is written.
 
-    Args:
-        tags: further tags of the run.
+    Raises an InputError where a firing would.
+    """
+    days = dates_to_decide(model, rule, tracker) if tracker else [rule.logical_date]
+    version = tracker.version(model, CHAMPION) if tracker else None
+    yield f"{'dates':18} {join_names([day.isoformat() for day in days])}"
+    yield f"{'champion':18} {'version ' + version.number if version else 'none yet'}"
+    for day in days:
+        if tracker and (run_id := tracker.find(run_key(model, day))):
+            yield f"{day.isoformat():18} is decided, run {run_id}"
+            continue
+        candidate = models.candidate_of(experiment, day, rule, resources)
+        facts = candidate.facts
+        yield f"{day.isoformat():18} {facts.rows:,} rows of {facts.shape}, digest {facts.digest[:12]}"
+        champion, stages = None, list[Stage]()
+        if version and tracker:
+            if reason := why_unchanged(model, candidate.identity, decided_runs(model, tracker), tracker):
+                yield f"{'unchanged':18} {reason}"
+                continue
+            champion = models.load_champion(model, version, tracker)
+            stages = [models.drift_stage(candidate, champion, rule)]
+        metric = models.resolve_metric(rule, candidate, champion)
+        if champion and rule.warm_start:
+            candidate = models.start_from_champion(candidate, champion)
+        stages += [*candidate.graph.kept(), models.contest_stage(candidate, champion, metric)]
+        for stage in stages:
+            run_id = tracker.find(stage.key) if tracker else None
+            yield f"{stage.name:18} {stage.key[:12]}  {'finished, run ' + run_id if run_id else 'would run'}"
+
+
+def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[str, Any]:
+    """Let champion and previous champion change places, in a run with these further tags; return the report.
 
     Raises:
         InputError: there is no champion, or none before it.

@@ -5,6 +5,7 @@ from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic_settings import CliImplicitFlag
 
 from aecore.config.experiment import Experiment
 from aecore.core.errors import InputError
@@ -29,9 +30,9 @@ class Rule(Frozen):
     margin: NonNegativeFloat = 0.005
     """By how much the challenger must be better: a difference of accuracies, or a share of the champion's
     reconstruction error. The 95 % interval of the difference must exclude zero as well."""
-    warm_start: bool = False
+    warm_start: CliImplicitFlag[bool] = False
     """Finetune from the champion's weights instead of pretraining anew."""
-    only_on_drift: bool = False
+    only_on_drift: CliImplicitFlag[bool] = False
     """Train only if the data have drifted from those that the champion was trained on."""
     drift_effect: Annotated[PositiveFloat, Field(le=1)] = 0.2
     """Effect size from which on a significant difference counts as drift: the largest gap between two distribution
@@ -97,11 +98,7 @@ def decide(
 
 
 def check_recipe(experiment: Experiment) -> None:
-    """Check that an experiment can be retrained day by day.
-
-    Raises:
-        InputError: it makes no model, or test rows would become training rows as the data grow.
-    """
+    """Raise an InputError where an experiment cannot be retrained day by day."""
     if experiment.finetune is None:
         raise InputError("finetune: null leaves no model to register; set finetune")
     if experiment.data.split != "content":

@@ -137,11 +137,7 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
 def plan_trial(
     study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
 ) -> TrialPlan:
-    """Plan one trial of a variant or of a reference.
-
-    Raises:
-        InputError: the row does not fit the data, or changes a field that does not exist.
-    """
+    """Plan one trial of a variant or of a reference; raises as `plan_trials` does."""
     for kind in REFERENCES:
         if row == kind:
             return _plan_reference(study, kind, seed, facts, numerics)
@@ -177,11 +173,7 @@ def _plan_reference(
 
 
 def _measures(study: Study, name: str, stack: Stage, seed: int, facts: Facts, numerics: Numerics) -> Stage:
-    """Return the stage that measures a trained stack, on top of the classifiers that it needs.
-
-    Args:
-        name: the trial's name.
-    """
+    """Return the stage, called `name`, that measures a trained stack, on top of the classifiers that it needs."""
     data = stack.inputs["data"]
     assert isinstance(data, Stage) and isinstance(data.spec, LoadSpec)
     assert isinstance(stack.spec, FinetuneSpec | ReferenceSpec)
