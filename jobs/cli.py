@@ -1,6 +1,7 @@
 """What all commands share: reading the settings, and ending with a report, a message and an exit code."""
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -78,7 +79,7 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         InputError: a key is unknown or a value does not fit. The message holds the full path of the field.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
-    both = type(settings.__name__, (settings, _Sources), {"__doc__": settings.__doc__})
+    both = type(settings.__name__, (settings, _Sources), {"__doc__": inspect.cleandoc(settings.__doc__ or "")})
     try:
         command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
         environment = EnvSettingsSource(both)()

@@ -84,7 +84,8 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
 
 
 def _options(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m jobs.submit", "%(prog)s [options] -- jobs.train [RECIPE.yaml] [...]")
+    usage = "%(prog)s [options] -- jobs.train [RECIPE.yaml] [...]"
+    parser = argparse.ArgumentParser("python -m jobs.submit", usage, (__doc__ or "").partition("\n\n")[2])
     parser.add_argument(
         "--address", help="URL of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)"
     )
