@@ -1,4 +1,4 @@
-"""`jobs.encode`: one row out for each row in, whatever happens on the way, and only by the model that was named."""
+"""`jobs.encode`: every row of the input has one row in the output, also after a crash, computed by the named model."""
 
 import json
 import os
@@ -57,7 +57,7 @@ KIND = pa.list_(pa.list_(pa.uint8(), 8), 8)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two files of grey images, and labels."""
+    """Write two files of grey images with labels; return the options that name them."""
     folder = tmp_path_factory.mktemp("set")
     for name in "ab":
         data = write(folder / f"{name}.parquet", pa.array(lists(IMAGES), KIND), y=["even", "odd"] * 125)
@@ -66,7 +66,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tracker: Tracker, images: list[str]) -> dict[str, Result]:
-    """Registered models by name: a classifier and a variational model of digits, an autoencoder of `images`."""
+    """Train and register three models: a classifier and a variational model of digits, an autoencoder of `images`."""
     own = Data(name="parquet", path=images[-1], labels=None)
     tuning = Finetune(epochs=3, task="reconstruct")
     autoencoder = Experiment(data=own, pretrain=None, finetune=tuning)
@@ -88,7 +88,7 @@ def models(tracker: Tracker, images: list[str]) -> dict[str, Result]:
 
 
 class Here:
-    """The command in this process: its workers take turns."""
+    """The command in this process, with workers that run one after another."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.made = folder, list[int]()
@@ -131,7 +131,7 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray:
     return array.flatten().to_numpy().reshape(len(array), -1)
 
 
-def test_each_row_once_as_the_model_makes_it(here: Here, models: dict[str, Result], tracker: Tracker) -> None:
+def test_each_row_is_encoded_once_by_the_model(here: Here, models: dict[str, Result], tracker: Tracker) -> None:
     report = here("--model", "models:/classifier@champion")
     assert report["rows"] == {"all": 1797, "made": 1797} and report["model"] == "models:/classifier/1"
     table, direct = here.table(), Model(models["classifier"]).measure(DIGITS)
@@ -154,14 +154,16 @@ def test_each_row_once_as_the_model_makes_it(here: Here, models: dict[str, Resul
     assert data.dataset.digest == kept["diabolo.data.digest"][:36] and model.model_id.startswith("m-")
 
 
-def test_what_is_whole_stays_and_the_rest_is_made(here: Here) -> None:
+def test_whole_files_stay_and_missing_ones_are_written(here: Here) -> None:
     asked = ("--model", "models:/classifier/1")
     first = here(*asked)
     before = here.table()
     files = sorted(here.folder.glob("*.parquet"))
     times = [file.stat().st_mtime_ns for file in files]
     files[1].unlink()
-    files[4].write_bytes(files[4].read_bytes()[:-100])  # torn by a disk: our own files appear whole
+    files[4].write_bytes(
+        files[4].read_bytes()[:-100]
+    )  # as a broken disk leaves it: the command itself writes whole files or none
     (here.folder / ".part-000001.parquet.0123").write_bytes(b"left by a killed worker")
     again = here(*asked)
     assert here.made == [1, 4] and again["rows"]["made"] == 600 and again["run_id"] == first["run_id"]
@@ -170,7 +172,7 @@ def test_what_is_whole_stays_and_the_rest_is_made(here: Here) -> None:
     assert here(*asked)["rows"]["made"] == 0 and here.made == []
 
 
-def test_parquet_with_labels_that_were_asked_for(here: Here, models: dict[str, Result], images: list[str]) -> None:
+def test_labels_are_copied_where_they_are_named(here: Here, models: dict[str, Result], images: list[str]) -> None:
     here(*AUTOENCODER, *images, "--data.labels", "y")
     table = here.table()
     assert table["id"].to_pylist() == list(range(500)) and table["row"].to_pylist() == [*range(250)] * 2
@@ -180,7 +182,7 @@ def test_parquet_with_labels_that_were_asked_for(here: Here, models: dict[str, R
     assert np.abs(vectors(table["code"]) - direct["code"]).max() < 1e-6
 
 
-def test_codes_come_back(here: Here, models: dict[str, Result], images: list[str], tmp_path: Path) -> None:
+def test_codes_are_decoded(here: Here, models: dict[str, Result], images: list[str], tmp_path: Path) -> None:
     here(*AUTOENCODER, *images)
     codes, here.folder = here.folder, tmp_path / "back"
     here(*AUTOENCODER, "--decode", str(codes))
@@ -222,7 +224,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize(("args", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_is_refused(args: tuple[str, ...], message: str, here: Here, tmp_path: Path) -> None:
+def test_bad_requests_are_refused(args: tuple[str, ...], message: str, here: Here, tmp_path: Path) -> None:
     grey = pa.array(lists(DIGITS[:20]), KIND)
     write(tmp_path / "wide.parquet", np.zeros((20, 9)))
     write(tmp_path / "grey.parquet", grey)
@@ -245,7 +247,7 @@ def test_output_of_another_model_or_other_data_is_refused(here: Here, tmp_path: 
     assert len(here.table()) == 1797
 
 
-def test_a_bad_row_is_named_and_the_rest_waits_for_it(here: Here, tmp_path: Path) -> None:
+def test_a_bad_row_is_named_and_whole_files_before_it_stay(here: Here, tmp_path: Path) -> None:
     here.folder.mkdir()
     x = np.concatenate([IMAGES, IMAGES, IMAGES]).astype(object)
     x[650, 0, 3, 3] = None
@@ -274,7 +276,7 @@ except mlflow.exceptions.MlflowException as error:
 """
 
 
-def test_a_model_of_another_make_is_not_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_another_loader_is_not_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.store.tracking._LOADER", "something.else")
     with pytest.raises(InputError, match=r"was not made by jobs\.train, and is not unpickled"):
         here(*CLASSIFIER)
@@ -302,8 +304,8 @@ def test_an_altered_model_is_refused(here: Here, tracker: Tracker) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_job_goes_on(mnist_root: Path, tmp_path: Path) -> None:
-    """With its two workers on Ray, as tests/benchmarks/encoding.py does it with figures."""
+def test_a_killed_job_is_finished_by_the_next_one(mnist_root: Path, tmp_path: Path) -> None:
+    """With two workers on Ray; tests/benchmarks/encoding.py measures the same."""
     data = Data(name="mnist", root=mnist_root)
     x = rows(data, identify(data)).x[:60_000]
     bench.write(tmp_path / "set.parquet", x, 1)
@@ -321,7 +323,7 @@ def test_a_killed_job_goes_on(mnist_root: Path, tmp_path: Path) -> None:
 def test_the_readme_serves_the_same_columns(
     models: dict[str, Result], tracker: Tracker, tmp_path: Path
 ) -> None:  # fmt: skip
-    """The two lines of jobs/ENCODE.md, as they stand there but for the port and the name."""
+    """The two lines of jobs/ENCODE.md work as they stand there, but for the port and the model's name."""
     block = (ROOT / "jobs" / "ENCODE.md").read_text().split("## Serving")[1].split("\n\n")[2]
     serve, curl = re.sub(r"^    ", "", block, flags=re.MULTILINE).split("\n", 1)
     port = free_port()

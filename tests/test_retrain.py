@@ -1,4 +1,4 @@
-"""`python -m jobs.retrain`: a week of it, who decides when several do, and how often it errs."""
+"""`python -m jobs.retrain`: a week of data, firings that race or break off, and how often chance promotes a model."""
 
 import json
 import re
@@ -45,7 +45,7 @@ NINES = (9,)
 
 
 def write(folder: Path, first: int, last: int, classes: Sequence[int] = range(9)) -> None:
-    """Some of scikit-learn's digits as a file more of the data, without nines by default."""
+    """Add a file with some of scikit-learn's digits to the data, by default without nines."""
     digits = load_digits()
     own = np.isin(digits.target, classes)
     x, y = digits.images[own].astype(np.uint8)[first:last], digits.target[own][first:last]
@@ -62,7 +62,7 @@ def store(folder: Path) -> Tracker:
 
 
 def retrained(folder: Path, *args: str, **env: str) -> Done:
-    """The command as a scheduler starts it."""
+    """Run the command as a scheduler does, in a process of its own."""
     return started("jobs.retrain", folder, *QUICK, *args, **env)
 
 
@@ -70,7 +70,7 @@ Here = Callable[..., dict[str, Any]]
 
 
 def in_process(patch: pytest.MonkeyPatch, folder: Path) -> Here:
-    """The command in this process, from the parsing of its arguments to its report: its stages without Ray."""
+    """Return the command as a function from arguments to report, whose stages run in this process without Ray."""
 
     def compute(
         stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
@@ -88,7 +88,7 @@ def in_process(patch: pytest.MonkeyPatch, folder: Path) -> Here:
         return report
 
     patch.setattr(retrain, "compute", compute)
-    # pictures take longer than the training, and nothing is decided by them
+    # the figures take longer than the training, and no decision depends on them
     patch.setattr("aecore.stages.evaluate.evaluate", lambda spec, run, **inputs: Result({}, {}, {"test/accuracy": 0.5}))
     patch.chdir(folder)
     return command
@@ -125,7 +125,7 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     scores = tie["metrics"]
     assert scores["frozen/rows"] + scores["newest/rows"] == scores["rows"] > scores["newest/rows"] > 50
     assert scores["frozen/champion/accuracy"] == first["metrics"]["challenger/accuracy"]  # the same rows
-    assert here(*day(3)) == tie  # fired again, it tells what was decided
+    assert here(*day(3)) == tie  # a second firing only reports the decision
 
     write(data, 0, 170, NINES)
     better = here(*day(4))
@@ -146,7 +146,7 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "is not a readable Parquet file" in failed.data.tags["reason"]
     shutil.copy(tmp_path / "good", good)
 
-    # broken off in the middle of training, and fired again
+    # a firing is broken off in the middle of training; then the command is fired again
     write(data, 1400, 1600)
     inside = vars(retrain)["compute"]
 
@@ -162,7 +162,7 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(retrain, "compute", inside)
     again = here(*day(6))
     assert again["status"] == "kept" and aliases(again) == ("3", "1", "4")
-    # the broken firing had computed drift and a layer; they count once, and are restored
+    # the broken firing had computed drift and a layer: these are restored, and count as computed once
     assert again["stages"] == {"computed": 5, "restored": 2}
 
     back = here("--rollback")
@@ -180,9 +180,9 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def _first_day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with data and their first champion."""
+    """Make a folder with data and their first champion."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow leaves it there
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it
         folder = tmp_path_factory.mktemp("first")
         write(folder / "digits", 0, 900)
         assert in_process(patch, folder)(*day(1))["status"] == "promoted"
@@ -191,13 +191,13 @@ def _first_day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def champion(_first_day: Path, tmp_path: Path) -> Path:
-    """A copy of the folder, for a test to go on with."""
+    """Copy the folder with the first champion for one test."""
     shutil.copytree(_first_day / "digits", tmp_path / "digits")
     shutil.copy(_first_day / "mlflow.db", tmp_path)
     return tmp_path
 
 
-def test_another_champion_meanwhile_is_the_one_to_beat(
+def test_a_champion_that_was_promoted_meanwhile_must_be_beaten(
     champion: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(champion / "digits", 900, 1400)
@@ -205,7 +205,7 @@ def test_another_champion_meanwhile_is_the_one_to_beat(
 
     def race(stages: Sequence[Stage], *args: Any) -> Any:
         outcomes = inside(stages, *args)
-        if "contest" in outcomes and not raced:  # between this firing's contest and its decision another one is faster
+        if "contest" in outcomes and not raced:  # another firing decides between contest and decision
             raced.append(1)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(rule, "judge", lambda *_: (True, "by all means"))
@@ -218,7 +218,7 @@ def test_another_champion_meanwhile_is_the_one_to_beat(
     assert aliases(report) == ("2", "1", "3")
 
 
-def test_two_firings_that_made_the_same_model_promote_it_once(
+def test_two_firings_that_train_the_same_model_promote_it_once(
     champion: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(champion / "digits", 0, 170, NINES)
@@ -237,7 +237,7 @@ def test_two_firings_that_made_the_same_model_promote_it_once(
     assert aliases(report) == ("2", "1", "2")
 
 
-def test_broken_off_between_the_aliases_it_is_done_again_alike(
+def test_a_firing_that_breaks_off_between_two_aliases_is_repeated_with_the_same_end(
     champion: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(champion / "digits", 0, 170, NINES)
@@ -256,7 +256,7 @@ def test_broken_off_between_the_aliases_it_is_done_again_alike(
     monkeypatch.setattr(Tracker, "set_alias", real)
     monkeypatch.setattr(retrain, "_conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        here(*day(2))  # all aliases are set, and nobody was told
+        here(*day(2))  # all aliases are set, but the decision is not logged
     monkeypatch.setattr(retrain, "_conclude", conclude)
     report = here(*day(2))
     assert report["status"] == "promoted" and "version 2 against 1" in report["reason"]
@@ -307,7 +307,7 @@ def test_warm_start(champion: Path, here: Here) -> None:
     write(champion / "digits", 0, 170, NINES)
     report = here(*day(2), "--warm-start", "--margin", "0.9", "--metric", "reconstruction")
     assert report["stages"]["computed"] == 4 and report["status"] == "drifted"  # no layer was pretrained
-    # the autoencoder is the champion's own
+    # the autoencoder is the champion's
     assert report["metrics"]["difference"] == 0 and "% of the champion's reconstruction error" in report["reason"]
     tracker = store(champion)
     version, parent = (tracker.version("digits", alias) for alias in ("challenger", "champion"))
@@ -361,7 +361,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.filterwarnings("ignore")
-def test_what_breaks_the_schema_is_refused(what: str, champion: Path, here: Here) -> None:
+def test_data_that_differ_from_the_champions_are_refused(what: str, champion: Path, here: Here) -> None:
     make, args, message = BROKEN[what]
     shutil.rmtree(champion / "digits")
     (champion / "digits").mkdir()
@@ -372,7 +372,7 @@ def test_what_breaks_the_schema_is_refused(what: str, champion: Path, here: Here
     assert version is not None and version.number == "1"
 
 
-def test_champions_of_others_are_not_touched(champion: Path, here: Here) -> None:
+def test_champions_that_this_command_did_not_make_are_not_touched(champion: Path, here: Here) -> None:
     client = store(champion).client
     client.create_registered_model("theirs")
     client.create_model_version("theirs", "elsewhere")
@@ -398,13 +398,13 @@ def test_the_plan_writes_nothing(champion: Path, monkeypatch: pytest.MonkeyPatch
     assert run(cli.parse(Retrain, "test", [*line, "--warm-start"])) is None
     said = capsys.readouterr().out
     assert re.search(r"drift +\w{12}  would run", said) and "layer 1" not in said
-    # whether there is an autoencoder to compare by is seen before the warm start leaves the pretraining out
+    # a warm start leaves pretraining out; the metric, which needs an autoencoder, is resolved before that
     assert run(cli.parse(Retrain, "test", [*line, "--warm-start", "--metric", "reconstruction"])) is None
     assert re.search(r"contest +\w{12}  would run", capsys.readouterr().out)
     assert (champion / "mlflow.db").stat().st_mtime_ns == before
 
 
-def test_unchanged_neither_ray_nor_torch_is_imported(champion: Path) -> None:
+def test_unchanged_data_import_neither_ray_nor_torch(champion: Path) -> None:
     code = f"""
 import sys
 from jobs import cli
@@ -421,7 +421,7 @@ print(report["status"], sorted({{"ray", "torch", "sklearn"}} & set(sys.modules))
 
 
 class Hook(HTTPServer):
-    """A server on the loopback that answers with these codes, in turn."""
+    """A server on this machine that answers with these status codes, one after another."""
 
     def __init__(self, *codes: int) -> None:
         self.codes, self.got = list(codes), []  # type: list[int], list[dict[str, Any]]
@@ -453,7 +453,7 @@ def test_the_webhook_is_tried_again_and_never_printed(capsys: pytest.CaptureFixt
     with Hook(404) as hook:
         assert not cli.post(hook.url, "{}", pause=0.01) and len(hook.got) == 1
         hook.shutdown()
-    assert not cli.post(hook.url, "{}", pause=0.01)  # nobody listens there any more
+    assert not cli.post(hook.url, "{}", pause=0.01)  # the server is gone
     said = capsys.readouterr().err
     assert "warning: webhook: not delivered (HTTP 404)" in said and "(ConnectionRefusedError)" in said
     assert not cli.post("http://[secret", "{}", pause=0.01)
@@ -481,7 +481,7 @@ def test_forty_retrainings_with_other_seeds_promote_two_at_most(champion: Path, 
 
 @pytest.mark.long
 def test_a_week_on_ray(tmp_path: Path) -> None:
-    """The week of jobs/RETRAIN.md, each day a process of its own."""
+    """Run the week of jobs/RETRAIN.md, each day in a process of its own."""
     data = tmp_path / "digits"
     lines = []
 
@@ -504,7 +504,7 @@ def test_a_week_on_ray(tmp_path: Path) -> None:
     same = fired(2, "the same bytes")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert same.report["status"] == "unchanged"
-    # of a processor: on a quiet machine that is what it takes
+    # processor seconds, which are the wall time on a quiet machine
     assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 10
     assert same.report["stages"] == {"computed": 0, "restored": 0}
     (unchanged,) = store(tmp_path).runs({"job": "retrain", "logical.date": "2026-11-02"})
@@ -571,7 +571,7 @@ def test_two_in_the_same_second_promote_once(tmp_path: Path, head: dict[str, str
     one, two = at_once(day(2), day(2))
     assert one["status"] == two["status"] == "promoted" and one["run_id"] == two["run_id"]
     assert aliases(one) == aliases(two) == ("2", "1", "2")
-    # of two dates, with the same data: one model, one promotion
+    # two dates with the same data make one model and one promotion
     write(tmp_path / "digits", 900, 1200)
     found = at_once((*day(3), "--margin", "0"), (*day(4), "--margin", "0"))
     tracker = store(tmp_path)

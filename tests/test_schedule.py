@@ -1,4 +1,4 @@
-"""`jobs.schedule`: what it prints fires the right command at the right times, once a day."""
+"""`jobs.schedule`: the printed text fires the right command at the right times, at most once a day."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ CRONS = {
 
 
 def fires(cron: Cron, begin: date, count: int) -> Iterator[datetime]:
-    """The next times, day by day."""
+    """Yield the next times at which an expression fires, by trying day after day."""
     day = begin
     while count:
         weekday = (day.weekday() + 1) % 7
@@ -85,7 +85,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_a_bad_expression_is_told_in_one_line(text: str) -> None:
+def test_a_bad_expression_ends_in_one_line(text: str) -> None:
     with pytest.raises(InputError, match=re.escape(BAD[text])) as error:
         parse_cron(text)
     assert "\n" not in str(error.value) and str(error.value).startswith("cron ")
@@ -93,24 +93,24 @@ def test_a_bad_expression_is_told_in_one_line(text: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project as far as this command sees it, where awkward things are called awkwardly."""
-    made = tmp_path / "50% of it's"
-    made.mkdir()
-    (made / "our recipe.yaml").touch()
-    python = made / "python"
+    """Make a folder whose name needs quoting, with a recipe and a Python that prints its arguments and environment."""
+    project = tmp_path / "50% of it's"
+    project.mkdir()
+    (project / "our recipe.yaml").touch()
+    python = project / "python"
     python.write_text('#!/bin/sh\nfor word in "$@" "$MLFLOW_TRACKING_URI" "$PWD"; do printf "%s\\n" "$word"; done\n')
     python.chmod(0o755)
-    monkeypatch.chdir(made)
+    monkeypatch.chdir(project)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000/a%20b")
-    return made
+    return project
 
 
 ARGS = ["our recipe.yaml", "--model", "My digits", "--address", "http://head:8265"]
 
 
 def ran(folder: Path) -> list[str]:
-    """What is to be run, today."""
+    """Return the arguments and environment of the command that must run today."""
     day, digest = date.today(), hashlib.sha256(b"My digits").hexdigest()[:6]
     return [
         "-m", "jobs.submit", "--address", "http://head:8265", "--once", "--name",
@@ -161,12 +161,12 @@ def test_the_units_run_as_systemd_runs_them(folder: Path, tmp_path: Path) -> Non
 def test_the_manifest_is_the_sample_with_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = render([RECIPE, "--model", "digits", "--cron", "0 5 * * sun", "--format", "kuberay"])
-    made = yaml.safe_load(text)
-    assert made["metadata"]["name"] == "retrain-digits" and made["spec"]["schedule"] == "0 5 * * 0"
-    job = made["spec"]["jobTemplate"]
+    manifest = yaml.safe_load(text)
+    assert manifest["metadata"]["name"] == "retrain-digits" and manifest["spec"]["schedule"] == "0 5 * * 0"
+    job = manifest["spec"]["jobTemplate"]
     assert job["entrypoint"] == f"python -m jobs.retrain {RECIPE} --model digits"
     job["entrypoint"] = f"python -m jobs.train {RECIPE}"
-    assert lint_manifest(made) == []
+    assert lint_manifest(manifest) == []
 
 
 def test_other_models_have_other_names(folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_passwords_are_not_printed(
         (["--model", "a", "--cron", "often"], "cron 'often': 1 fields"),
     ],
 )
-def test_what_is_refused(args: list[str], message: str, folder: Path) -> None:
+def test_bad_arguments_are_refused(args: list[str], message: str, folder: Path) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         render(args)
 

@@ -1,4 +1,4 @@
-"""What a study consists of: rows, settings, seeds, budgets, and what its trials share. Nothing runs here."""
+"""Planning a study: its rows, settings, seeds and budgets, and the stages that its trials share. Nothing runs."""
 
 from math import prod
 from typing import Any
@@ -24,37 +24,38 @@ ALL = {
 }
 
 
-def members(facts: Facts = FACTS, **fields: Any) -> list[TrialPlan]:
+def planned(facts: Facts = FACTS, **fields: Any) -> list[TrialPlan]:
     return plan_trials(Study.model_validate({"variants": ALL, **fields}), facts, Numerics())
 
 
-def unsupervised_epochs(member: TrialPlan) -> int:
-    specs = [stage.spec for stage in member.stages().values()]
+def unsupervised_epochs(plan: TrialPlan) -> int:
+    specs = [stage.spec for stage in plan.stages().values()]
     layers = sum(spec.fit.epochs for spec in specs if isinstance(spec, PretrainSpec))
     return layers + sum(s.fit.epochs for s in specs if isinstance(s, FinetuneSpec) and s.task == "reconstruct")
 
 
-def test_every_row_has_every_seed_and_the_references_are_there_unasked() -> None:
-    found = members(seeds=(3, 4))
-    assert [(m.row, m.seed) for m in found] == [(row, seed) for row in (*ALL, "pca", "random") for seed in (3, 4)]
-    assert len({m.stage.key for m in found}) == len(found)
-    assert {m.kind for m in found} == {*ALL, "pca", "random"} - {"stacked"}
+def test_every_row_has_every_seed_and_the_references_are_added() -> None:
+    plans = planned(seeds=(3, 4))
+    rows = (*ALL, "pca", "random")
+    assert [(plan.row, plan.seed) for plan in plans] == [(row, seed) for row in rows for seed in (3, 4)]
+    assert len({plan.stage.key for plan in plans}) == len(plans)
+    assert {plan.kind for plan in plans} == {*ALL, "pca", "random"} - {"stacked"}
 
 
 @pytest.mark.parametrize("epochs", [4, 40, 41])
 def test_budgets_are_equal_by_construction(epochs: int) -> None:
-    found = members(budget={"epochs": epochs})
-    assert {unsupervised_epochs(m) for m in found if m.kind not in ("pca", "random")} == {epochs}
-    assert {unsupervised_epochs(m) for m in found if m.kind in ("pca", "random")} == {0}
+    plans = planned(budget={"epochs": epochs})
+    assert {unsupervised_epochs(plan) for plan in plans if plan.kind not in ("pca", "random")} == {epochs}
+    assert {unsupervised_epochs(plan) for plan in plans if plan.kind in ("pca", "random")} == {0}
     supervised = {
         tuple(
             sorted(
                 (s.spec.labels or 0, s.spec.fit.epochs)
-                for s in m.stages().values()
+                for s in plan.stages().values()
                 if isinstance(s.spec, FinetuneSpec) and s.spec.task == "classify" and "judge" not in s.name
             )
         )
-        for m in found
+        for plan in plans
     }
     assert len(supervised) == 1
 
@@ -65,7 +66,7 @@ def test_a_stacked_row_differs_in_one_field() -> None:
     assert {name for name in plain if plain[name] != stacked[name]} == {"pretrain", "finetune"}
     same = ("batch_size", "lr", "schedule", "weight_decay")
     assert all(stacked["pretrain"][name] == plain["finetune"][name] for name in same)
-    # the finetuning gives up the epochs that went to the layers, and nothing else
+    # finetuning has fewer epochs, by as many as the layers have; nothing else differs
     assert {**stacked["finetune"], "epochs": 40} == plain["finetune"]
 
 
@@ -73,39 +74,40 @@ def test_pca_has_the_width_of_the_code_and_of_the_data_at_most() -> None:
     noisy = {"denoising": {"variant": {"kind": "denoising"}}}
     for widths, expected in (((48, 16), 16), ((200,), 64)):
         (pca,) = [
-            m
-            for m in members(base={"network": {"kind": "dense", "widths": widths}}, variants=noisy, seeds=(0,))
-            if m.row == "pca"
+            plan
+            for plan in planned(base={"network": {"kind": "dense", "widths": widths}}, variants=noisy, seeds=(0,))
+            if plan.row == "pca"
         ]
         (spec,) = [s.spec for s in pca.stages().values() if isinstance(s.spec, ReferenceSpec)]
         assert prod(spec.layers[0].code_shape) == expected
 
 
 def test_random_weights_are_those_that_training_starts_from() -> None:
-    found = {m.row: m for m in members(seeds=(5,))}
-    (random,) = [s.spec for s in found["random"].stages().values() if isinstance(s.spec, ReferenceSpec)]
+    plans = {plan.row: plan for plan in planned(seeds=(5,))}
+    (random,) = [s.spec for s in plans["random"].stages().values() if isinstance(s.spec, ReferenceSpec)]
     (plain,) = [
-        s.spec for s in found["plain"].stages().values()
+        s.spec for s in plans["plain"].stages().values()
         if isinstance(s.spec, FinetuneSpec) and s.spec.task == "reconstruct"
     ]  # fmt: skip
     assert (random.layers, random.seed) == (plain.layers, plain.seed)
 
 
-def test_labels_are_counted_as_far_as_the_data_go() -> None:
-    (spec, *_) = [m.stage.spec for m in members(labels={"counts": (100, 1000, 5000)})]
+def test_numbers_of_labels_that_the_data_cannot_supply_are_left_out() -> None:
+    (spec, *_) = [plan.stage.spec for plan in planned(labels={"counts": (100, 1000, 5000)})]
     assert isinstance(spec, MeasureSpec) and spec.labels == (100, 1797)
-    (bare, *_) = members(FACTS.model_copy(update={"classes": ()}))
+    (bare, *_) = planned(FACTS.model_copy(update={"classes": ()}))
     assert isinstance(bare.stage.spec, MeasureSpec) and bare.stage.spec.labels == ()
     assert not [s for s in bare.stages().values() if isinstance(s.spec, FinetuneSpec) and s.spec.task == "classify"]
 
 
-def test_a_grid_is_every_combination_and_draws_are_the_same_each_time() -> None:
+def test_a_grid_has_every_combination_and_random_draws_are_reproducible() -> None:
     settings = {"finetune.lr": [1e-3, 2e-3], "network.dropout": [0, 0.1, 0.2]}
     study = Study.model_validate({"variants": {"plain": {}}, "settings": settings})
     assert len(settings_to_try(study, "plain")) == 6
     own = {"plain": {}, "denoising": {"variant": {"kind": "denoising"}, "settings": {"variant.level": [0.1, 0.5]}}}
-    found = members(variants=own, seeds=(0,))
-    assert [m.settings for m in found if m.row == "denoising"] == [{"variant.level": 0.1}, {"variant.level": 0.5}]
+    plans = planned(variants=own, seeds=(0,))
+    tried = [plan.settings for plan in plans if plan.row == "denoising"]
+    assert tried == [{"variant.level": 0.1}, {"variant.level": 0.5}]
     drawn = Study.model_validate(
         {"search": "random", "settings": {"finetune.lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
     )
@@ -114,12 +116,12 @@ def test_a_grid_is_every_combination_and_draws_are_the_same_each_time() -> None:
     assert len(set(values)) == 8 and all(1e-4 <= value <= 1e-2 for value in values)
 
 
-def test_trials_share_what_does_not_differ() -> None:
-    found = members(
+def test_trials_share_the_stages_in_which_they_do_not_differ() -> None:
+    plans = planned(
         variants={"stacked": {"pretrain": {"lr": 1e-3}, "settings": {"finetune.lr": [1e-3, 2e-3, 3e-3]}}, "plain": {}},
         seeds=(0,),
     )
-    common = [stage.name for stage in shared_stages(found)]
+    common = [stage.name for stage in shared_stages(plans)]
     assert [name for name in common if "layer" in name] == [
         "stacked finetune.lr=0.001 seed=0: layer 1",
         "stacked finetune.lr=0.001 seed=0: layer 2",
@@ -128,15 +130,15 @@ def test_trials_share_what_does_not_differ() -> None:
     assert not [name for name in common if name.startswith(("plain", "stacked finetune.lr=0.002"))]
 
 
-def test_a_seed_more_leaves_the_others_as_they_are() -> None:
-    before, after = members(seeds=(0, 1)), members(seeds=(0, 1, 2))
-    keys = {m.stage.key for m in before}
-    assert {m.seed for m in after if m.stage.key not in keys} == {2}
+def test_adding_a_seed_leaves_the_other_trials_as_they_are() -> None:
+    before, after = planned(seeds=(0, 1)), planned(seeds=(0, 1, 2))
+    keys = {plan.stage.key for plan in before}
+    assert {plan.seed for plan in after if plan.stage.key not in keys} == {2}
 
 
-def test_other_networks_are_allowed_and_conv_is_counted() -> None:
+def test_all_layers_of_a_convolutional_network_share_the_budget() -> None:
     conv = {"kind": "conv", "widths": (2, 4), "dense": (8,)}
-    (row, *_) = members(base={"network": conv}, variants={"stacked": {"pretrain": {}}}, budget={"epochs": 12})
+    (row, *_) = planned(base={"network": conv}, variants={"stacked": {"pretrain": {}}}, budget={"epochs": 12})
     assert unsupervised_epochs(row) == 12
     assert len([s for s in row.stages().values() if isinstance(s.spec, PretrainSpec)]) == 3
     assert isinstance(experiment_of(Study(), "plain", {}, 0).network, Dense)
@@ -155,7 +157,7 @@ def test_other_networks_are_allowed_and_conv_is_counted() -> None:
         ({"seeds": ()}, "at least 1 item"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_studies_whose_rows_cannot_be_compared_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Study.model_validate(fields)
 
@@ -171,6 +173,6 @@ def test_what_cannot_be_compared_is_refused(fields: dict[str, Any], message: str
         ({"variants": {"stacked": {"pretrain": {}}}, "budget": {"epochs": 3}}, "allow at least 4"),
     ],
 )  # fmt: skip
-def test_a_row_that_does_not_fit_is_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:
+def test_rows_that_do_not_fit_the_data_are_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        members(**fields)
+        planned(**fields)
