@@ -67,7 +67,7 @@ def encode(settings: Encode) -> dict[str, Any]:
         )
     tracker = open_store(Resources(), ready=False)
     assert tracker is not None
-    model = tracker.load_model(settings.model)
+    model = tracker.models.load(settings.model)
     way, data, facts, rows = _find_rows(settings, model.result, model.uri, model.digest)
     output = absolute_path(settings.output)
     work = Work(way, model.uri, model.digest, data, facts, rows, output, settings.batch_size)

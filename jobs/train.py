@@ -73,7 +73,8 @@ def train(settings: Train) -> dict[str, Any] | None:
         tracker.log_summary(run_id, metrics, {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()})
         version = None
         if settings.register_as:
-            version = tracker.register(settings.register_as, tracker.model_uri(outcomes["finetune"].run_id))
+            model_uri = tracker.models.logged_by(outcomes["finetune"].run_id)
+            version = tracker.models.register(settings.register_as, model_uri)
     if settings.figures:
         for path in tracker.save_figures(outcomes["evaluate"].run_id, settings.figures):
             cli.say(f"wrote {path}")

@@ -25,7 +25,9 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from pipelines.store.tracking import Tracker, connect
+from pipelines.store.connection import connect
+from pipelines.store.lease import existing_leases
+from pipelines.store.runs import Tracker
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
 
 ROOT = Path(__file__).parents[1]
@@ -341,8 +343,7 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     tuned = {run.info.run_id for run in everything if run.data.tags["mlflow.runName"] in ("finetune", "control")}
     if sorted((m.source_run_id, str(m.status)) for m in models) != sorted((run_id, "READY") for run_id in tuned):
         found.append(f"models {[(m.source_run_id, str(m.status)) for m in models]}")
-    leases = tracker.client.search_registered_models("name LIKE 'diabolo.lease.%'", max_results=100)
-    return found + [f"lease {lease.name}" for lease in leases]
+    return found + [f"lease {name}" for name in existing_leases(tracker)]
 
 
 def orphans(processes: set[psutil.Process], seconds: float) -> list[str]:

@@ -13,7 +13,8 @@ from aecore.config.experiment import Experiment, Finetune, Fit
 from aecore.config.facts import Facts
 from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays, Split
-from pipelines.store.tracking import Tracker, connect
+from pipelines.store.connection import connect
+from pipelines.store.runs import Tracker
 from tests.nodes import ray_nodes
 
 ROOT = Path(__file__).parents[1]

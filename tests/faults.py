@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.store.entities import PagedList
 
 HANG_SECONDS, NEXT_HANG_SECONDS = 0.05, 0.002
 
@@ -86,30 +87,70 @@ class Faulty:
 
 
 class MemoryClient:
-    """What `pipelines.store.tracking` uses of an MlflowClient, kept in memory; only artifacts are files."""
+    """What `pipelines.store` uses of an MlflowClient for runs, kept in memory; only artifacts are files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.runs: dict[str, Any] = {}
-        self.models: dict[str, Any] = {}
+        self.experiments: dict[str, Any] = {}
+        """By name."""
         self.lock = threading.RLock()
+        self.create_experiment("Default")
+        self.create_experiment("test")
 
     def folder(self, run_id: str) -> Path:
         return self.root / run_id
 
     def create_run(self, experiment_id: str, start_time: int | None = None, tags: dict[str, str] | None = None) -> Any:
         run_id = uuid.uuid4().hex
-        info = SimpleNamespace(run_id=run_id, status="RUNNING", start_time=start_time)
+        info = SimpleNamespace(
+            run_id=run_id, experiment_id=experiment_id, status="RUNNING", start_time=start_time,
+            lifecycle_stage="active",
+        )  # fmt: skip
         data = SimpleNamespace(tags=dict(tags or {}), params={}, points={}, metrics={})
         self.runs[run_id] = SimpleNamespace(info=info, data=data, inputs=None, outputs=None)
         return self.runs[run_id]
 
     def get_run(self, run_id: str) -> Any:
+        if run_id not in self.runs:
+            raise MlflowException("there is none", RESOURCE_DOES_NOT_EXIST)
         return self.runs[run_id]
 
-    def search_runs(self, experiment_ids: Sequence[str], condition: str, max_results: int = 1000) -> list[Any]:
+    def delete_run(self, run_id: str) -> None:
+        self.get_run(run_id).info.lifecycle_stage = "deleted"
+
+    def active_run(self, run_id: str) -> Any:
+        if self.get_run(run_id).info.lifecycle_stage != "active":
+            raise MlflowException("it must be in the 'active' state", INVALID_PARAMETER_VALUE)
+        return self.runs[run_id]
+
+    def create_experiment(self, name: str, tags: dict[str, str] | None = None) -> str:
+        with self.lock:
+            if name in self.experiments:
+                raise MlflowException("it exists", RESOURCE_ALREADY_EXISTS)
+            number = str(len(self.experiments))
+            self.experiments[name] = SimpleNamespace(name=name, experiment_id=number, lifecycle_stage="active")
+            return number
+
+    def get_experiment(self, experiment_id: str) -> Any:
+        return list(self.experiments.values())[int(experiment_id)]
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return self.experiments.get(name)
+
+    def restore_experiment(self, experiment_id: str) -> None:
+        self.get_experiment(experiment_id).lifecycle_stage = "active"
+        for run in self.runs.values():
+            if run.info.experiment_id == experiment_id:
+                run.info.lifecycle_stage = "active"
+
+    def search_runs(
+        self, experiment_ids: Sequence[str], condition: str = "", max_results: int = 1000, page_token: str | None = None
+    ) -> PagedList[Any]:
         def fits(run: Any) -> bool:
-            for part in condition.split(" and "):
+            if run.info.experiment_id not in experiment_ids or run.info.lifecycle_stage != "active":
+                return False
+            for part in condition.split(" and ") if condition else ():
                 match = re.fullmatch(r"(.+) (=|LIKE) '(.*)'", part)
                 assert match is not None, part
                 field, operator, value = match.groups()
@@ -120,19 +161,21 @@ class MemoryClient:
             return True
 
         with self.lock:
-            return [run for run in self.runs.values() if fits(run)][:max_results]
+            found, begin = [run for run in self.runs.values() if fits(run)], int(page_token or 0)
+            end = begin + max_results
+            return PagedList(found[begin:end], str(end) if end < len(found) else None)
 
     def update_run(self, run_id: str, status: str) -> None:
-        self.runs[run_id].info.status = status
+        self.active_run(run_id).info.status = status
 
     def set_terminated(self, run_id: str, status: str) -> None:
         self.update_run(run_id, status)
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
-        self.runs[run_id].data.tags[key] = value
+        self.active_run(run_id).data.tags[key] = value
 
     def log_batch(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Any = ()) -> None:
-        data = self.runs[run_id].data
+        data = self.active_run(run_id).data
         for param in params:
             assert data.params.setdefault(param.key, param.value) == param.value
         data.tags |= {tag.key: tag.value for tag in tags}
@@ -152,27 +195,3 @@ class MemoryClient:
 
     def download_artifacts(self, run_id: str, path: str, dst_path: str) -> str:
         return str(shutil.copytree(self.folder(run_id) / path, Path(dst_path) / path, dirs_exist_ok=True))
-
-    def create_registered_model(self, name: str, tags: dict[str, str], description: str = "") -> Any:
-        with self.lock:
-            if name in self.models:
-                raise MlflowException("it exists", RESOURCE_ALREADY_EXISTS)
-            self.models[name] = SimpleNamespace(name=name, tags=dict(tags))
-            return self.models[name]
-
-    def get_registered_model(self, name: str) -> Any:
-        if name not in self.models:
-            raise MlflowException("there is none", RESOURCE_DOES_NOT_EXIST)
-        return self.models[name]
-
-    def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
-        self.get_registered_model(name).tags[key] = value
-
-    def search_registered_models(self, filter_string: str, max_results: int) -> list[Any]:
-        prefix = filter_string.removeprefix("name LIKE '").removesuffix("%'")
-        return [model for name, model in list(self.models.items()) if name.startswith(prefix)][:max_results]
-
-    def delete_registered_model(self, name: str) -> None:
-        with self.lock:
-            self.get_registered_model(name)
-            del self.models[name]

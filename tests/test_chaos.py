@@ -12,7 +12,7 @@ from jobs import cli
 from jobs.train import Train
 from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
-from pipelines.store.tracking import Tracker
+from pipelines.store.runs import Tracker
 from tests import chaos
 from tests.chaos import DENOISING, Job, Moment, World, faults, left_over, tracker_of, truth_of
 

@@ -35,7 +35,7 @@ def compare(folder: Path, study: dict[str, Any], *args: str, **env: str) -> Done
 
 def runs(folder: Path) -> list[Any]:
     tracker = store(folder)
-    return tracker._search("tags.`stage.fn` LIKE '%'", 1000)
+    return tracker.search("tags.`stage.fn` LIKE '%'", 1000)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 
 import jobs.train
 from jobs import cli
-from pipelines.store import tracking
-from pipelines.store.tracking import connect
+from pipelines.store import stage_run
+from pipelines.store.connection import connect
 from tests.test_train import compute_here
 
 QUICK = [
@@ -71,17 +71,18 @@ def test_a_commit_that_the_disk_refuses_ends_in_one_line_and_leaves_nothing(
     fault: Callable[..., None], told: str, job: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(tracking, "save_weights", fault)
+        broken.setattr(stage_run, "save_weights", fault)
         broken.setattr(signal, "signal", lambda *_: None)
         code, report, err = job()
     assert (code, report["status"]) == (1, "failed")
-    assert "Traceback" not in err and told in err.splitlines()[-1] and "same command goes on" in err.splitlines()[-1]
+    last = err.splitlines()[-1]
+    assert "Traceback" not in err and told in last and "run the same command again" in last
     tracker = connect(f"sqlite:///{tmp_path}/mlflow.db")
     assert tracker is not None
-    runs = tracker._search("", 100)
+    runs = tracker.search("", 100)
     assert runs and {run.info.status for run in runs} == {"FAILED"}
     assert all(not tracker.client.list_artifacts(run.info.run_id, "result") for run in runs)
     code, report, err = job()
     assert (code, report["status"]) == (0, "finished"), err
-    assert {run.info.status for run in tracker._search("", 100)} == {"FINISHED"}
-    assert len(tracker._search("", 100)) == len(runs) + 1  # the stage behind the one that failed
+    assert {run.info.status for run in tracker.search("", 100)} == {"FINISHED"}
+    assert len(tracker.search("", 100)) == len(runs) + 1  # the stage behind the one that failed

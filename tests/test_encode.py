@@ -31,7 +31,7 @@ from pipelines.cluster.reading import Done
 from pipelines.encoding.encode import MANIFEST
 from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
-from pipelines.store.tracking import Tracker
+from pipelines.store.runs import Tracker
 from tests.benchmarks import encoding as bench
 from tests.nodes import BIN, free_port, running, wait_for
 from tests.test_tracking import parent, small
@@ -82,7 +82,7 @@ def models(tracker: Tracker, images: list[str]) -> dict[str, Result]:
         found[name] = run_here(graph.finetune, tracker, top)
         run_id = tracker.find(graph.finetune.key)
         assert run_id is not None
-        tracker.register(name, tracker.model_uri(run_id))
+        tracker.models.register(name, tracker.models.logged_by(run_id))
     tracker.client.set_registered_model_alias("classifier", "champion", "1")
     return found
 
@@ -260,7 +260,7 @@ def test_a_bad_row_is_named_and_whole_files_before_it_stay(here: Here, tmp_path:
 PICKLED = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import pipelines.store.tracking, mlflow
+import pipelines.store.client, mlflow
 
 class Pickled(mlflow.pyfunc.PythonModel):
     def predict(self, context, model_input, params=None):
@@ -277,7 +277,7 @@ except mlflow.exceptions.MlflowException as error:
 
 
 def test_a_model_with_another_loader_is_not_loaded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.store.tracking._LOADER", "something.else")
+    monkeypatch.setattr("pipelines.store.models._LOADERS", ("something.else",))
     with pytest.raises(InputError, match=r"was not made by jobs\.train, and is not unpickled"):
         here(*CLASSIFIER)
 

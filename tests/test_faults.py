@@ -21,8 +21,10 @@ from aecore.stages.context import Run
 from pipelines.cluster.resources import Share
 from pipelines.execution.run import _Recorder, run_here
 from pipelines.graph.stage import Stage
-from pipelines.store import tracking
-from pipelines.store.tracking import Tracker
+from pipelines.store import client as store_client
+from pipelines.store import lease, patience
+from pipelines.store import runs as store_runs
+from pipelines.store.runs import Tracker
 from tests.faults import Faulty, MemoryClient, Schedule
 
 SCHEDULES = 200
@@ -32,17 +34,17 @@ WEIGHTS = {"first": np.arange(4.0), "second": np.arange(4.0) + 6}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_FIRST_WAIT", 0.001)
-    monkeypatch.setattr(tracking, "_LONGEST_WAIT", 0.002)
-    monkeypatch.setattr(tracking, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(tracking, "_git_commit", lambda: "unknown")
-    monkeypatch.setattr(tracking, "system_metrics", lambda uri, run_id: nullcontext())
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(patience, "LONGEST_WAIT", 0.002)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(store_runs, "git_commit", lambda: "unknown")
+    monkeypatch.setattr(store_runs, "system_metrics", lambda uri, run_id: nullcontext())
     monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
     faulty = Faulty(client, schedule, folder)
-    monkeypatch.setattr(tracking, "MlflowClient", lambda tracking_uri: faulty if schedule.on else client)
+    monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: faulty if schedule.on else client)
 
 
 class Pipeline:
@@ -82,7 +84,7 @@ class Pipeline:
 
 
 def runs(tracker: Tracker, key: str, condition: str = "") -> list[Any]:
-    return tracker._search(f"tags.`stage.key` = '{key}'{condition}", 10)
+    return tracker.search(f"tags.`stage.key` = '{key}'{condition}", 10)
 
 
 def points(tracker: Tracker, run: Any) -> list[tuple[str, int]]:
@@ -115,7 +117,7 @@ def survive(pipeline: Pipeline, tracker: Tracker, schedule: Schedule) -> int:
         assert points(tracker, run) == ([("test/error", 0)] if name == "job" else [("best/loss", 0), *curves])
     # a lost connection costs no training step
     assert pipeline.trained == {"first": EPOCHS, "second": EPOCHS}
-    assert not tracker.direct.search_registered_models("name LIKE 'diabolo.lease.%'", max_results=10)
+    assert not lease.existing_leases(tracker)
     return failures
 
 
@@ -159,14 +161,14 @@ def test_the_store_in_memory_is_like_the_real_one(
     memory = MemoryClient(tmp_path / "artifacts")
     for real in (True, False):
         if not real:
-            monkeypatch.setattr(tracking, "MlflowClient", lambda tracking_uri: memory)
+            monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: memory)
         pipeline.command(tracker)
         found = {name: runs(tracker, key) for name, key in pipeline.keys.items()}
         assert [len(them) for them in found.values()] == [1, 1, 1]
         pictures.append({
             name: (
                 run.info.status, points(tracker, run), run.data.params, run.data.metrics,
-                {tag: value for tag, value in run.data.tags.items() if tag != "mlflow.parentRunId"},
+                {tag: value for tag, value in run.data.tags.items() if tag not in ("mlflow.parentRunId", "lease")},
                 [item.path for item in tracker.direct.list_artifacts(run.info.run_id, "result")],
             )
             for name, (run,) in found.items()
@@ -186,7 +188,7 @@ def test_points_that_cannot_be_logged_wait_and_training_does_not(
                 raise ConnectionError("timed out")
             return getattr(memory, name)
 
-    monkeypatch.setattr(tracking, "MlflowClient", lambda tracking_uri: Hanging())
+    monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: Hanging())
     stage, tracker = Stage("slow", "stages.slow", Fit(epochs=6)), Tracker("fake://", "0")
     monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0)
     with _Recorder(stage, (tracker.uri, tracker.experiment_id), "parent", None) as recorder:
@@ -244,13 +246,13 @@ def test_at_the_end_of_patience_the_place_is_told_and_nothing_is_trained_again(
                 raise ConnectionError("refused")
             return getattr(memory, name)
 
-    monkeypatch.setattr(tracking, "MlflowClient", lambda tracking_uri: Refusing())
+    monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: Refusing())
     pipeline, tracker = Pipeline(0, tmp_path / "checkpoints", monkeypatch), Tracker("fake://", "0", patience=0.1)
     with pytest.raises(OutageError, match=r"^first is computed, and is kept in .*/checkpoints/\w+, but not") as error:
         pipeline.command(tracker)
     assert "has not answered for 0.1 s (refused); the same command goes on" in str(error.value)
-    assert {run.info.status for run in memory.runs.values()} == {"FAILED"}
+    assert {run.info.status for run in tracker.search()} == {"FAILED"}
     down[0] = False
     pipeline.command(tracker)
-    assert {run.info.status for run in memory.runs.values()} == {"FINISHED"}
+    assert {run.info.status for run in tracker.search()} == {"FINISHED"}
     assert pipeline.trained == {"first": EPOCHS, "second": EPOCHS}

@@ -27,7 +27,7 @@ from aecore.training.fit import fit
 from aecore.training.fused import together
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.cluster.resources import Share
-from pipelines.store.tracking import Tracker
+from pipelines.store.runs import Tracker
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.trials import grouped, run_as_one
@@ -387,7 +387,7 @@ def test_trials_as_one_are_those_of_a_study(
     """Keys, runs and, up to rounding, numbers; what was finished is restored, and what fails fails alone."""
     from aecore.data.dataset import load
     from pipelines.execution.run import run_trial
-    from pipelines.store.tracking import connect
+    from pipelines.store.connection import connect
 
     facts = digits[0]
     group = [m for m in trials(digits) if m.row == "plain"][:3]  # the third diverges
@@ -409,7 +409,7 @@ def test_trials_as_one_are_those_of_a_study(
         assert list(ended) == [m.stage.key for m in group]
         assert isinstance(ended[group[2].stage.key], DivergenceError)
         assert fusions == [3, 2]  # the whole, then the classifiers of those that are left
-        found = {run.data.tags["stage.key"]: run for run in tracker._search("tags.`stage.fn` LIKE '%'", 100)}
+        found = {run.data.tags["stage.key"]: run for run in tracker.search("tags.`stage.fn` LIKE '%'", 100)}
         for m, before in zip(group, alone, strict=False):
             after = ended[m.stage.key]
             assert isinstance(after, Result)

@@ -18,7 +18,8 @@ from aecore.config.specs import Numerics
 from aecore.data.dataset import inspect
 from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
-from pipelines.store.tracking import Tracker, connect
+from pipelines.store.connection import connect
+from pipelines.store.runs import Tracker
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def stages_of(tracker: Tracker, run_id: str) -> dict[str, Any]:
-    found = tracker._search(f"tags.`mlflow.parentRunId` = '{run_id}'", 100)
+    found = tracker.search(f"tags.`mlflow.parentRunId` = '{run_id}'", 100)
     return {run.data.tags["mlflow.runName"]: run for run in found}
 
 
@@ -97,7 +98,7 @@ def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
     deadline = time.monotonic() + 180
 
     def kept() -> bool:
-        runs = tracker._search("tags.`mlflow.runName` = 'layer 1' and tags.attempts = '1'", 10)
+        runs = tracker.search("tags.`mlflow.runName` = 'layer 1' and tags.attempts = '1'", 10)
         return any(r.info.status == "FINISHED" and r.data.params["fit.epochs"] == "500" for r in runs)
 
     while not kept():
@@ -107,8 +108,8 @@ def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
     out, err = process.communicate(timeout=120)
     assert client.get_job_status("stopped") == JobStatus.STOPPED
     assert process.returncode == 130, out + err
-    (top,) = tracker._search("tags.`ray.submission_id` = 'stopped'", 10)
-    assert top.info.status == "KILLED" and not tracker._search("attributes.status = 'RUNNING'", 10)
+    (top,) = tracker.search("tags.`ray.submission_id` = 'stopped'", 10)
+    assert top.info.status == "KILLED" and not tracker.search("attributes.status = 'RUNNING'", 10)
     again = world.submit("--name", "stopped", "--", *job)
     assert again.returncode == 0, again.stdout + again.stderr
     report = json.loads(again.stdout.splitlines()[-1])

@@ -30,7 +30,10 @@ from pipelines.execution.run import Outcome, run_here
 from pipelines.graph.stage import Stage
 from pipelines.retraining import retrain, rule
 from pipelines.retraining.history import dates_to_decide
-from pipelines.store.tracking import Tracker, connect
+from pipelines.store.connection import connect
+from pipelines.store.lease import existing_leases
+from pipelines.store.models import Models
+from pipelines.store.runs import Tracker
 from tests.test_train import Done, clean
 from tests.test_train import command as started
 
@@ -175,7 +178,7 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tags = next(run.data.tags for run in decided if run.info.run_id == better["run_id"])
     assert tags["parent.version"] == "1" and tags["model.version"] == "3" and tags["decision"] == "promoted"
     assert {"data.digest", "key.finetune", "key.contest", "key.drift", "run.finetune", "git.commit"} <= set(tags)
-    assert not tracker.client.search_registered_models("name LIKE 'diabolo.lease.%'")
+    assert not existing_leases(tracker)
 
 
 @pytest.fixture(scope="module")
@@ -241,19 +244,19 @@ def test_a_firing_that_breaks_off_between_two_aliases_is_repeated_with_the_same_
     champion: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(champion / "digits", 0, 170, NINES)
-    real = Tracker.set_alias
+    real = Models.set_alias
     for allowed in ([], ["challenger"], ["challenger", "previous"]):
 
-        def broken(self: Tracker, name: str, alias: str, number: str, allowed: list[str] = allowed) -> None:
+        def broken(self: Models, name: str, alias: str, number: str, allowed: list[str] = allowed) -> None:
             if alias not in allowed:
                 raise KeyboardInterrupt
             real(self, name, alias, number)
 
-        monkeypatch.setattr(Tracker, "set_alias", broken)
+        monkeypatch.setattr(Models, "set_alias", broken)
         with pytest.raises(KeyboardInterrupt):
             here(*day(2))
     conclude = vars(retrain)["_conclude"]
-    monkeypatch.setattr(Tracker, "set_alias", real)
+    monkeypatch.setattr(Models, "set_alias", real)
     monkeypatch.setattr(retrain, "_conclude", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         here(*day(2))  # all aliases are set, but the decision is not logged
@@ -310,7 +313,7 @@ def test_warm_start(champion: Path, here: Here) -> None:
     # the autoencoder is the champion's
     assert report["metrics"]["difference"] == 0 and "% of the champion's reconstruction error" in report["reason"]
     tracker = store(champion)
-    version, parent = (tracker.version("digits", alias) for alias in ("challenger", "champion"))
+    version, parent = (tracker.models.version("digits", alias) for alias in ("challenger", "champion"))
     assert version and parent and version.tags["parent.version"] == "1"
     ours, theirs = (tracker.restore(tracker.find(v.tags["stage.key"]) or "") for v in (version, parent))
     assert (
@@ -368,7 +371,7 @@ def test_data_that_differ_from_the_champions_are_refused(what: str, champion: Pa
     make(champion / "digits")
     with pytest.raises(InputError, match=message):
         here(*day(2), *args)
-    version = store(champion).version("digits", "champion")
+    version = store(champion).models.version("digits", "champion")
     assert version is not None and version.number == "1"
 
 
@@ -489,7 +492,7 @@ def test_a_week_on_ray(tmp_path: Path) -> None:
         when = [] if "--rollback" in args else day(number)
         done = retrained(tmp_path, *when, *args)
         aliased = store(tmp_path)
-        now = {alias: aliased.version("digits", alias) for alias in ("champion", "previous", "challenger")}
+        now = {alias: aliased.models.version("digits", alias) for alias in ("champion", "previous", "challenger")}
         numbers = " ".join(v.number if v else "-" for v in now.values())
         lines.append(
             f"| {number} | {what} | {done.report.get('status')} | {done.code} | {numbers} | {done.seconds:.0f} | "
@@ -519,7 +522,7 @@ def test_a_week_on_ray(tmp_path: Path) -> None:
     good.write_bytes(whole[:1000])
     bad = fired(5, "a file cut short")
     assert bad.code == 2 and bad.err.splitlines()[-1].startswith("error: data.path: ")
-    assert (version := store(tmp_path).version("digits", "champion")) and version.number == "3"
+    assert (version := store(tmp_path).models.version("digits", "champion")) and version.number == "3"
     good.write_bytes(whole)
 
     write(data, 1400, 1600)
@@ -578,4 +581,4 @@ def test_two_in_the_same_second_promote_once(tmp_path: Path, head: dict[str, str
     versions = tracker.client.search_model_versions("name = 'digits'")
     assert sorted(int(v.version) for v in versions) == [1, 2, 3]
     assert sum(report["status"] == "promoted" for report in found) <= 1
-    assert not tracker.client.search_registered_models("name LIKE 'diabolo.lease.%'")
+    assert not existing_leases(tracker)

@@ -21,7 +21,7 @@ from pipelines.cluster.resources import Resources, Share
 from pipelines.execution.run import _execute, checkpoints_of, compute
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import all_temporary, me, scratch
-from pipelines.store.tracking import Tracker
+from pipelines.store.runs import Tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,8 +123,8 @@ def test_a_stage_whose_node_runs_out_of_memory_is_tried_once_more_in_halves(
 def test_then_it_fails_with_the_remedy(job: Job, tracker: Tracker) -> None:
     with pytest.raises(MemoryError, match=r"^second: its node ran out of memory with batches in halves, too; lower "):
         job("full", {"second": 2})
-    (top,) = tracker._search("tags.`stage.key` = 'full'", 10)
-    below = tracker._search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'", 10)
+    (top,) = tracker.search("tags.`stage.key` = 'full'", 10)
+    below = tracker.search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'", 10)
     assert {run.data.tags["mlflow.runName"]: run.info.status for run in below}["second"] == "FAILED"
 
 

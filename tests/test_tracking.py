@@ -1,6 +1,6 @@
 """MLflow as the store: one run a stage, the status as the commit, models that load anywhere."""
 
-import socket
+import json
 import subprocess
 import sys
 import time
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -22,7 +21,10 @@ from aecore.models.storage import Result
 from pipelines.execution.run import Record, _fail, _keep, run_here
 from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
-from pipelines.store.tracking import LostResultError, Tracker, _redacted, connect
+from pipelines.store.connection import connect
+from pipelines.store.errors import LostResultError
+from pipelines.store.lease import held_leases
+from pipelines.store.runs import Tracker
 
 ROOT = Path(__file__).parents[1]
 RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"best/loss": 0.5}, {"units": b"a png"})
@@ -33,7 +35,7 @@ def stage(number: int) -> Stage:
 
 
 def runs(tracker: Tracker, key: str) -> list[Run]:
-    return tracker._search(f"tags.`stage.key` = '{key}'", 10)
+    return tracker.search(f"tags.`stage.key` = '{key}'", 10)
 
 
 def history(tracker: Tracker, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -51,7 +53,7 @@ def points(*epochs: int) -> list[tuple[int, int, dict[str, float]]]:
 
 def test_a_finished_stage_is_found_and_restored_bit_for_bit(tracker: Tracker) -> None:
     top = parent(tracker, "restore")
-    run = tracker.open_run(stage(1), top, began=123_000)
+    run = tracker.open_run(stage(1), top, started_at=123_000)
     run.log(points(1, 2))
     assert tracker.find(stage(1).key) is None
     run.commit(RESULT)
@@ -90,14 +92,13 @@ def test_attempts_share_one_run_and_each_epoch_has_one_point(tracker: Tracker) -
     run.log(points(1, 2))
     run.close("FAILED")
     assert tracker.find(stage(2).key) is None
-    again = tracker.open_run(stage(2), top)
-    again.log(points(1, 2, 3))
-    # a stage that logs for itself leaves its run to the driver
-    driver = tracker.open_run(stage(2), top, run_id=again.run_id)
-    driver.log(points(3, 4))
-    driver.commit(RESULT)
+    # an attempt whose process was killed leaves its run open, and counts like one that has failed
+    tracker.open_run(stage(2), top).log(points(1, 2, 3))
+    third = tracker.open_run(stage(2), top)
+    third.log(points(3, 4))
+    third.commit(RESULT)
     (only,) = runs(tracker, stage(2).key)
-    assert only.info.status == "FINISHED" and only.data.tags["attempts"] == "2"
+    assert only.info.status == "FINISHED" and only.data.tags["attempts"] == "3"
     assert history(tracker, run.run_id, "train/loss") == [(n, float(n)) for n in (1, 2, 3, 4)]
 
 
@@ -144,18 +145,43 @@ def test_a_job_that_ends_badly_leaves_nothing_running(tracker: Tracker, error: B
     assert tracker.client.get_run(top).info.status == "FINISHED"
 
 
-def test_runs_of_a_driver_that_died_without_a_word_are_closed(tracker: Tracker) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        created = psutil.Process(process.pid).create_time()
-    tags = {"job": "test", "stage.key": "dead", "driver": f"{socket.gethostname()} {process.pid} {created}"}
-    dead = tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
-    child = tracker.client.create_run(tracker.experiment_id, tags={"mlflow.parentRunId": dead}).info.run_id
-    elsewhere = tracker.client.create_run(
-        tracker.experiment_id, tags={**tags, "driver": f"another-machine {process.pid} {created}"}
-    ).info.run_id
-    with tracker.job_run("test", "next", {}, {}):
-        statuses = [tracker.client.get_run(run).info.status for run in (dead, child, elsewhere)]
-    assert statuses == ["KILLED", "KILLED", "RUNNING"]
+def test_runs_of_drivers_without_a_lease_are_closed(tracker: Tracker) -> None:
+    ended = parent(tracker, "ended")
+
+    def open_run(**tags: str) -> str:
+        tags = {name.replace("_", "."): value for name, value in tags.items()}
+        return tracker.client.create_run(tracker.experiment_id, tags=tags).info.run_id
+
+    with tracker.lease("other", "test"):
+        (held,) = held_leases()
+        dead, living = (open_run(job="test", lease=lease) for lease in ("0" * 32, held))
+        nested = open_run(mlflow_parentRunId=dead)
+        stage_of_ended_job = open_run(mlflow_parentRunId=ended, stage_fn="stages.finetune")
+        with tracker.job_run("test", "next", {}, {}):
+            statuses = [
+                tracker.client.get_run(run_id).info.status for run_id in (dead, nested, stage_of_ended_job, living)
+            ]
+    assert statuses == ["KILLED", "KILLED", "KILLED", "RUNNING"]
+    tracker.client.set_terminated(living, "KILLED")
+
+
+def test_a_search_reads_all_pages(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = parent(tracker, "many trials")
+    for number in range(7):
+        tags = {"row": "a", "settings": json.dumps({"number": number})}
+        trial = tracker.open_run(
+            Stage(f"trial {number}", "evaluation.measure", Data(labels=str(number))), study, tags=tags
+        )
+        trial.close("FINISHED")
+    monkeypatch.setattr("pipelines.store.client.PAGE_SIZE", 3)
+    assert sorted(settings["number"] for settings, _ in tracker.trials(study, "a")) == list(range(7))
+    assert len(tracker.runs({"row": "a"})) == 7 and len(tracker.runs({"row": "a"}, limit=5)) == 5
+    # a job that ends closes all the runs in it, however many they are
+    with pytest.raises(KeyboardInterrupt), tracker.job_run("test", "many runs", {}, {}) as top:
+        for _ in range(7):
+            tracker.client.create_run(tracker.experiment_id, tags={"mlflow.parentRunId": top})
+        raise KeyboardInterrupt
+    assert len(tracker.runs({"mlflow.parentRunId": top}, "KILLED")) == 7
 
 
 def test_job_tags_params_data_and_config(tracker: Tracker) -> None:
@@ -175,7 +201,7 @@ def test_job_tags_params_data_and_config(tracker: Tracker) -> None:
 
 
 def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.store.tracking._SYSTEM_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.store.system_metrics.SAMPLE_SECONDS", 0.1)
     with tracker.job_run("test", "system", {}, {}) as run_id:
         time.sleep(1)
     logged = tracker.client.get_run(run_id).data.metrics
@@ -186,19 +212,19 @@ def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyP
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", 0.0)
     monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
-    monkeypatch.setattr("pipelines.store.tracking._SYSTEM_SECONDS", 0.02)
+    monkeypatch.setattr("pipelines.store.system_metrics.SAMPLE_SECONDS", 0.02)
     graph, _ = small(seed=1, epochs=40)
     assert graph.finetune is not None
     opened: list[str] = []
     original = Tracker.open_run
 
-    def spy(self: Tracker, *args: Any) -> Any:
-        opened.append(args[0].name if len(args) < 4 or args[3] is None else "again")
-        return original(self, *args)
+    def spy(self: Tracker, stage: Stage, *args: Any, **kwargs: Any) -> Any:
+        opened.append(stage.name)
+        return original(self, stage, *args, **kwargs)
 
     monkeypatch.setattr(Tracker, "open_run", spy)
     run_here(graph.finetune, tracker, parent(tracker, "live"))
-    assert opened == ["layer 1", "again", "layer 2", "again", "layer 3", "again", "finetune", "again"]
+    assert opened == ["layer 1", "layer 2", "layer 3", "finetune"]
     run_id = tracker.find(graph.finetune.key)
     assert run_id is not None
     assert [step for step, _ in history(tracker, run_id, "train/loss")] == list(range(1, 41))
@@ -220,8 +246,8 @@ def test_the_model_loads_anywhere_with_any_batch_size(tracker: Tracker, tmp_path
     run_here(graph.finetune, tracker, parent(tracker, "model"))
     run_id = tracker.find(graph.finetune.key)
     assert run_id is not None
-    version = tracker.register("digits-model", tracker.model_uri(run_id))
-    assert version == "1" and tracker.register("digits-model", tracker.model_uri(run_id)) == "1"
+    version = tracker.models.register("digits-model", tracker.models.logged_by(run_id))
+    assert version == "1" and tracker.models.register("digits-model", tracker.models.logged_by(run_id)) == "1"
     code = f"""
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -269,9 +295,8 @@ def test_a_model_is_logged_once_whatever_fails(
     graph, _ = small(seed=3)
     assert graph.finetune is not None
     top = parent(tracker, "one model")
-    monkeypatch.setattr("pipelines.store.tracking.MlflowClient", LosesAnswers)
-    monkeypatch.setattr("mlflow.MlflowClient", LosesAnswers)
-    monkeypatch.setattr("pipelines.store.tracking._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("pipelines.store.client.MlflowClient", LosesAnswers)
+    monkeypatch.setattr("pipelines.store.patience.FIRST_WAIT", 0.01)
     run_here(graph.finetune, tracker._replace(patience=20.0), top)
     assert fail == [] and capsys.readouterr().err.count("waiting for it") == 1
     (run,) = runs(tracker, graph.finetune.key)
@@ -299,8 +324,6 @@ def test_an_unreachable_store_is_told_in_one_line_without_its_password(tmp_path:
     with pytest.raises(InputError) as error:
         connect(f"sqlite:///{tmp_path}/file/mlflow.db")
     assert "MLFLOW_TRACKING_URI" in str(error.value) and "\n" not in str(error.value)
-    assert _redacted("postgresql://me:secret@host/db") == "postgresql://***@host/db"
-    assert _redacted("http://host:5000") == "http://host:5000"
 
 
 def test_no_store_is_made_where_none_is_wanted(tmp_path: Path) -> None:
@@ -320,7 +343,7 @@ def test_trials_that_were_stopped_or_died_are_closed_with_all_below_them(tracker
     study = parent(tracker, "study")
     for name in ("stopped", "dead"):
         trial = Stage(name, "evaluation.measure", Data(labels=name))
-        run = tracker.open_run(trial, study, more={"row": "a", "settings": "{}"})
+        run = tracker.open_run(trial, study, tags={"row": "a", "settings": "{}"})
         below = tracker.open_run(Stage(f"{name} below", "stages.finetune", Data(labels=name)), run.run_id)
         if name == "stopped":
             tracker.stop(trial.key, 7)

@@ -22,7 +22,8 @@ from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import Outcome, run_here
 from pipelines.graph.stage import Stage
-from pipelines.store.tracking import Tracker, connect
+from pipelines.store.connection import connect
+from pipelines.store.runs import Tracker
 
 QUICK = ("--pretrain.epochs", "5", "--finetune.epochs", "10")
 
@@ -62,7 +63,7 @@ def store(folder: Path) -> Tracker:
 
 
 def stage_runs(tracker: Tracker) -> dict[str, Any]:
-    return {run.data.tags["mlflow.runName"]: run for run in tracker._search("tags.`stage.fn` LIKE '%'", 100)}
+    return {run.data.tags["mlflow.runName"]: run for run in tracker.search("tags.`stage.fn` LIKE '%'", 100)}
 
 
 def is_kept(tracker: Tracker, name: str) -> bool:
@@ -224,8 +225,8 @@ def test_interrupted_it_ends_killed_and_goes_on_where_it_was(tmp_path: Path) -> 
     assert json.loads(out.read_text().splitlines()[-1])["status"] == "killed"
     assert process.returncode == 130
     tracker = store(tmp_path)
-    assert not tracker._search("attributes.status = 'RUNNING'", 10)
-    (top,) = tracker._search("tags.job = 'train'", 10)
+    assert not tracker.search("attributes.status = 'RUNNING'", 10)
+    (top,) = tracker.search("tags.job = 'train'", 10)
     assert top.info.status == "KILLED"
     assert {run.info.status for run in stage_runs(tracker).values()} <= {"FINISHED", "KILLED"}
     assert stage_runs(tracker)["layer 3"].info.status == "FINISHED"
@@ -240,8 +241,8 @@ def test_a_crash_ends_failed(first: tuple[Path, Done], head: dict[str, str]) -> 
     assert done.code == 1 and done.report["status"] == "failed"
     assert "DivergenceError" in done.err.splitlines()[-1]
     tracker = store(folder)
-    assert not tracker._search("attributes.status = 'RUNNING'", 10)
-    failed = tracker._search("attributes.status = 'FAILED'", 10)
+    assert not tracker.search("attributes.status = 'RUNNING'", 10)
+    failed = tracker.search("attributes.status = 'FAILED'", 10)
     assert sorted(run.data.tags["mlflow.runName"] for run in failed) == ["layer 1", "train"]
 
 

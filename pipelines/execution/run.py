@@ -32,7 +32,8 @@ from pipelines.host.scratch import scratch
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from pipelines.store.tracking import StageRun, Tracker
+    from pipelines.store.runs import Tracker
+    from pipelines.store.stage_run import StageRun
 
 
 Tell = Callable[[Stage, int, dict[str, float]], None]
@@ -167,7 +168,7 @@ def run_trial(
     tell: Tell,
 ) -> Result:
     """A study's trial, in this process: the stages that `stage` stands on get runs nested in its own."""
-    run = tracker.open_run(stage, parent, more={**tags, **_where()})
+    run = tracker.open_run(stage, parent, tags={**tags, **_where()})
     try:
         inputs = [run_here(s, tracker, run.run_id, share, done, tell) for s in stage.parents()]
         _, record = _execute(stage, (tracker.uri, tracker.experiment_id), run.run_id, share, *inputs)
@@ -183,7 +184,10 @@ def _keep(stage: Stage, tracker: "Tracker", parent: str, record: "Record") -> Ou
     try:
         run_id = tracker.find(stage.key)  # by another job meanwhile: what is finished stays as it is
         if run_id is None:
-            run = tracker.open_run(stage, parent, record.began, record.run_id, record.tags)
+            if record.run_id is None:
+                run = tracker.open_run(stage, parent, tags=record.tags, started_at=record.began)
+            else:
+                run = _run_of_this_attempt(tracker, record.run_id, record.tags or {})
             run.log(record.points)
             run.commit(record.result, record.served)
             run_id = run.run_id
@@ -199,12 +203,22 @@ def _fail(stage: Stage, tracker: "Tracker", parent: str) -> None:
     hasty = tracker._replace(patience=0.0)  # what happened is more than that it cannot be written down
     with contextlib.suppress(OutageError):
         if not hasty.find(stage.key):
-            hasty.open_run(stage, parent).close("FAILED")
+            running = hasty.runs({"stage.key": stage.key}, "RUNNING", 1)
+            run = _run_of_this_attempt(hasty, running[0].info.run_id) if running else hasty.open_run(stage, parent)
+            run.close("FAILED")
+
+
+def _run_of_this_attempt(tracker: "Tracker", run_id: str, tags: Mapping[str, str] | None = None) -> "StageRun":
+    from pipelines.store.stage_run import StageRun
+
+    if tags:
+        tracker.log_summary(run_id, {}, tags)
+    return StageRun(tracker, run_id, metrics=tracker.metrics(run_id))
 
 
 def restore(run_id: str, tracker: "Tracker") -> Result | None:
     """A finished stage's result, or None where its artifacts are lost, so that it is computed again."""
-    from pipelines.store.tracking import LostResultError
+    from pipelines.store.errors import LostResultError
 
     try:
         return tracker.restore(run_id)
@@ -253,7 +267,7 @@ def open_store(
 
 def _connect(create: bool) -> "Tracker | None":
     with fast_imports():
-        from pipelines.store.tracking import connect  # MLflow takes seconds to import, and its store once more
+        from pipelines.store.connection import connect  # MLflow takes seconds to import, and its store once more
 
         return connect(create=create)
 
@@ -377,7 +391,7 @@ def _attempt() -> int:
 
 def _kept_before(stage: Stage, store: tuple[str, str]) -> "tuple[Result, Record] | None":
     """A finished stage's result and record, as `_execute` gives them."""
-    from pipelines.store.tracking import Tracker
+    from pipelines.store.runs import Tracker
 
     tracker = Tracker(*store)
     with contextlib.suppress(OutageError):  # then it is computed, which costs time and nothing else
@@ -464,9 +478,10 @@ class _Recorder:
             while True:
                 try:
                     if self.run is None:
-                        from pipelines.store.tracking import Tracker, system_metrics
+                        from pipelines.store.runs import Tracker
+                        from pipelines.store.system_metrics import system_metrics
 
-                        self.run = Tracker(*self.store).open_run(self.stage, self.parent, self.began)
+                        self.run = Tracker(*self.store).open_run(self.stage, self.parent, started_at=self.began)
                         open.enter_context(system_metrics(self.store[0], self.run.run_id))
                     count = len(points)
                     self.run.log(points[:count])

@@ -1,8 +1,11 @@
-"""What the environment says of the store and of the job that this process belongs to."""
+"""What the environment and this machine say of the store, of the job that this process belongs to and of its code."""
 
 import json
 import os
+import subprocess
 from pathlib import Path
+
+import psutil
 
 SUBMISSION_ID = "DIABOLO_SUBMISSION_ID"
 """Environment variable in which `jobs.submit` gives a job its own submission id."""
@@ -21,11 +24,39 @@ def submission_id() -> str | None:
 
 
 def store_uri() -> str:
-    """The MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory."""
+    """Return the address of the MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def store_is_empty() -> bool:
-    """Whether nothing can be finished yet, as far as can be told without importing MLflow, which takes seconds."""
+    """Return whether no stage can be finished yet because the SQLite file of the store does not exist.
+
+    This is answered without MLflow, whose import takes seconds. Of other stores nothing is known: they count as filled.
+    """
     scheme, _, path = store_uri().partition(":///")
     return scheme == "sqlite" and not Path(path).exists()
+
+
+def git_commit() -> str:
+    """Return the commit of the code that runs, or "unknown".
+
+    GIT_COMMIT names it where the folder is shipped without its history, as `ray job submit` does.
+    """
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=True, cwd=Path(__file__).parent
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def user_name() -> str:
+    """Return the name of the user whom this process belongs to, or "unknown"."""
+    try:
+        return psutil.Process().username()
+    except (KeyError, psutil.Error):
+        return "unknown"

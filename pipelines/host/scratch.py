@@ -1,4 +1,4 @@
-"""Temporary folders that outlive their process only until the next one of ours comes by, however it was killed."""
+"""Temporary folders that go with their process or, if it was killed, with the next process of ours that makes one."""
 
 import shutil
 import socket
@@ -10,24 +10,29 @@ from pathlib import Path
 import psutil
 
 _PREFIX = "diabolo+"
+_CLOCK_SECONDS = 2.0
+"""By how much the start of a process may seem to move when the machine's clock is set."""
 
 
 @contextmanager
 def scratch(place: Path | None = None) -> Iterator[Path]:
-    """A temporary folder, in `place` or where the system has them; those that the killed have left there go."""
+    """Make a temporary folder for the block, in `place` or where the system keeps temporary files.
+
+    Folders that killed processes of this machine have left in the same place are deleted first.
+    """
     place = place or Path(tempfile.gettempdir())
-    for left in place.glob(f"{_PREFIX}*"):
-        owner, _, _ = left.name.removeprefix(_PREFIX).rpartition("+")
+    for folder in place.glob(f"{_PREFIX}*"):
+        owner, _, _ = folder.name.removeprefix(_PREFIX).rpartition("+")
         if is_dead(owner.replace("+", " ")):
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     prefix = f"{_PREFIX}{me().replace(' ', '+')}+"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @contextmanager
 def all_temporary() -> Iterator[None]:
-    """Whatever this process, its libraries included, makes of temporary files in the block lies in such a folder."""
+    """Send every temporary file that this process makes in the block, its libraries' too, to one scratch folder."""
     before = tempfile.tempdir
     with scratch() as folder:
         tempfile.tempdir = str(folder)
@@ -38,21 +43,21 @@ def all_temporary() -> Iterator[None]:
 
 
 def me() -> str:
-    """This process among all of all machines."""
+    """Name this process among those of all machines: host name, process number, start in Unix seconds."""
     process = psutil.Process()
     return f"{socket.gethostname()} {process.pid} {process.create_time()}"
 
 
 def is_dead(owner: str) -> bool:
-    """Whether a process of this machine, as `me` names it, has died; of other machines, nothing is known."""
+    """Return whether a process that `me` named has ended; False for one of another host, of which nothing is known."""
     host, pid, created = (owner + "  ").split(" ")[:3]
-    return host == socket.gethostname() and not _alive(int(pid), float(created))
+    return host == socket.gethostname() and not _is_alive(int(pid), float(created))
 
 
-def _alive(pid: int, created: float) -> bool:
+def _is_alive(pid: int, created: float) -> bool:
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 2  # a clock may have been set since
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        is_the_same = abs(process.create_time() - created) < _CLOCK_SECONDS
+        return is_the_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

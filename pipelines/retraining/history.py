@@ -9,7 +9,7 @@ from pipelines.retraining.models import CHALLENGER, CHAMPION, PREVIOUS
 from pipelines.retraining.rule import Rule, today
 
 if TYPE_CHECKING:
-    from pipelines.store.tracking import Tracker
+    from pipelines.store.runs import Tracker
 
 
 def run_key(model: str, day: date) -> str:
@@ -41,7 +41,7 @@ def why_unchanged(model: str, identity: str, decided: list[Mapping[str, str]], t
         decided: see `decided_runs`.
     """
     for alias in (CHAMPION, PREVIOUS):
-        version = tracker.version(model, alias)
+        version = tracker.models.version(model, alias)
         if version and version.tags.get("identity") == identity:
             return f"data and recipe are those of the {alias}, version {version.number}"
     last = next((tags for tags in decided if "identity" in tags), None)
@@ -53,7 +53,7 @@ def why_unchanged(model: str, identity: str, decided: list[Mapping[str, str]], t
 def report(run_id: str, tracker: "Tracker") -> dict[str, Any]:
     """Return what a run has decided, as the command prints it in JSON."""
     tags = tracker.client.get_run(run_id).data.tags
-    versions = {alias: tracker.version(tags["model"], alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
+    versions = {alias: tracker.models.version(tags["model"], alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
     return {
         "status": tags["decision"],
         "run_id": run_id,

@@ -17,7 +17,8 @@ from pipelines.graph.stage import Finished, Known, Stage
 from pipelines.retraining.rule import Metric, Rule
 
 if TYPE_CHECKING:
-    from pipelines.store.tracking import Tracker, Version
+    from pipelines.store.models import Version
+    from pipelines.store.runs import Tracker
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 """Aliases of a registered model in MLflow: the best version, the one that it replaced, and the one compared last."""
@@ -65,7 +66,7 @@ def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champio
     Raises:
         InputError: it was not made champion by this command, or its artifacts are lost.
     """
-    from pipelines.store.tracking import LostResultError
+    from pipelines.store.errors import LostResultError
 
     name = f"models:/{model}@{CHAMPION}"
 

@@ -24,7 +24,8 @@ from pipelines.retraining.models import CHALLENGER, CHAMPION, PREVIOUS, Candidat
 from pipelines.retraining.rule import Decision, Metric, Rule, decide
 
 if TYPE_CHECKING:
-    from pipelines.store.tracking import Tracker, Version
+    from pipelines.store.models import Version
+    from pipelines.store.runs import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def retrain(firing: Firing) -> dict[str, Any]:
     tags = {"model": model, "logical.date": day, **firing.tags}
     with tracker.job_run("retrain", key, tags, {"model": model, "logical_date": day}) as run_id:
         known = tracker.client.get_run(run_id).data.tags
-        version = tracker.version(model, CHAMPION)
+        version = tracker.models.version(model, CHAMPION)
         if version and version.tags.get("run") == run_id:
             # an earlier firing was cut off after it had promoted its model and before it wrote that down
             tracker.log_summary(run_id, {}, {"decision": "promoted"})
@@ -114,9 +115,9 @@ def _challenge(
         contest = models.contest_stage(candidate, champion, metric)
         outcomes = _compute(firing, run_id, [*candidate.graph.kept(), contest])
         parent = champion.number if champion else ""
-        number = tracker.register(
+        number = tracker.models.register(
             model,
-            tracker.model_uri(outcomes["finetune"].run_id),
+            tracker.models.logged_by(outcomes["finetune"].run_id),
             {
                 "run": run_id, "identity": candidate.identity, "stage.key": candidate.finetune.key,
                 "contest.key": contest.key, "data.digest": candidate.facts.digest,
@@ -124,18 +125,18 @@ def _challenge(
             },
         )  # fmt: skip
         with tracker.lease(_promotion_key(model), f"promotion of {model}") as check_lease:
-            version = tracker.version(model, CHAMPION)
+            version = tracker.models.version(model, CHAMPION)
             if (version.number if version else "") == parent:
                 decision = decide(firing.rule, metric, outcomes["contest"].metrics, number, parent, drift)
                 # written before the aliases change: a firing that is cut off in between is repeated with the same end
                 tags = {"model.version": number, "parent.version": parent, "identity": candidate.identity}
                 tracker.log_summary(run_id, {}, {**tags, "reason": decision.reason})
                 check_lease()
-                tracker.set_alias(model, CHALLENGER, number)
+                tracker.models.set_alias(model, CHALLENGER, number)
                 if decision.status == "promoted":
                     if parent:
-                        tracker.set_alias(model, PREVIOUS, parent)
-                    tracker.set_alias(model, CHAMPION, number)
+                        tracker.models.set_alias(model, PREVIOUS, parent)
+                    tracker.models.set_alias(model, CHAMPION, number)
                 _conclude(firing, run_id, decision)
                 return
             if version and version.number == number:  # another firing has made the same model of the same data
@@ -189,7 +190,7 @@ def plan(
     Raises an InputError where a firing would.
     """
     days = dates_to_decide(model, rule, tracker) if tracker else [rule.logical_date]
-    version = tracker.version(model, CHAMPION) if tracker else None
+    version = tracker.models.version(model, CHAMPION) if tracker else None
     yield f"{'dates':18} {join_names([day.isoformat() for day in days])}"
     yield f"{'champion':18} {'version ' + version.number if version else 'none yet'}"
     for day in days:
@@ -222,7 +223,7 @@ def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[st
         InputError: there is no champion, or none before it.
     """
     with tracker.lease(_promotion_key(model), f"promotion of {model}") as check_lease:
-        champion, previous = tracker.version(model, CHAMPION), tracker.version(model, PREVIOUS)
+        champion, previous = tracker.models.version(model, CHAMPION), tracker.models.version(model, PREVIOUS)
         if champion is None:
             raise InputError(f"model: {model} has no champion to roll back; run jobs.retrain first")
         if previous is None or previous.number == champion.number:
@@ -233,8 +234,8 @@ def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[st
         own = {"model": model, "parent.version": champion.number, "model.version": previous.number}
         with tracker.job_run("rollback", key, own | dict(tags), {"model": model}) as run_id:
             check_lease()
-            tracker.set_alias(model, CHAMPION, previous.number)
-            tracker.set_alias(model, PREVIOUS, champion.number)
+            tracker.models.set_alias(model, CHAMPION, previous.number)
+            tracker.models.set_alias(model, PREVIOUS, champion.number)
             tracker.log_summary(run_id, {}, {"reason": reason, "decision": "promoted"})
             return report(run_id, tracker)
 

@@ -24,7 +24,7 @@ from pipelines.study.schema import Range, Study, first_problem
 from pipelines.study.trial import REFERENCES, trial_name
 
 if TYPE_CHECKING:
-    from pipelines.store.tracking import Tracker
+    from pipelines.store.runs import Tracker
 
 _JUDGE_FIT = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)

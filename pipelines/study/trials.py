@@ -30,7 +30,7 @@ from pipelines.study.trial import REFERENCES, Trial, trial_name
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-    from pipelines.store.tracking import Tracker
+    from pipelines.store.runs import Tracker
 
 
 _TELL_SECONDS = 1.0
@@ -280,7 +280,7 @@ def _trial(
         import ray
         from ray import tune
 
-        from pipelines.store.tracking import Tracker
+        from pipelines.store.runs import Tracker
 
     members = [plan_trial(study, *choice, facts, numerics) for choice in _choices(config)]
     loaded = next(s for s in members[0].stages().values() if isinstance(s.spec, LoadSpec))

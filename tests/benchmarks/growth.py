@@ -41,7 +41,9 @@ from pipelines.cluster.resources import Resources, Share
 from pipelines.execution.run import compute, run_here
 from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
-from pipelines.store.tracking import Tracker, _Lease, _mark, connect
+from pipelines.store.connection import connect
+from pipelines.store.lease import Lease
+from pipelines.store.runs import Tracker, marker
 from pipelines.study import trials as trials_module
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
@@ -51,7 +53,7 @@ from tests.benchmarks.tables import last, show
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
 RUNS, TRIALS = (10, 100, 1_000, 10_000), (32, 125, 500)
 BATCH = 64
-MARK = _mark("")
+MARK = marker("")
 AFTER_MARK = f"substr(key, {len(MARK) + 1})"
 
 
@@ -113,7 +115,7 @@ def template(tracker: Tracker) -> tuple[Stacked, str]:
     with tracker.job_run("compare", "study", {}, {}) as top:
         for number in range(8):
             tags = {"row": "plain", "settings": json.dumps({"finetune.lr": number}), "seed": "0"}
-            run = tracker.open_run(Stage(f"trial {number}", "nothing", Fit(epochs=number + 1)), top, more=tags)
+            run = tracker.open_run(Stage(f"trial {number}", "nothing", Fit(epochs=number + 1)), top, tags=tags)
             run.commit(Result({}, {}, {"val/reconstruction_mse": 1.0 + number}))
     return graph, top
 
@@ -152,9 +154,9 @@ def lookups(tracker: Tracker, graph: Stacked, top: str, repeats: int) -> dict[st
     assert known
 
     def lease() -> None:
-        one = _Lease(tracker, "benchmark", "job")
+        one = Lease(tracker, "benchmark", "job")
         one.take()
-        one.end()
+        one.stop()
         one.remove()
 
     def again() -> None:
@@ -165,11 +167,11 @@ def lookups(tracker: Tracker, graph: Stacked, top: str, repeats: int) -> dict[st
         "find": partial(tracker.find, stages[0].key),
         "find nothing": partial(tracker.find, "0" * 64),
         "metrics": partial(tracker.metrics, known),
-        "open": partial(tracker._find_or_create, stages[0].key, {}),
+        "open": partial(tracker.find_or_create, stages[0].key, {}),
         "trials": partial(tracker.trials, top, "plain"),
         "stopped": partial(tracker.stopped, stages[0].key),
-        "close nested": partial(tracker._close, tracker.client, known, "FINISHED"),
-        "close abandoned": partial(tracker._close_abandoned, tracker.client),
+        "close nested": partial(tracker.close_run, tracker.client, known, "FINISHED"),
+        "close abandoned": tracker.close_abandoned,
         "lease": lease,
         f"restore a job of {len(stages)}": again,
     }
@@ -218,7 +220,7 @@ def stub(
 
     ((row, settings, seed),) = _choices(config)
     one = plan_trial(study, row, settings, seed, facts, numerics)
-    run = Tracker(*store).open_run(one.stage, parent, more=one.tags())
+    run = Tracker(*store).open_run(one.stage, parent, tags=one.tags())
     run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
 

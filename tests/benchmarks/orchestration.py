@@ -21,7 +21,7 @@ from pipelines.cluster.resources import Resources
 from pipelines.execution.run import compute
 from pipelines.graph.recipe import load_stage
 from pipelines.graph.stage import Stage
-from pipelines.store.tracking import connect
+from pipelines.store.connection import connect
 
 PARTS = {
     "submit": ("_submit",), "wait": ("wait",), "open run": ("open_run",), "commit": ("commit",), "look up": ("find",),

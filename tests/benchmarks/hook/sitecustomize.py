@@ -18,17 +18,16 @@ from typing import Any
 IMPORTS = {
     "torch": "import", "sklearn.linear_model": "import", "sklearn.neighbors": "import", "matplotlib.pyplot": "import",
     "pandas": "import", "ray": "import ray", "ray.train": "import", "ray.train.torch": "import",
-    "mlflow": "import mlflow", "pipelines.store.tracking": "import mlflow", "aecore.stages.pretrain": "import",
+    "mlflow": "import mlflow", "pipelines.store.runs": "import mlflow", "aecore.stages.pretrain": "import",
     "aecore.stages.evaluate": "import", "torchvision": "import",
 }  # fmt: skip
 """Modules whose import is timed, and as what."""
 CALLS = {
     "ray": {"init": "ray", "shutdown": "ray"},
     "pipelines.execution.run": {"start_ray": "ray", "load_rows": "data"},
-    "pipelines.store.tracking": {"connect": "store", "_make_store": "store"},
+    "pipelines.store.connection": {"connect": "store", "_make_store": "store"},
     "mlflow.tracking.client": {"MlflowClient.*": "mlflow"},
-    "mlflow.models.model": {"Model.log": "mlflow"},
-    "mlflow.system_metrics.system_metrics_monitor": {"SystemMetricsMonitor.*": "mlflow"},
+    "pipelines.store.models": {"log_model": "mlflow"},
     "aecore.training.fit": {"fit": "fit"},
     "aecore.stages.pretrain": {"pretrain_layer": "stage"},
     "aecore.stages.finetune": {"finetune": "stage"},

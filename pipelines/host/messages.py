@@ -1,0 +1,13 @@
+"""Messages to the person who started the command."""
+
+import sys
+
+
+def say(line: str) -> None:
+    """Print a line of progress or a warning to stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def one_line(error: object, limit: int = 160) -> str:
+    """Return the text of an error on one line, cut to `limit` characters."""
+    return " ".join(str(error).split())[:limit]

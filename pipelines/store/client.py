@@ -1,0 +1,76 @@
+"""The address of an MLflow store and its client, with MLflow's own settings as Diabolo needs them."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar, cast
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pipelines.store.patience import PatientClient, wait_for
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; `patience` waits longer where it may
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # unpickling runs whatever code a file names
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would stand between those of progress on stderr
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
+logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+PAGE_SIZE = 1000
+"""Runs that one search request returns at most."""
+T = TypeVar("T")
+
+
+class Store(NamedTuple):
+    """An experiment in an MLflow store; small enough to travel to every task."""
+
+    uri: str
+    experiment_id: str
+    patience: float = 0.0
+    """Seconds for which each call waits for an MLflow that does not answer, before it raises an OutageError."""
+    marked: bool = False
+    """Whether every run of the experiment that has a key also has the key in the name of a tag (`marker`)."""
+    leases: tuple[str, ...] = ()
+    """Names of leases that must still be held when a result is committed."""
+
+    @property
+    def client(self) -> MlflowClient:
+        """The client whose calls wait out an outage; only for calls that may act twice."""
+        return cast(MlflowClient, PatientClient(self.direct, self.uri, self.patience))
+
+    @property
+    def direct(self) -> MlflowClient:
+        """The client whose calls raise at once."""
+        return MlflowClient(tracking_uri=self.uri)
+
+    def wait_for(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns, tried again as long as MLflow does not answer.
+
+        Raises:
+            OutageError: MLflow did not answer for as long as `patience` lasts.
+        """
+        return wait_for(call, self.uri, self.patience)
+
+    def search(self, condition: str = "", limit: int | None = None, client: MlflowClient | None = None) -> list[Run]:
+        """Return the runs of the experiment that fulfil a condition in MLflow's syntax, the newest first."""
+        size = PAGE_SIZE if limit is None else min(limit, PAGE_SIZE)
+        search = partial((client or self.client).search_runs, [self.experiment_id], condition, max_results=size)
+        return list(islice(all_pages(search), limit))
+
+
+def all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yield the results of a search of MlflowClient from all of its pages; `search` takes a `page_token`."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

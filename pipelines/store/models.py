@@ -1,0 +1,195 @@
+"""Models in MLflow: logging one that loads without Diabolo, and the registry's versions and aliases."""
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+import yaml
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, infer_signature
+
+import aecore
+from aecore.core.errors import InputError, hide_secrets
+from aecore.models.storage import Result, load_weights
+from pipelines.host.messages import one_line
+from pipelines.host.scratch import scratch
+from pipelines.store.client import Store, all_pages
+
+LOADER = "aecore.serving.model"
+"""Module that loads our models in MLflow."""
+_LOADERS = (LOADER, "aecore.pyfunc")
+"""The same with the module of models that were logged before it moved."""
+_NAME = "model"
+_REQUIREMENTS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for a model, version or alias that there is not."""
+
+
+class Version(NamedTuple):
+    """A version of a registered model."""
+
+    number: str
+    tags: dict[str, str]
+
+
+class Registered(NamedTuple):
+    """A version of a registered model with its weights."""
+
+    uri: str
+    """models:/NAME/VERSION."""
+    digest: str
+    """SHA-256 of its files."""
+    result: Result
+    """Result of the finetuning that made it."""
+    model_id: str | None
+    """Id of MLflow's logged model, if the version was registered from one."""
+
+
+class Models(NamedTuple):
+    """The registered models of a store."""
+
+    store: Store
+
+    def logged_by(self, run_id: str) -> str:
+        """Return the address models:/ID of the model that a finished finetuning has logged."""
+        outputs = self.store.client.get_run(run_id).outputs
+        assert outputs is not None, "a finished finetuning has a model"
+        return f"models:/{outputs.model_outputs[0].model_id}"
+
+    def register(self, name: str, uri: str, tags: Mapping[str, str] | None = None) -> str:
+        """Register a logged model under `name`, unless it is registered there.
+
+        Args:
+            tags: Tags of the version; whichever it has already stay as they are.
+
+        Returns:
+            The number of the version.
+        """
+        mlflow.set_tracking_uri(self.store.uri)
+
+        def look_then_register() -> str:
+            search = partial(self.store.direct.search_model_versions, f"name = '{name}'")
+            for known in all_pages(search):
+                if known.source == uri or known.tags.get("model.uri") == uri:
+                    return str(known.version)
+            return str(mlflow.register_model(uri, name, tags={"model.uri": uri}).version)
+
+        number = self.store.wait_for(look_then_register)
+        known = self.store.client.get_model_version(name, number).tags if tags else {}
+        for tag, value in (tags or {}).items():
+            if tag not in known:
+                self.store.client.set_model_version_tag(name, number, tag, value)
+        return number
+
+    def version(self, name: str, alias: str) -> Version | None:
+        """Return the version of a registered model that has this alias, if there is one."""
+        try:
+            found = self.store.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in _MISSING:
+                return None
+            raise
+        return Version(str(found.version), dict(found.tags))
+
+    def set_alias(self, name: str, alias: str, number: str) -> None:
+        """Let an alias name this version, and no other version any more."""
+        self.store.client.set_registered_model_alias(name, alias, number)
+
+    def load(self, uri: str) -> Registered:
+        """Load a registered model by models:/NAME@ALIAS or models:/NAME/VERSION.
+
+        Only safetensors and JSON are read; nothing is unpickled.
+
+        Raises:
+            InputError: There is no such model, it was altered, or Diabolo did not make it.
+        """
+        match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+        if not match:
+            raise InputError(
+                f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        name, alias, number = match.groups()
+        found = self._find(uri, name, alias, number)
+        exact = f"models:/{name}/{found.version}"
+        try:
+            digest, result = self._download(uri, exact)
+        except (OSError, ValueError, KeyError, MlflowException, yaml.YAMLError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"model: {uri} is lost or was altered ({one_line(error)}); register it again") from error
+        source = found.source or ""
+        model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
+        return Registered(exact, digest, result, model_id)
+
+    def _find(self, uri: str, name: str, alias: str | None, number: str) -> ModelVersion:
+        client = self.store.client
+        try:
+            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code not in _MISSING:
+                raise
+            raise InputError(
+                f"model: {hide_secrets(self.store.uri)} has no {uri}; jobs.train --register NAME makes a version, and "
+                "jobs.retrain a champion"
+            ) from None
+
+    def _download(self, uri: str, exact: str) -> tuple[str, Result]:
+        """Return the digest of a registered model and the model."""
+        download = mlflow.artifacts.download_artifacts
+        with scratch() as temporary:
+            address = {"tracking_uri": self.store.uri, "registry_uri": self.store.uri}
+            folder = Path(self.store.wait_for(partial(download, exact, dst_path=str(temporary), **address)))
+            flavor = yaml.safe_load((folder / "MLmodel").read_text())["flavors"].get("python_function", {})
+            if flavor.get("loader_module") not in _LOADERS:
+                raise InputError(f"model: {uri} was not made by jobs.train, and is not unpickled; name one that was")
+            config, weights = load_weights(folder / flavor["data"])
+            digest = json.loads((folder / flavor["data"] / "config.json").read_text())["sha256"]
+        return digest, Result(config, weights, {})
+
+
+def log_model(store: Store, run_id: str, folder: Path, example: Any, served: Any) -> str:
+    """Log the model in `folder` as an output of a run, so that it loads anywhere: our own code travels with it.
+
+    This acts on what an earlier try has left, so that a run has one model. It raises at once if MLflow does not answer.
+
+    Args:
+        example: Input rows that are kept with the model.
+        served: What the model returns for them.
+
+    Returns:
+        The id of MLflow's logged model.
+    """
+    client = store.direct
+    models = client.search_logged_models([store.experiment_id], f"source_run_id = '{run_id}'")
+    run = client.get_run(run_id)
+    model = models[0] if models else client.create_logged_model(
+        store.experiment_id, _NAME, source_run_id=run_id, params=run.data.params
+    )  # fmt: skip
+    linked = [output.model_id for output in run.outputs.model_outputs] if run.outputs else []
+    if model.model_id not in linked:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    with scratch() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow 3.17 warns of its own type hints when `mlflow.pyfunc` is imported
+        # not `mlflow.pyfunc.log_model`: it loads the model to try it, which imports torch, and needs an active run
+        mlflow.pyfunc.save_model(
+            temporary / _NAME,
+            loader_module=LOADER,
+            data_path=str(folder),
+            code_paths=[str(Path(aecore.__file__).parent)],
+            mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
+            # without this list MLflow would run the model to see what it imports, for 16 to 27 s
+            pip_requirements=[f"{name}=={version(name)}" for name in _REQUIREMENTS],
+            signature=infer_signature(example, served),
+            input_example=example,
+        )
+        client.log_model_artifacts(model.model_id, str(temporary / _NAME))
+    client.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
