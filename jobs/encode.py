@@ -17,7 +17,7 @@ from aecore.core.fingerprint import Frozen, fingerprint
 from aecore.data.dataset import identify
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
-from aecore.serving.encoding import Way, Work, fit_codes, fit_data
+from aecore.serving.encoding import Operation, Work, adapt_data, check_codes
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path, write_files
@@ -68,9 +68,12 @@ def encode(settings: Encode) -> dict[str, Any]:
     tracker = open_store(Resources(), ready=False)
     assert tracker is not None
     model = tracker.models.load(settings.model)
-    way, data, facts, rows = _find_rows(settings, model.result, model.uri, model.digest)
+    operation, data, facts, rows = _find_rows(settings, model.result, model.uri, model.digest)
     output = absolute_path(settings.output)
-    work = Work(way, model.uri, model.digest, data, facts, rows, output, settings.batch_size)
+    work = Work(
+        operation=operation, model=model.uri, model_digest=model.digest, data=data, facts=facts, rows=rows,
+        output=output, batch_size=settings.batch_size,
+    )  # fmt: skip
 
     key = fingerprint("encode", work.identity, output)
     tags = {name.removeprefix("diabolo."): value for name, value in work.identity.items()} | cli.ray_tags()
@@ -94,7 +97,9 @@ def encode(settings: Encode) -> dict[str, Any]:
     }
 
 
-def _find_rows(settings: Encode, result: Result, model: str, digest: str) -> tuple[Way, Data | None, Facts | None, int]:
+def _find_rows(
+    settings: Encode, result: Result, model: str, digest: str
+) -> tuple[Operation, Data | None, Facts | None, int]:
     """Return what is to be computed, from which data, what is known of them, and how many rows they have.
 
     Raises:
@@ -110,12 +115,12 @@ def _find_rows(settings: Encode, result: Result, model: str, digest: str) -> tup
             raise InputError(f"decode: {model} is a classifier, whose codes have no decoder; name an autoencoder")
         data = Data(name="parquet", path=absolute_path(settings.decode), column="code", labels=None)
         facts = identify(data)
-        fit_codes(data, facts, last, model, digest)
+        check_codes(data, facts, last, model, digest)
         return "decode", data, facts, facts.rows
     path = settings.data.path and absolute_path(settings.data.path)
     data = settings.data.model_copy(update={"root": settings.data.root.absolute(), "path": path})
     facts = identify(data)
-    return "encode", fit_data(result, data, facts, model), facts, facts.rows
+    return "encode", adapt_data(result, data, facts, model), facts, facts.rows
 
 
 if __name__ == "__main__":

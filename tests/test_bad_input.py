@@ -102,7 +102,7 @@ TABLE: dict[str, Row] = {
         files=b"PAR1" + b"\xff" * 600 + stored(GOOD)[604:],
     ),
     "folder without files": Row("no .parquet file in .; name the folder", "--data.name parquet --data.path ."),
-    "no rows": Row("data.path: data.parquet has no rows; write some", files=GOOD[:0]),
+    "no rows": Row("data.path: data.parquet has no rows; name data that have some", files=GOOD[:0]),
     "other columns": Row(
         "b.parquet has other columns than ... a.parquet; write all files with one schema",
         "--data.name parquet --data.path .",
@@ -121,59 +121,73 @@ TABLE: dict[str, Row] = {
         "no column of images, vectors or numbers among label, name; the README", label=LABELS, name=["x"] * ROWS
     ),
     "two candidates": rows(
-        "data.column: a and b could all be the images; name one with --data.column", a=VECTORS, b=VECTORS
+        "data.column: a and b could each hold the images or vectors; name one with --data.column", a=VECTORS, b=VECTORS
     ),
     "many columns": Row(
         "among c0, c1, ... and 28 more; the README", files=pa.table({f"c{n}": ["x"] * ROWS for n in range(40)})
     ),
-    "no such column": rows("data.column: no column z; there are x", "--data.column z", x=VECTORS),
-    "no such labels": rows("data.labels: no column z; there are x", "--data.labels z", x=VECTORS),
+    "no such column": rows("data.column: there is no column z; the columns are x", "--data.column z", x=VECTORS),
+    "no such labels": rows("data.labels: there is no column z; the columns are x", "--data.labels z", x=VECTORS),
     "labels as images": rows(
-        "data.column: label holds the labels; name", "--data.column label", x=VECTORS, label=LABELS
+        "data.column: label holds the labels; name the column of images or vectors",
+        "--data.column label",
+        x=VECTORS,
+        label=LABELS,
     ),
     "one name twice": Row(
         "several columns are called x; give each", files=pa.table([VECTORS, LABELS], names=["x", "x"])
     ),
     "text as images": rows(
-        "column x: string is neither images nor vectors; name another", "--data.column x", x=["a"] * ROWS
+        "data.column: column x holds string, neither images nor vectors; name another",
+        "--data.column x",
+        x=["a"] * ROWS,
     ),
     "paths alone": rows(
-        "column x: struct<path: string> is neither images nor vectors",
+        "data.column: column x holds struct<path: string>, neither images nor vectors",
         "--data.column x",
         x=pa.array([{"path": "a.png"}] * ROWS),
     ),
-    "too deep": rows("column x: a row has the shape (1, 1, 1, 1); a vector has", x=[[[[[float(n)]]]] for n in IDS]),
+    "too deep": rows(
+        "data.column: a row of column x has the shape (1, 1, 1, 1); write vectors", x=[[[[[float(n)]]]] for n in IDS]
+    ),
     "empty vectors": rows(
-        "column x: a row has the shape (0,); a vector has", x=pa.array([[]] * ROWS, pa.list_(pa.float32()))
+        "data.column: a row of column x has the shape (0,); write vectors",
+        x=pa.array([[]] * ROWS, pa.list_(pa.float32())),
     ),
     "labels of real numbers": rows(
-        "column label: labels are double; use integers or strings", x=VECTORS, label=[0.5] * ROWS
+        "data.labels: column label holds double; use integers or strings", x=VECTORS, label=[0.5] * ROWS
     ),
-    "labels of truth": rows("column label: labels are bool; use integers or strings", x=VECTORS, label=[True] * ROWS),
-    "marks of numbers": rows("column split: marks are int64; use train, validation and test", x=VECTORS, split=LABELS),
+    "labels of truth": rows(
+        "data.labels: column label holds bool; use integers or strings", x=VECTORS, label=[True] * ROWS
+    ),
+    "marks of numbers": rows(
+        "data.path: column split holds int64; use train, validation and test", x=VECTORS, split=LABELS
+    ),
     "escapes in a name": Row(
         r"among \x1b[31mred\n, \u202e; the README",
         files=pa.table({"\x1b[31mred\n": ["a"] * ROWS, "\u202e": ["a"] * ROWS}),
     ),
     # the values
     "missing value": rows(
-        "data.parquet column x row 7: missing; fill it or drop the row", x=replaced(VECTORS, 7, None)
+        "data.parquet column x row 7: the value is missing; fill it or drop the row", x=replaced(VECTORS, 7, None)
     ),
     "missing inside": rows(
-        "data.parquet column x row 7: a value within the lists is missing; fill it",
+        "data.parquet column x row 7: a value inside the list is missing; fill it or drop the row",
         x=replaced(VECTORS, 7, [0.0, None, 0.0, 0.0]),
     ),
-    "missing number": rows("data.parquet column b row 3: missing; fill it", a=IDS, b=replaced(IDS, 3, None)),
+    "missing number": rows(
+        "data.parquet column b row 3: the value is missing; fill it", a=IDS, b=replaced(IDS, 3, None)
+    ),
     "ragged vectors": rows(
-        "data.parquet column x row 9: list of another length than the others; make them equal",
+        "data.parquet column x row 9: the list has another length than those before it; make all equally long",
         x=replaced(VECTORS, 9, [1.0]),
     ),
     "ragged grids": rows(
-        "data.parquet column x row 5: list of another length",
+        "data.parquet column x row 5: the list has another length",
         x=replaced([[[1.0, float(n)]] * 2 for n in IDS], 5, [[1.0, 2.0], [1.0]]),
     ),
     "sizes of images": rows(
-        "data.parquet column x row 11: image of shape (1, 4, 5), others (1, 6, 5); resize them",
+        "data.parquet column x row 11: the image has the shape (1, 4, 5), those before it (1, 6, 5); resize it",
         x=replaced(IMAGES, 11, image((4, 5))),
     ),
     "undecodable": Row(
@@ -183,22 +197,25 @@ TABLE: dict[str, Row] = {
     ),
     "half an image": rows("data.parquet column x row 4: not a readable image", x=replaced(IMAGES, 4, IMAGES[4][:60])),
     "no bytes": rows(
-        "data.parquet column x row 1: no bytes; store the images in the file",
+        "data.parquet column x row 1: the image has no bytes; store images in the file, not as paths",
         x=pa.array([{"bytes": None if n == 1 else raw, "path": "p"} for n, raw in enumerate(IMAGES)], STRUCTS),
     ),
-    "16 bits": rows("column x row 0: image of mode I;16; store 8 bits a channel", x=[image(kind=np.uint16)] * ROWS),
+    "16 bits": rows(
+        "column x row 0: the image has the mode I;16; store 8 bits per channel", x=[image(kind=np.uint16)] * ROWS
+    ),
     "not a number": rows(
-        "data.parquet column x row 39: a value is not finite ... clean the data",
+        "data.parquet column x row 39: the value is not finite, or too large for 32 bits; correct it or drop the row",
         x=replaced(VECTORS, 39, [0.0, 0.0, 0.0, float("nan")]),
     ),
     "infinite": rows(
-        "data.parquet column b row 6: a value is not finite", a=IDS, b=replaced([0.5] * ROWS, 6, float("inf"))
+        "data.parquet column b row 6: the value is not finite", a=IDS, b=replaced([0.5] * ROWS, 6, float("inf"))
     ),
     "beyond 32 bits": rows(
-        "data.parquet column a row 0: a value is not finite, or beyond 32 bits", a=[1e300] * ROWS, b=IDS
+        "data.parquet column a row 0: the value is not finite, or too large for 32 bits", a=[1e300] * ROWS, b=IDS
     ),
     "beyond [0, 1]": rows(
-        "data.parquet column b row 8: bernoulli needs values in [0, 1]; rescale them or set --data.likelihood gaussian",
+        "data.parquet column b row 8: bernoulli needs values in [0, 1]; rescale the values or set --data.likelihood "
+        "gaussian",
         "--data.likelihood bernoulli",
         a=[n / 40 for n in IDS],
         b=replaced([0.5] * ROWS, 8, 1.5),
@@ -223,18 +240,20 @@ TABLE: dict[str, Row] = {
     ),
     # the labels
     "label missing": rows(
-        "data.parquet column label row 1: some labels are missing; drop those rows or --data.labels null",
+        "data.parquet column label row 1: the label is missing; drop such rows or set --data.labels null",
         x=VECTORS,
         label=replaced(LABELS, 1, None),
     ),
     "label negative": rows(
-        "data.parquet column label row 2: -1 is no class ... drop those rows or --data.labels null",
+        "data.parquet column label row 2: -1 is not a class ... drop such rows or set --data.labels null",
         x=VECTORS,
         label=replaced(LABELS, 2, -1),
     ),
-    "one class": rows("column label: one class only (1); use --data.labels null", x=VECTORS, label=[1] * ROWS),
+    "one class": rows(
+        "data.labels: all rows of column label have one class (1); use --data.labels null", x=VECTORS, label=[1] * ROWS
+    ),
     "ids as labels": rows(
-        "data: of 40 rows 27 are left to train on, fewer than the 40 classes; bring more", x=VECTORS, label=IDS
+        "data: training gets only 27 of 40 rows, fewer than the 40 classes; provide more", x=VECTORS, label=IDS
     ),
     "no labels to classify": rows(
         "finetune.task: classify needs labels, but the data have none; use reconstruct",
@@ -243,28 +262,32 @@ TABLE: dict[str, Row] = {
     ),
     # the splits
     "strange mark": rows(
-        "data.parquet row 3: split is 'dev'; use train, validation or test",
+        "data.parquet column split row 3: the mark is 'dev'; use train, validation or test",
         x=VECTORS,
         split=replaced(["train"] * ROWS, 3, "dev"),
     ),
     "mark missing": rows(
-        "data.parquet row 3: split is None; use train", x=VECTORS, split=replaced(["train"] * ROWS, 3, None)
+        "data.parquet column split row 3: the mark is None; use train",
+        x=VECTORS,
+        split=replaced(["train"] * ROWS, 3, None),
     ),
-    "nothing to train on": rows("split: no row is marked train; mark some", x=VECTORS, split=["test"] * ROWS),
+    "nothing to train on": rows(
+        "data.path: no row of column split is marked train; mark some", x=VECTORS, split=["test"] * ROWS
+    ),
     "everything for validation": rows(
         "data.validation: 32 of 32 rows leaves a split empty; choose another size", "--data.validation 32", x=VECTORS
     ),
     "everything for the test": rows(
-        "data.test: 40 rows asked for, the data have 40; ask for fewer", "--data.test 40", x=VECTORS
+        "data.test: 40 rows requested, but there are only 40; request fewer", "--data.test 40", x=VECTORS
     ),
     "a row or two": rows(
         "data.validation: 0.15 of 2 rows leaves a split empty; choose another size", x=VECTORS[:3], args="--data.test 1"
     ),
     "one row left": rows(
-        "data: of 40 rows 1 are left to train on, fewer than two; bring more", "--data.limit 1", x=VECTORS
+        "data: training gets only 1 of 40 rows, fewer than two; provide more", "--data.limit 1", x=VECTORS
     ),
     "fewer rows than classes": settings(
-        "data: of 1797 rows 5 are left to train on, fewer than the 10 classes", "--data.limit 5"
+        "data: training gets only 5 of 1797 rows, fewer than the 10 classes", "--data.limit 5"
     ),
     "splits of a named set": settings(
         "data.validation: 1700 of 1438 rows leaves a split empty; choose another size", "--data.validation 1700"
@@ -425,7 +448,7 @@ TABLE: dict[str, Row] = {
         "resources.gpus: 1 asked for a stage, the largest node has 0", {"variants": {"plain": {}}}, "--resources.gpus 1"
     )._replace(environment={"CUDA_VISIBLE_DEVICES": ""}),
     "data of a study": Row(
-        "data.parquet column x row 0: a value is not finite",
+        "data.parquet column x row 0: the value is not finite",
         "study.yaml",
         {
             "study.yaml": {"base": {"data": {"name": "parquet", "path": "data.parquet"}}},

@@ -17,7 +17,7 @@ from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
 from aecore.config.facts import Facts
 from aecore.config.specs import ContestSpec, DriftSpec, Numerics
 from aecore.data.dataset import inspect, load
-from aecore.data.splits import Arrays, Split, row_ids
+from aecore.data.splits import Arrays, Split, content_hashes
 from aecore.data.stream import Stream, open_stream
 from aecore.evaluation.drift import cliffs_delta, drift_table, summary
 from aecore.evaluation.statistics import gain
@@ -125,7 +125,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, digits: tuple[Facts, Arrays]
     found: dict[str, Any] = {"data": data, "facts": facts, "rows": rows}
     for task in ("classify", "reconstruct"):
         found[task] = [made(data, facts, rows, task, seed) for seed in (0, 1)]
-    seen = row_ids(rows.test.x[rows.test.x.reshape(len(rows.test.x), -1).min(1) < 3])
+    seen = content_hashes(rows.test.x[rows.test.x.reshape(len(rows.test.x), -1).min(1) < 3])
     found["earlier"] = Result({"facts": facts.model_dump(mode="json")}, {"ids": seen}, {})
     return found
 
@@ -142,14 +142,14 @@ def test_rows_are_told_apart_and_scored_alike_by_both(grown: dict[str, Any]) -> 
     net = [build_classifier(result).eval() for result in (one, two)]
     x = build_prepare(one)(torch.tensor(rows.test.x))
     right = [(model(x).argmax(1).numpy() == rows.test.y) for model in net]
-    fresh = ~np.isin(row_ids(rows.test.x), earlier.weights["ids"])
+    fresh = ~np.isin(content_hashes(rows.test.x), earlier.weights["ids"])
     assert 0.2 < fresh.mean() < 0.3
     for prefix, own in (("", fresh | True), ("frozen/", ~fresh), ("newest/", fresh)):
         assert scored[f"{prefix}rows"] == own.sum()
         means = [r[own].mean() for r in right]
         assert [scored[f"{prefix}{who}/accuracy"] for who in ("champion", "challenger")] == pytest.approx(means)
         assert scored[f"{prefix}difference"] == pytest.approx(means[1] - means[0])
-    assert np.array_equal(found.weights["ids"], row_ids(rows.test.x))
+    assert np.array_equal(found.weights["ids"], content_hashes(rows.test.x))
     assert Facts.model_validate(found.config["facts"]) == grown["facts"]
 
 
@@ -182,7 +182,7 @@ def stages_error(result: Result, rows: Split) -> np.ndarray:
 
 
 def test_read_from_disk_all_test_rows_count_too(grown: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aecore.data.parquet._PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 700 * 64)
     monkeypatch.setattr(
         "aecore.data.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64}
     )
@@ -210,7 +210,7 @@ def test_a_shade_that_the_champion_never_saw_is_drift(grown: dict[str, Any]) -> 
     quantities = {row["quantity"] for row in table}
     assert {"error", "code 0", "feature 0", "classes", "unknown classes"} <= quantities
     assert {row["class"] for row in table if row["quantity"] == "error"} == {"all", *facts.classes}
-    nothing = Result({"facts": facts.model_dump(mode="json")}, {"ids": row_ids(rows.test.x)}, {})
+    nothing = Result({"facts": facts.model_dump(mode="json")}, {"ids": content_hashes(rows.test.x)}, {})
     none = drift(ask, Run(), data=rows, champion=champion, earlier=nothing)
     assert none.metrics == {"drift/rows": 0, "drift/drifted": 0} and none.config["table"].count("\n") == 1
 

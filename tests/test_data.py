@@ -10,7 +10,16 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.data.dataset import inspect, load
-from aecore.data.splits import Arrays
+from aecore.data.splits import (
+    Arrays,
+    Shares,
+    assign_splits,
+    content_hashes,
+    positions_by_content,
+    positions_by_number,
+    split_off,
+    split_shares,
+)
 
 
 def test_digits_are_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
@@ -30,6 +39,47 @@ def test_splits_are_disjoint_stratified_and_the_same_again(digits: tuple[Facts, 
         assert np.array_equal(one.x, two.x)
         assert one.y is not None
         assert np.bincount(one.y).min() > 0.08 * len(one.y)
+
+
+def test_drawn_splits_are_the_ones_that_finished_runs_have() -> None:
+    # a change of these values moves rows between the splits of every user
+    rows = np.arange(20)
+    assert split_off(rows, rows % 3, 0.3, "data.test")[1].tolist() == [2, 3, 4, 6, 11, 19]
+    assert split_off(rows, None, 5, "data.test")[1].tolist() == [2, 4, 6, 13, 19]
+    rest, drawn = split_off(rows, rows % 3, 4, "data.test", seed=7)
+    assert drawn.tolist() == [3, 8, 12, 13] and sorted([*rest, *drawn]) == rows.tolist()
+
+
+def test_rows_that_are_split_one_by_one_stay_where_finished_runs_have_them() -> None:
+    assert positions_by_number(5, 3).tolist() == [0.3273257642181258, 0.17386786595968287, 0.771546556331567]
+    shares = split_shares(Data(split="content"), np.zeros(3, int), 20)
+    assert shares == Shares(test=0.2, validation=0.12, train=0.6799999999999999)
+    assert split_shares(Data(limit=5, validation=4), np.array([10, 0, 6]), 20) == Shares(0, 0.4, 0.5)
+    positions = positions_by_content(content_hashes(np.arange(20, dtype=np.uint8)[:, None]))
+    assert assign_splits(shares, positions, None).tolist() == [
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        2,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        2,
+        1,
+        0,
+    ]
+    marks = np.array(["train"] * 7 + ["test"] * 2)
+    assert assign_splits(shares, positions_by_number(0, 9), marks).tolist() == [0, 0, 2, 0, 2, 0, 2, 2, 2]
 
 
 def test_limit_takes_only_training_rows_and_keeps_the_classes(digits: tuple[Facts, Arrays]) -> None:
@@ -68,7 +118,7 @@ def test_labels_can_be_ignored() -> None:
 
 @pytest.mark.parametrize("field", ["validation", "test"])
 def test_more_rows_than_there_are(field: str) -> None:
-    with pytest.raises(InputError, match=f"data.{field}: 2000 rows asked for, the data have 1797"):
+    with pytest.raises(InputError, match=f"data.{field}: 2000 rows requested, but there are only 1797; request fewer"):
         inspect(Data.model_validate({field: 2000}))
 
 
@@ -146,6 +196,15 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     data = Data(name="mnist", root=tmp_path)
     with pytest.raises(InputError, match="train-images-idx3-ubyte is truncated"):
         load(data, inspect(data))
+
+
+def test_the_digest_is_the_one_that_finished_runs_have(tmp_path: Path) -> None:
+    for stem, rows in (("train", 12), ("t10k", 8)):
+        write_idx(tmp_path / "MNIST" / "raw" / f"{stem}-images-idx3-ubyte", np.arange(rows * 784).reshape(rows, 28, 28))
+        write_idx(tmp_path / "MNIST" / "raw" / f"{stem}-labels-idx1-ubyte", np.arange(rows) % 10)
+    digest = inspect(Data(name="mnist", root=tmp_path)).digest
+    # a change of this value forks every finished stage of every user
+    assert digest == "673f19bed0ad149b752b834ea8e90c9e319d246975648c8f9ef0e25e9c5b00f3"
 
 
 def test_other_bytes_other_digest(tmp_path: Path) -> None:

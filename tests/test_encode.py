@@ -20,7 +20,7 @@ import pytest
 from aecore.config.experiment import Data, Experiment, Finetune
 from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
-from aecore.data.dataset import identify, inspect, rows
+from aecore.data.dataset import identify, inspect, load_rows
 from aecore.models.storage import Result
 from aecore.serving import encoding
 from aecore.serving.model import Model
@@ -38,7 +38,7 @@ from tests.test_tracking import parent, small
 from tests.test_train import clean
 
 ROOT = Path(__file__).parents[1]
-DIGITS = rows(Data(), identify(Data())).x
+DIGITS = load_rows(Data(), identify(Data())).x
 IMAGES = 15 * DIGITS[:250]
 AUTOENCODER, CLASSIFIER = ("--model", "models:/autoencoder/1"), ("--model", "models:/classifier/1")
 
@@ -120,7 +120,7 @@ def here(
     monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
     monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
     monkeypatch.setattr("pipelines.encoding.encode.each", made.each)
-    monkeypatch.setattr(encoding, "_PIECE_BYTES", 300 * 64)  # six pieces
+    monkeypatch.setattr(encoding, "PIECE_BYTES", 300 * 64)  # six pieces
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -210,7 +210,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("--model", "classifier"), "model: classifier names no registered model"),
     ((*CLASSIFIER, "--data.path", "x.parquet"), "add --data.name parquet"),
     ((*CLASSIFIER, *PARQUET, "gone"), "data.path: .*gone does not exist"),
-    ((*CLASSIFIER, *PARQUET, "wide.parquet"), r"shape \(9,\), models:/.* reads \(1, 8, 8\)"),
+    ((*CLASSIFIER, *PARQUET, "wide.parquet"), r"shape \(9,\), but models:/.* reads \(1, 8, 8\)"),
     ((*CLASSIFIER, *PARQUET, "grey.parquet"), "integers below 256, .* below 17"),
     ((*CLASSIFIER, *PARQUET, "real.parquet"), "values are floating-point numbers"),
     ((*CLASSIFIER, "--decode", "codes"), "classifier, whose codes have no decoder"),
@@ -307,7 +307,7 @@ def test_an_altered_model_is_refused(here: Here, tracker: Tracker) -> None:
 def test_a_killed_job_is_finished_by_the_next_one(mnist_root: Path, tmp_path: Path) -> None:
     """With two workers on Ray; tests/benchmarks/encoding.py measures the same."""
     data = Data(name="mnist", root=mnist_root)
-    x = rows(data, identify(data)).x[:60_000]
+    x = load_rows(data, identify(data)).x[:60_000]
     bench.write(tmp_path / "set.parquet", x, 1)
     weights = bench.train(mnist_root, tmp_path)
     output = tmp_path / "codes"

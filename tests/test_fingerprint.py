@@ -6,7 +6,7 @@ import pytest
 
 from aecore.config.experiment import Data, Fit
 from aecore.core.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint
-from aecore.data.splits import row_ids
+from aecore.data.splits import content_hashes
 
 
 class Example(Frozen):
@@ -34,9 +34,9 @@ def test_unhashed_fields_do_not_matter_and_others_do() -> None:
 
 def test_ids_are_of_values_alone() -> None:
     x = np.array([[1, 0], [2, 3], [1, -0.0]], np.float32)
-    assert row_ids(x)[0] == row_ids(x)[2] != row_ids(x)[1]
-    assert (row_ids(x[::-1]) == row_ids(x)[::-1]).all() and row_ids(x[:0]).shape == (0,)
-    assert row_ids(np.arange(4, dtype=np.uint8)[:, None]).tolist()[0] == 5224996704525874836
+    assert content_hashes(x)[0] == content_hashes(x)[2] != content_hashes(x)[1]
+    assert (content_hashes(x[::-1]) == content_hashes(x)[::-1]).all() and content_hashes(x[:0]).shape == (0,)
+    assert content_hashes(np.arange(4, dtype=np.uint8)[:, None]).tolist()[0] == 5224996704525874836
 
 
 def test_whole_floats_are_the_integers_they_equal() -> None:

@@ -1,5 +1,6 @@
-"""The contract for a user's own Parquet, one test a way of writing it."""
+"""The contract for a user's own Parquet: one test for each way of writing it, and one line for each bad input."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def everything(arrays: Arrays) -> np.ndarray:
 
 
 def same_rows(one: np.ndarray, two: np.ndarray) -> bool:
-    """Whether two arrays hold the same rows; their order is the split's business."""
+    """Say whether two arrays hold the same rows, in whatever order."""
     rows = [sorted(row.tobytes() for row in np.ascontiguousarray(array)) for array in (one, two)]
     return rows[0] == rows[1]
 
@@ -88,7 +89,7 @@ def test_standardised_on_the_training_rows_alone(tmp_path: Path) -> None:
 
 
 def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"1 of 2 features never vary and carry nothing \(the first: b\)"):
+    with pytest.warns(UserWarning, match=r"1 of 2 features never vary and carry no information \(the first: b\)"):
         _, arrays = read(tmp_path, {"a": np.arange(ROWS), "b": np.full(ROWS, 7.0), "label": LABELS})
     assert (((arrays.train.x - arrays.shift) * arrays.scale)[:, 1] == 0).all()
 
@@ -133,6 +134,13 @@ def test_a_folder_is_one_set_and_names_do_not_matter(tmp_path: Path) -> None:
     assert local == facts[0]
 
 
+def test_the_digest_is_the_one_that_finished_runs_have(tmp_path: Path) -> None:
+    facts, _ = read(tmp_path, {"x": VECTOR_COLUMN, "label": LABELS})
+    file_digest = hashlib.sha256((tmp_path / "data.parquet").read_bytes()).digest()
+    # a change of this formula forks every finished stage of every user
+    assert facts.digest == hashlib.sha256(file_digest + b"('x',) label None").hexdigest()
+
+
 def test_copies_of_training_rows_in_the_test_are_counted(tmp_path: Path) -> None:
     copied = [*IMAGES[:-3], *IMAGES[:3]]
     marks = ["train"] * 20 + ["validation"] * 8 + ["test"] * 12
@@ -145,20 +153,48 @@ def test_copies_of_training_rows_in_the_test_are_counted(tmp_path: Path) -> None
 VECTOR_COLUMN = WAYS["vectors"][0]
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no features": ({"label": LABELS, "name": ["x"] * ROWS}, {}, "no column of images, vectors or numbers"),
-    "two candidates": ({"a": VECTOR_COLUMN, "b": VECTOR_COLUMN}, {}, "a and b could all be the images"),
-    "unknown column": ({"a": VECTOR_COLUMN}, {"column": "z"}, "no column z; there are a"),
-    "unknown labels": ({"a": VECTOR_COLUMN}, {"labels": "z"}, "no column z; there are a"),
-    "text as features": ({"a": ["x"] * ROWS}, {"column": "a"}, "column a: string is neither images nor vectors"),
-    "float labels": ({"a": VECTOR_COLUMN, "label": np.ones(ROWS)}, {}, "labels are double; use integers or strings"),
-    "missing labels": ({"a": VECTOR_COLUMN, "label": [None, *LABELS[1:]]}, {}, "some labels are missing"),
-    "one class": ({"a": VECTOR_COLUMN, "label": [1] * ROWS}, {}, "one class only"),
-    "missing value": ({"a": [None, *VECTORS[1:].tolist()]}, {"column": "a"}, "column a row 0: missing"),
-    "ragged": ({"a": [[1.0], *VECTORS[1:].tolist()]}, {}, "list of another length|others \\(1,\\)"),
+    "two candidates": ({"a": VECTOR_COLUMN, "b": VECTOR_COLUMN}, {}, "a and b could each hold the images or vectors"),
+    "unknown column": ({"a": VECTOR_COLUMN}, {"column": "z"}, "there is no column z; the columns are a"),
+    "unknown labels": ({"a": VECTOR_COLUMN}, {"labels": "z"}, "there is no column z; the columns are a"),
+    "text as features": (
+        {"a": ["x"] * ROWS},
+        {"column": "a"},
+        "data.column: column a holds string, neither images nor vectors",
+    ),
+    "float labels": (
+        {"a": VECTOR_COLUMN, "label": np.ones(ROWS)},
+        {},
+        "data.labels: column label holds double; use integers or strings",
+    ),
+    "missing labels": (
+        {"a": VECTOR_COLUMN, "label": [None, *LABELS[1:]]},
+        {},
+        "column label row 0: the label is missing",
+    ),
+    "one class": (
+        {"a": VECTOR_COLUMN, "label": [1] * ROWS},
+        {},
+        r"data.labels: all rows of column label have one class \(1\)",
+    ),
+    "missing value": ({"a": [None, *VECTORS[1:].tolist()]}, {"column": "a"}, "column a row 0: the value is missing"),
+    "ragged": (
+        {"a": [[1.0], *VECTORS[1:].tolist()]},
+        {},
+        r"column a row \d+: .*(another length than|first row \(1,\))",
+    ),
     "not an image": ({"a": [png(IMAGES[0]), *[b"no"] * (ROWS - 1)]}, {}, "row 1: not a readable image"),
-    "sizes differ": ({"a": [*map(png, IMAGES[1:]), png(IMAGES[0][:4])]}, {}, r"row \d+: (image of )?shape"),
-    "not finite": ({"a": [*VECTORS[1:].tolist(), [1.0, 2.0, 3.0, float("nan")]]}, {}, "row 39: a value is not finite"),
-    "strange split": ({"a": VECTOR_COLUMN, "split": ["dev"] * ROWS}, {}, "row 0: split is 'dev'"),
-    "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row is marked train"),
+    "sizes differ": (
+        {"a": [*map(png, IMAGES[1:]), png(IMAGES[0][:4])]},
+        {},
+        r"column a row \d+: the (image|row) has the shape",
+    ),
+    "not finite": (
+        {"a": [*VECTORS[1:].tolist(), [1.0, 2.0, 3.0, float("nan")]]},
+        {},
+        "column a row 39: the value is not finite",
+    ),
+    "strange split": ({"a": VECTOR_COLUMN, "split": ["dev"] * ROWS}, {}, "column split row 0: the mark is 'dev'"),
+    "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row of column split is marked train"),
     "beyond [0, 1]": ({"a": VECTOR_COLUMN}, {"likelihood": "bernoulli"}, r"bernoulli needs values in \[0, 1\]"),
 }
 
@@ -183,7 +219,7 @@ def test_a_task_says_the_same_of_what_the_driver_leaves_to_it(
     data = Data.model_validate({"name": "parquet", "path": str(tmp_path / "data.parquet"), **fields})
     with pytest.raises(InputError, match=message) as early:
         inspect(data)
-    monkeypatch.setattr(parquet, "_MOST_BYTES", 0)
+    monkeypatch.setattr(parquet, "MAX_SURVEY_BYTES", 0)
     facts = inspect(data)
     with pytest.raises(InputError) as late:
         load(data, facts)

@@ -14,7 +14,7 @@ from aecore.config.specs import MeasureSpec, Numerics
 from aecore.core.errors import InputError
 from aecore.data.dataset import inspect, load
 from aecore.data.splits import SPLITS, Arrays, Split
-from aecore.data.stream import Shuffled, Stream, in_turn, open_stream
+from aecore.data.stream import Shuffled, Stream, open_stream, read_in_turn
 from aecore.models.storage import Result
 from aecore.stages.context import Run
 from aecore.stages.measure import measure
@@ -41,14 +41,14 @@ def opened(data: Data) -> Stream:
 
 
 def numbers(stream: Stream, split: str) -> list[int]:
-    return [int(n) for rows in in_turn(stream.reader(split), stream.pieces) for n in rows.x[:, 0]]
+    return [int(n) for rows in read_in_turn(stream.reader(split), stream.pieces) for n in rows.x[:, 0]]
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and chunks of a few rows, as large sets have them of many."""
-    monkeypatch.setattr("aecore.data.parquet._PIECE_BYTES", 300 * 32)
-    monkeypatch.setattr("aecore.data.parquet._BATCH_BYTES", 100 * 32)
+    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 300 * 32)
+    monkeypatch.setattr("aecore.data.parquet.BATCH_BYTES", 100 * 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -57,7 +57,7 @@ def test_every_row_is_in_one_split_and_always_in_the_same(tmp_path: Path) -> Non
     assert len(stream.pieces) > 5
     found = {split: numbers(stream, split) for split in SPLITS}
     assert sorted(n for rows in found.values() for n in rows) == list(range(3000))
-    assert {split: stream.rows(split) for split in SPLITS} == {split: len(rows) for split, rows in found.items()}
+    assert {split: stream.row_count(split) for split in SPLITS} == {split: len(rows) for split, rows in found.items()}
     # 20 % test, then 15 % of the rest, up to four standard deviations of a draw
     assert len(found["test"]) == pytest.approx(600, abs=90)
     assert len(found["validation"]) == pytest.approx(360, abs=75)
@@ -71,8 +71,8 @@ def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
     data = write(tmp_path / "set", marks=marks).model_copy(update={"validation": 270.0, "limit": 1000})
     stream = opened(data)
     assert numbers(stream, "test") == list(range(0, 3000, 10))
-    assert stream.rows("validation") == pytest.approx(270, abs=65)
-    assert stream.rows("train") == pytest.approx(1000, abs=110)
+    assert stream.row_count("validation") == pytest.approx(270, abs=65)
+    assert stream.row_count("train") == pytest.approx(1000, abs=110)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -86,7 +86,7 @@ def test_split_by_content_rows_stay_where_they_are_as_the_data_grow(tmp_path: Pa
         held = load(data.model_copy(update={"in_memory": "always"}), inspect(data))
         for split, rows in zip(SPLITS, held, strict=False):
             assert isinstance(rows, Split) and set(rows.x[:, 0]) == found[name][split]
-            assert stream.rows(split) == len(found[name][split])
+            assert stream.row_count(split) == len(found[name][split])
     assert sum(len(rows) for rows in found["many"].values()) == 3000
     assert len(found["many"]["test"]) == pytest.approx(600, abs=90)
     for split in SPLITS:
@@ -132,7 +132,7 @@ def test_standardised_as_in_memory(tmp_path: Path) -> None:
     data = write(tmp_path / "set")
     facts = inspect(data)
     stream = open_stream(data, facts)
-    x = np.concatenate([rows.x for rows in in_turn(stream.reader("train"), stream.pieces)]).astype(np.float64)
+    x = np.concatenate([rows.x for rows in read_in_turn(stream.reader("train"), stream.pieces)]).astype(np.float64)
     np.testing.assert_allclose(stream.shift, x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(stream.scale, 1 / x.std(0), rtol=1e-6)
 
@@ -161,7 +161,7 @@ def run(graph: Stacked, data: Arrays | Stream) -> tuple[list[Result], Result, Re
 def test_trains_as_well_as_in_memory(
     tmp_path: Path, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aecore.data.parquet._PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 700 * 64)
     monkeypatch.setattr(
         "aecore.data.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64}
     )
@@ -177,12 +177,12 @@ def test_trains_as_well_as_in_memory(
         rows = load(graph.experiment.data, facts) if mode == "always" else open_stream(graph.experiment.data, facts)
         results[mode] = run(graph, rows)
         if isinstance(rows, Stream):
-            assert len(rows.sample.test.x) == 200 < rows.rows("test")
+            assert len(rows.sample.test.x) == 200 < rows.row_count("test")
             table = results[mode][2].metrics
             half = (table["test/accuracy_high"] - table["test/accuracy_low"]) / 2
             # the interval is that of all test rows, not of the sample
             p = table["test/accuracy"]
-            assert half == pytest.approx(1.96 * np.sqrt(p * (1 - p) / rows.rows("test")), rel=0.1)
+            assert half == pytest.approx(1.96 * np.sqrt(p * (1 - p) / rows.row_count("test")), rel=0.1)
     for name, tolerance in (("test/accuracy", 0.03), ("test/reconstruction_mse", 0.1)):
         held, streamed = (results[mode][2].metrics[name] for mode in ("always", "never"))
         assert streamed == pytest.approx(held, rel=tolerance), name

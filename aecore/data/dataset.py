@@ -1,12 +1,11 @@
-"""Data sets: named ones and your own Parquet, to arrays in three splits.
+"""A data set, named or Parquet: what is known of it before training, its rows in memory, and their scaling.
 
-`inspect` runs on the driver: streamed passes that learn the digest, the shape and the classes, check the values, and
-keep nothing. `load` runs in a task: it reads the rows once, leaves uint8 as uint8, and splits them.
+The driver calls `inspect`, which reads the data in streamed passes and keeps none of them. A task calls `load`, which
+reads the rows once and leaves uint8 values as uint8.
 """
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,111 +13,93 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
-from aecore.data import parquet
-from aecore.data.named import _DIGITS, _SETS, _digest, _digits_file, _download, _load_torchvision
-from aecore.data.splits import Arrays, Split, _split, row_ids
+from aecore.data import named, parquet
+from aecore.data.splits import Arrays, Rows, Split, content_hashes, split_rows
 
-if TYPE_CHECKING:
-    pass
-
-
-_LEAST = float(np.finfo(np.float32).tiny)
-"""Spread of a feature whose reciprocal float32 still holds."""
+_SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
+"""The reciprocal of a smaller standard deviation is infinite in float32."""
 
 
 def inspect(data: Data) -> Facts:
-    """Digest, shape and classes of a data set, downloading it first where that is needed.
+    """Return digest, shape, classes and number of rows of a data set, after checking its values and its splits.
+
+    A named set is downloaded first where that is needed. A warning says how many test rows equal training rows.
 
     Raises:
         InputError: the data are missing, unreadable, not of the form that the README describes, or cannot be split.
     """
-    y = ids = None
     facts = identify(data)
-    marks = np.repeat(["train", "test"], _SETS[data.name].rows) if data.name in _SETS else None
     for field, size in (("validation", data.validation), ("test", data.test)):
         if size >= facts.rows:
-            raise InputError(f"data.{field}: {size:g} rows asked for, the data have {facts.rows}; ask for fewer")
+            raise InputError(f"data.{field}: {size:g} rows requested, but there are only {facts.rows}; request fewer")
+    labels = hashes = None
     if data.name == "parquet":
-        found = parquet.survey(data, facts)
-        if found is None:
+        survey = parquet.survey(data, facts)
+        if survey is None:
             return facts
-        ids, y, marks = found
-        parquet.give_back()
-    if ids is None and data.split == "content":
-        return facts  # which is which shows when the rows are read
-    train, _, test = _split(data, facts, y, marks, ids, facts.rows)
-    if ids is not None and (copies := np.isin(ids[test], ids[train]).sum()):
+        hashes, labels, marks = survey
+        parquet.release_memory()
+    else:
+        marks = named.split_marks(data)
+        if data.split == "content":
+            return facts  # the split depends on the values, which only `load` reads
+    train, _, test = split_rows(data, facts, facts.rows, labels, marks, hashes)
+    if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
         warnings.warn(
-            f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so that the test rewards "
-            "memory too; drop the copies",
+            f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so the test also rewards "
+            "memorising them; remove the copies",
             stacklevel=2,
         )
     return facts
 
 
 def identify(data: Data) -> Facts:
-    """What `inspect` learns, of data that need not be fit to train on.
+    """Return what `inspect` returns, without the checks that only training needs.
 
     Raises:
         InputError: the data are missing, unreadable, or not of the form that the README describes.
     """
-    if data.name == "parquet":
-        facts = parquet.inspect(data)
-    elif data.name == "digits":
-        facts = Facts(digest=_digest([_digits_file()]), shape=(1, 8, 8), levels=17, classes=_DIGITS, rows=1_797)
-    else:
-        named = _SETS[data.name]
-        files = [data.root / name for name in named.files]
-        if not all(file.is_file() for file in files):
-            _download(data, named)
-        facts = Facts(digest=_digest(files), shape=named.shape, levels=256, classes=named.classes, rows=sum(named.rows))
+    facts = parquet.identify(data) if data.name == "parquet" else named.identify(data)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
 
 def load(data: Data, facts: Facts) -> Arrays:
-    """Read and split the rows; standardisation is fitted on the training rows alone.
+    """Read all rows and split them; scaling is computed from the training rows alone.
 
     Raises:
         InputError: a row cannot be read, or a split would be empty.
     """
-    x, y, marks = rows(data, facts)
-    ids = row_ids(x) if data.split == "content" else None
-    train, validation, test = (
-        Split(x[rows], None if y is None else y[rows]) for rows in _split(data, facts, y, marks, ids, len(x))
-    )
+    x, y, marks = load_rows(data, facts)
+    hashes = content_hashes(x) if data.split == "content" else None
+    train, validation, test = (Split(x, y).take(n) for n in split_rows(data, facts, len(x), y, marks, hashes))
     return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
 
 
-def rows(data: Data, facts: Facts) -> parquet.Rows:
-    """All rows in their order.
+def load_rows(data: Data, facts: Facts) -> Rows:
+    """Read all rows in their order.
 
     Raises:
         InputError: a row cannot be read.
     """
-    if data.name == "parquet":
-        x, y, marks = parquet.load(data, facts)
-    elif data.name == "digits":
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        x, y, marks = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64), None
-    else:
-        x, y, marks = _load_torchvision(data, _SETS[data.name])
-    return parquet.Rows(x, None if data.labels is None else y, marks)
+    rows = parquet.load(data, facts) if data.name == "parquet" else named.load(data)
+    return rows if data.labels is not None else rows._replace(y=None)
 
 
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """`shift` and `scale` of `Arrays`, from training rows that come in chunks (Chan et al. 1983, eq. 2.1); these are
-    read only where features are standardised."""
+    """Return `shift` and `scale` of `Arrays`.
+
+    Where features are standardised, mean and standard deviation of each are computed from training rows that come in
+    chunks (Chan et al. 1983, eq. 2.1). Otherwise the chunks are not read, and integers are scaled to [0, 1].
+    """
     if not resolve_standardize(data, facts):
         return np.zeros((), np.float32), np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)
     count, mean, squares = 0, np.zeros(facts.shape), np.zeros(facts.shape)
     for chunk in chunks:
         values = chunk.astype(np.float64)
-        centre = values.mean(0)
-        apart, total = centre - mean, count + len(values)
-        squares += np.square(values - centre).sum(0) + apart**2 * count * len(values) / total
-        mean, count = mean + apart * len(values) / total, total
+        chunk_mean = values.mean(0)
+        difference, total = chunk_mean - mean, count + len(values)
+        squares += np.square(values - chunk_mean).sum(0) + difference**2 * count * len(values) / total
+        mean, count = mean + difference * len(values) / total, total
     spread = np.sqrt(squares / count)
-    # a constant feature carries nothing: left at zero instead of divided by zero
-    return mean.astype(np.float32), (1 / np.where(spread > _LEAST, spread, 1)).astype(np.float32)
+    # a constant feature carries no information: it becomes zero, and nothing is divided by zero
+    return mean.astype(np.float32), (1 / np.where(spread > _SMALLEST_SPREAD, spread, 1)).astype(np.float32)

@@ -1,8 +1,8 @@
-"""How rows are divided into training, validation and test."""
+"""Rows of a data set, and how they are divided into training, validation and test."""
 
 import hashlib
-import math
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,20 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 
-_SPLIT_SEED = 0
-"""Splits belong to the data, not to the experiment: every seed and every variant sees the same ones."""
 SPLITS = ("train", "validation", "test")
+_SPLIT_SEED = 0
+"""Splits belong to the data, not to the experiment: with every seed and every variant they are the same."""
+
+
+class Rows(NamedTuple):
+    """Rows of a data set in their order, before they are split."""
+
+    x: np.ndarray
+    """(rows, *shape), uint8 or float32, finite."""
+    y: np.ndarray | None
+    """(rows,) int64 class numbers; None without labels."""
+    marks: np.ndarray | None
+    """(rows,) the split that the data set itself names for each row, one of `SPLITS`; None if it names none."""
 
 
 class Split(NamedTuple):
@@ -22,11 +33,15 @@ class Split(NamedTuple):
     x: np.ndarray
     """(rows, *shape), uint8 or float32, as read."""
     y: np.ndarray | None
-    """(rows,) int64 class numbers."""
+    """(rows,) int64 class numbers; None without labels."""
+
+    def take(self, selected: np.ndarray) -> "Split":
+        """Return the rows at the given indices, or where a mask is true."""
+        return Split(self.x[selected], None if self.y is None else self.y[selected])
 
 
 class Arrays(NamedTuple):
-    """A data set in memory. What a layer reads is (x - shift) * scale."""
+    """A data set in memory. The first layer reads (x - shift) * scale."""
 
     train: Split
     validation: Split
@@ -38,67 +53,77 @@ class Arrays(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Shares of the rows that are not marked otherwise; what is left over is not used."""
+    """The share of each split among the rows that are not marked validation or test; the remainder is not used."""
 
     test: float
     validation: float
     train: float
 
 
-def _split(
-    data: Data, facts: Facts, y: np.ndarray | None, marks: np.ndarray | None, ids: np.ndarray | None, rows: int
+def split_rows(
+    data: Data, facts: Facts, rows: int, labels: np.ndarray | None, marks: np.ndarray | None, hashes: np.ndarray | None
 ) -> tuple[np.ndarray, ...]:
-    """Row numbers of train, validation and test.
+    """Return the row numbers of train, validation and test, each in ascending order.
 
     Args:
-        marks: what the data say of each row ("train", "validation", "test"), or None.
-        ids: of each row, where its content decides.
+        rows: number of rows in the data set.
+        labels: class number of each row, or None.
+        marks: the split that the data set names for each row, or None.
+        hashes: `content_hashes` of the rows; needed where `data.split` is "content".
 
     Raises:
         InputError: a split would be empty, or training would have fewer rows than there are classes.
     """
-    everything = np.arange(rows)
     if marks is not None and not (marks == "train").any():
-        raise InputError("split: no row is marked train; mark some, or drop the column and let data.test cut them")
+        raise InputError(
+            "data.path: no row of column split is marked train; mark some rows train, or drop the column so that "
+            "data.test and data.validation set rows aside"
+        )
     if data.split == "content":
-        assert ids is not None
-        found = place(shares(data, count_marks(marks), rows), content(ids), marks)
-        train, validation, test = (everything[found == number] for number in range(len(SPLITS)))
-        refuse_empty([len(train), len(validation), len(test)])
+        assert hashes is not None
+        shares = split_shares(data, count_marks(marks), rows)
+        splits = assign_splits(shares, positions_by_content(hashes), marks)
+        train, validation, test = (np.flatnonzero(splits == number) for number in range(len(SPLITS)))
+        check_not_empty([len(train), len(validation), len(test)])
     else:
-        if marks is None:
-            train, test = cut(everything, y, data.test, "data.test")
-        else:
-            train, test = everything[marks == "train"], everything[marks == "test"]
-            if not len(test):
-                train, test = cut(train, y, data.test, "data.test")
-        if marks is not None and (marks == "validation").any():
-            validation = everything[marks == "validation"]
-        else:
-            train, validation = cut(train, y, data.validation, "data.validation")
-        if data.limit is not None and data.limit < len(train):
-            _, train = cut(train, y, data.limit, "data.limit")
+        train, validation, test = _draw_splits(data, rows, labels, marks)
     if len(train) < max(2, len(facts.classes)):
         raise InputError(
-            f"data: of {rows} rows {len(train)} are left to train on, fewer than "
-            f"{f'the {len(facts.classes)} classes' if facts.classes else 'two'}; bring more, or cut off fewer "
-            f"(data.test, data.validation, data.limit){', or --data.labels null' if facts.classes else ''}"
+            f"data: training gets only {len(train)} of {rows} rows, fewer than "
+            f"{f'the {len(facts.classes)} classes' if facts.classes else 'two'}; provide more rows, or set aside fewer "
+            f"(data.test, data.validation, data.limit){', or use --data.labels null' if facts.classes else ''}"
         )
     return train, validation, test
 
 
-def cut(
-    rows: np.ndarray, y: np.ndarray | None, size: float, field: str, seed: int = _SPLIT_SEED
+def _draw_splits(
+    data: Data, rows: int, labels: np.ndarray | None, marks: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw at random, stratified by label, the splits for which the data set marks no rows."""
+    marked = np.full(rows, "train") if marks is None else marks
+    train, validation, test = (np.flatnonzero(marked == split) for split in SPLITS)
+    if not len(test):
+        train, test = split_off(train, labels, data.test, "data.test")
+    if not len(validation):
+        train, validation = split_off(train, labels, data.validation, "data.validation")
+    if data.limit is not None and data.limit < len(train):
+        _, train = split_off(train, labels, data.limit, "data.limit")
+    return train, validation, test
+
+
+def split_off(
+    rows: np.ndarray, labels: np.ndarray | None, size: float, field: str, seed: int = _SPLIT_SEED
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `size` (a share below 1, else a number) off `rows`, stratified by label where each class has enough.
+    """Draw some of the rows at random, each class in proportion to its share.
 
     Args:
         rows: row numbers, (rows,).
-        y: the labels of all rows that the numbers may name, or None.
-        field: the config field that asks, for the message.
+        labels: class numbers, indexed by row number; None draws regardless of classes.
+        size: how many rows to draw: a share if below 1, else a number.
+        field: config field that sets the size, for the error message.
 
     Returns:
-        The rest and what was cut off, each in order.
+        The row numbers that remain and those that were drawn, both in ascending order.
 
     Raises:
         InputError: one of them would be empty.
@@ -106,68 +131,85 @@ def cut(
     count = int(size if size >= 1 else round(size * len(rows)))
     if not 0 < count < len(rows):
         raise InputError(f"{field}: {size:g} of {len(rows)} rows leaves a split empty; choose another size")
-    shuffled = np.random.default_rng(seed).permutation(rows)
-    if y is None:
-        return np.sort(shuffled[count:]), np.sort(shuffled[:count])
-    # spread each class evenly over the order, so that any prefix holds it in proportion
-    labels = y[shuffled]
-    order = np.argsort(labels, kind="stable")
-    sizes = np.bincount(labels)
-    rank = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes if size])
-    place = np.empty(len(rows))
-    place[order] = rank
-    even = shuffled[np.argsort(place, kind="stable")]
-    return np.sort(even[count:]), np.sort(even[:count])
+    order = np.random.default_rng(seed).permutation(rows)
+    if labels is not None:
+        # spread each class evenly over the order, so that any first part of it holds the classes in proportion
+        shuffled_labels = labels[order]
+        by_class = np.argsort(shuffled_labels, kind="stable")
+        sizes = np.bincount(shuffled_labels)
+        places = np.empty(len(rows))
+        places[by_class] = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes if size])
+        order = order[np.argsort(places, kind="stable")]
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
-def shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
-    """Of a set that is split row by row. As by `cut`, test and validation are cut off the training rows where none are
-    marked, then the limit.
+def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
+    """Return the shares for assigning each row on its own, without a look at the others.
+
+    As in `split_rows`, test and validation are set aside from the training rows where none are marked, then comes the
+    limit. The sizes hold in expectation.
 
     Args:
-        marked: rows that are marked as of each of `SPLITS`, (3,).
+        marked: how many rows are marked for each of `SPLITS`, (3,).
+        rows: number of rows in the data set.
     """
-    train = marked[0] if marked.any() else rows
-    parts = {"test": 0.0, "validation": 0.0}
-    for name, size in (("test", data.test), ("validation", data.validation)):
-        if not marked[SPLITS.index(name)]:
-            share = size if size < 1 else size / max(train, 1)
-            parts[name] = share * (1 - parts["test"] if name == "validation" and size < 1 else 1)
-    rest = 1 - sum(parts.values())
-    limit = rest if data.limit is None else min(rest, data.limit / max(train, 1))
-    return Shares(parts["test"], parts["validation"], limit)
+    train = max(marked[0] if marked.any() else rows, 1)
+    test = validation = 0.0
+    if not marked[SPLITS.index("test")]:
+        test = data.test if data.test < 1 else data.test / train
+    if not marked[SPLITS.index("validation")]:
+        validation = data.validation * (1 - test) if data.validation < 1 else data.validation / train
+    rest = 1 - (test + validation)
+    return Shares(test, validation, rest if data.limit is None else min(rest, data.limit / train))
 
 
-def place(shares: Shares, numbers: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
-    """Which of `SPLITS` each row is in, by its number in [0, 1) and what it is marked as; 3 is none."""
-    drawn = np.array([2, 1, 0, 3])[np.searchsorted(np.cumsum(shares), numbers, side="right")]
+def assign_splits(shares: Shares, positions: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
+    """Return for each row its split as an index into `SPLITS`, or 3 if the row is not used.
+
+    The interval [0, 1) is divided into test, validation, train and unused, as wide as their shares. A row belongs to
+    the part in which its position lies, unless it is marked validation or test.
+
+    Args:
+        positions: (rows,) in [0, 1), from `positions_by_content` or `positions_by_number`.
+        marks: (rows,) the split that the data set names for each row, or None.
+    """
+    parts = np.array([SPLITS.index(split) for split in Shares._fields] + [len(SPLITS)])
+    drawn = parts[np.searchsorted(np.cumsum(shares), positions, side="right")]
     if marks is None:
         return drawn
     marked = np.array([SPLITS.index(mark) for mark in marks])
     return np.where(marked == 0, drawn, marked)
 
 
-def content(ids: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each row, by its `row_ids`."""
-    return (ids >> np.uint64(11)) / 2.0**53
+def positions_by_content(hashes: np.ndarray) -> np.ndarray:
+    """Return a number in [0, 1) for each row from its `content_hashes`: a row and its copies get the same."""
+    return (hashes >> np.uint64(11)) / 2.0**53
+
+
+def positions_by_number(first: int, rows: int) -> np.ndarray:
+    """Return a number in [0, 1) for each of `rows` row numbers from `first` on, always the same for the same row number
+    (SplitMix64, Steele et al. 2014)."""
+    z = (np.arange(first + 1, first + rows + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) / 2.0**64
 
 
 def count_marks(marks: np.ndarray | None) -> np.ndarray:
-    """Rows that are marked as of each of `SPLITS`, (3,)."""
+    """Return how many rows are marked for each of `SPLITS`, (3,)."""
     return np.array([0 if marks is None else int((marks == split).sum()) for split in SPLITS])
 
 
-def refuse_empty(counts: Iterable[int]) -> None:
-    """Raises an InputError where one of `SPLITS` has no rows."""
+def check_not_empty(counts: Iterable[int]) -> None:
+    """Raise an InputError if one of `SPLITS` has no rows."""
     for split, count in zip(SPLITS, counts, strict=True):
         if not count:
             raise InputError(f"data: no row is left for {split}; choose other sizes, or mark some rows {split}")
 
 
-def row_ids(x: np.ndarray) -> np.ndarray:
-    """A number (rows,) uint64 of each row of x (rows, *shape), of its values alone: copies have the same."""
-    x = np.ascontiguousarray(x + np.float32(0) if x.dtype == np.float32 else x)  # no negative zeros
-    digests = (
-        hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in x.reshape(len(x), math.prod(x.shape[1:]))
-    )
+def content_hashes(x: np.ndarray) -> np.ndarray:
+    """Hash the values of each row of x (rows, *shape) to a 64-bit number, (rows,) uint64: equal rows get equal hashes,
+    and 0.0 counts as equal to -0.0."""
+    x = np.ascontiguousarray(x + np.float32(0) if x.dtype == np.float32 else x)  # -0.0 + 0.0 is 0.0
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in x.reshape(len(x), prod(x.shape[1:])))
     return np.frombuffer(b"".join(digests), "<u8")

@@ -1,7 +1,6 @@
-"""A Parquet set that is larger than memory: read anew, piece by piece, whenever its rows are wanted.
+"""A Parquet set that is larger than memory: read again, piece by piece, whenever its rows are needed.
 
-Which rows train, validate and test is drawn from each row's number or content, so that a piece knows its own without
-the others.
+The split of a row is drawn from the row's number or content alone, so a piece can be split without the other pieces.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,34 +14,35 @@ import numpy as np
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
-from aecore.data import parquet
+from aecore.data import parquet, splits
 from aecore.data.dataset import scaling
 from aecore.data.parquet import Piece
-from aecore.data.splits import SPLITS, Arrays, Shares, Split, content, count_marks, place, refuse_empty, row_ids, shares
+from aecore.data.splits import SPLITS, Arrays, Shares, Split
 
 SAMPLE_BYTES = {"train": 2**24, "validation": 2**25, "test": 2**23}
-"""Rows of each split that are held in memory: all of a set this small, and of a larger one what validation is scored
-on every epoch, and what probes, neighbours and pictures are made of."""
-Read = Callable[[Piece], Iterator[Split]]
-Spread = Callable[[Read, Sequence[Piece]], Iterator[Split]]
-"""How the rows of many pieces are read, in order: here one after the other, on a cluster in parallel."""
+"""Bytes of each split that are held in memory: the whole of a smaller split, and a sample of a larger one. Validation
+uses its sample every epoch; probes, nearest neighbours and pictures are computed from the samples too."""
+ReadPiece = Callable[[Piece], Iterator[Split]]
+"""Reads the rows of one piece, some megabytes at a time."""
+ReadPieces = Callable[[ReadPiece, Sequence[Piece]], Iterator[Split]]
+"""Reads the rows of many pieces, in their order: in this process one after the other, or in parallel on a cluster."""
 
 
-def in_turn(read: Read, pieces: Sequence[Piece]) -> Iterator[Split]:
-    """The rows of each piece, read in this process."""
+def read_in_turn(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
+    """Read the pieces one after the other in this process."""
     for piece in pieces:
         yield from read(piece)
 
 
 class Stream(NamedTuple):
-    """A data set on disk; in memory is a sample of it."""
+    """A data set on disk, of which a sample is in memory."""
 
     data: Data
     facts: Facts
     shares: Shares
     pieces: tuple[Piece, ...]
     counts: np.ndarray
-    """(pieces, 3), rows of each split."""
+    """(pieces, 3), number of rows of each split."""
     sample: Arrays
 
     @property
@@ -53,155 +53,151 @@ class Stream(NamedTuple):
     def scale(self) -> np.ndarray:
         return self.sample.scale
 
-    def rows(self, split: str) -> int:
-        """How many rows a split has."""
+    def row_count(self, split: str) -> int:
         return int(self.counts[:, SPLITS.index(split)].sum())
 
-    def reader(self, split: str) -> Read:
-        """What reads a split's rows of a piece; small enough to travel."""
+    def reader(self, split: str) -> ReadPiece:
+        """Return a function that reads the rows of one split; it is small enough to be sent to other processes."""
         return partial(read, self.data, self.facts, self.shares, split)
 
 
-def open_stream(data: Data, facts: Facts, spread: Spread = in_turn) -> Stream:
-    """Find the pieces and splits of a set, and draw its sample; one pass more where features are standardised, and one
-    where rows are split by their content.
+def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn) -> Stream:
+    """Divide a set into pieces, split it, and draw its sample.
+
+    This reads the set once where features are standardised, and once more where rows are split by content.
 
     Raises:
-        InputError: a row of the sample cannot be used, or a split is empty.
+        InputError: a row cannot be used, or a split is empty.
     """
     pieces = parquet.pieces(data, facts)
-    marks = [parquet.marks(data, piece) for piece in pieces]
-    parts = shares(data, np.sum([count_marks(m) for m in marks], 0), facts.rows)
+    marks = [parquet.split_marks(data, piece) for piece in pieces]
+    shares = splits.split_shares(data, np.sum([splits.count_marks(m) for m in marks], 0), facts.rows)
     if data.split == "content":
-        counts = np.concatenate([rows.x for rows in spread(partial(_count, data, facts, parts), pieces)])
+        counts = np.concatenate([rows.x for rows in read_pieces(partial(_count, data, facts, shares), pieces)])
     else:
-        places = (place(parts, _uniform(p.first, p.rows), m) for p, m in zip(pieces, marks, strict=True))
-        counts = np.array([np.bincount(found, minlength=4)[:3] for found in places])
-    refuse_empty(counts.sum(0))
+        positions = (splits.positions_by_number(piece.first_id, piece.rows) for piece in pieces)
+        assigned = (splits.assign_splits(shares, p, m) for p, m in zip(positions, marks, strict=True))
+        counts = np.array([_split_counts(a) for a in assigned])
+    splits.check_not_empty(counts.sum(0))
     order = np.random.default_rng(0).permutation(len(pieces))
-    held = _sample(data, facts, parts, [pieces[n] for n in order])
-    training = spread(partial(read, data, facts, parts, "train"), pieces)
-    scale = scaling(data, facts, (rows.x for rows in training))
-    return Stream(data, facts, parts, pieces, counts, Arrays(held["train"], held["validation"], held["test"], *scale))
+    train, validation, test = _draw_sample(data, facts, shares, [pieces[n] for n in order])
+    training_rows = read_pieces(partial(read, data, facts, shares, "train"), pieces)
+    shift, scale = scaling(data, facts, (rows.x for rows in training_rows))
+    return Stream(data, facts, shares, pieces, counts, Arrays(train, validation, test, shift, scale))
 
 
 def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> Iterator[Split]:
-    """The rows of a piece that belong to a split, some megabytes at a time.
+    """Read the rows of a piece that belong to a split, some megabytes at a time.
 
     Raises:
         InputError: a row cannot be used.
     """
-    for rows, found in _placed(data, facts, shares, piece):
-        own = found == SPLITS.index(split)
-        if own.any():
-            yield _take(rows, own)
+    for rows, assigned in _read_with_splits(data, facts, shares, piece):
+        selected = assigned == SPLITS.index(split)
+        if selected.any():
+            yield rows.take(selected)
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The training rows of a stream, a worker's part of them, in another order each epoch.
+    """The training rows of a stream, or one worker's part of them, in another order each epoch.
 
-    Pieces come in random order; rows are shuffled within windows of 32 MB. Sorted data therefore want row groups far
-    smaller than that.
+    Pieces come in random order, and rows are shuffled within windows of 32 MB. If a file is sorted, its row groups
+    should therefore be far smaller than that.
     """
 
     stream: Stream
     labelled: bool = False
-    """Labels come with the rows."""
-    spread: Spread = in_turn
+    """Batches hold labels too."""
+    read_pieces: ReadPieces = read_in_turn
     window: int = 2**25
-    """Bytes."""
+    """Bytes of rows that are shuffled together."""
 
     def __len__(self) -> int:
-        return self.stream.rows("train")
+        return self.stream.row_count("train")
 
     def batches(
         self, size: int, seed: int, rank: int = 0, workers: int = 1, least: int = 0
     ) -> Iterator[tuple[tuple[np.ndarray, ...], float]]:
-        """This worker's part of each batch, nothing where it has no rows left, and its share of the rows.
+        """Yield this worker's part of each batch and its share of the batch's rows; the part is empty once the worker
+        has no rows left.
 
-        Every worker reads other pieces and takes the same number of steps.
+        Each worker reads pieces of its own, and all take the same number of steps.
 
         Args:
-            size: rows of a batch, all workers together.
-            least: rows a worker below which a batch is left out.
+            size: number of rows of a batch, over all workers.
+            least: a batch is left out if a worker's part of it has fewer rows.
         """
         order = np.random.default_rng(seed).permutation(len(self.stream.pieces))
         rows = [int(self.stream.counts[order[r::workers], 0].sum()) for r in range(workers)]
-        parts = [size // workers + (r < size % workers) for r in range(workers)]
+        sizes = [size // workers + (r < size % workers) for r in range(workers)]
         pieces = [self.stream.pieces[n] for n in order[rank::workers]]
-        own = self._cut(pieces, parts[rank], np.random.default_rng([seed, rank]))
-        for step in range(max(-(-r // p) for r, p in zip(rows, parts, strict=True) if p)):
-            taken = [min(p, max(0, r - step * p)) for r, p in zip(rows, parts, strict=True)]
-            batch = next(own) if taken[rank] else ()
-            if sum(taken) > 1 and min(taken) >= least:
-                yield (
-                    tuple(values for values in batch[: 1 + self.labelled] if values is not None),
-                    taken[rank] / sum(taken),
-                )
+        own_batches = self._own_batches(pieces, sizes[rank], np.random.default_rng([seed, rank]))
+        for step in range(max(-(-r // s) for r, s in zip(rows, sizes, strict=True) if s)):
+            parts = [min(s, max(0, r - step * s)) for r, s in zip(rows, sizes, strict=True)]
+            batch = next(own_batches) if parts[rank] else ()
+            if sum(parts) > 1 and min(parts) >= least:
+                arrays = tuple(values for values in batch[: 1 + self.labelled] if values is not None)
+                yield arrays, parts[rank] / sum(parts)
 
-    def _cut(self, pieces: Sequence[Piece], size: int, rng: np.random.Generator) -> Iterator[Split]:
-        """Batches of `size` rows, the last one smaller."""
-        held: list[Split] = []
-        for chunk in chain(self.spread(self.stream.reader("train"), pieces), [None]):
+    def _own_batches(self, pieces: Sequence[Piece], size: int, rng: np.random.Generator) -> Iterator[Split]:
+        """Yield the rows of the pieces in batches of `size` rows, of which the last may be smaller."""
+        window: list[Split] = []
+        for chunk in chain(self.read_pieces(self.stream.reader("train"), pieces), [None]):
             if chunk is not None:
-                held.append(chunk)
-                if sum(part.x.nbytes for part in held) < self.window:
+                window.append(chunk)
+                if sum(rows.x.nbytes for rows in window) < self.window:
                     continue
-            if not held:
+            if not window:
                 return
-            rows = _together(held)
-            shuffled = rng.permutation(len(rows.x))
-            whole = len(shuffled) if chunk is None else len(shuffled) - len(shuffled) % size
-            for start in range(0, whole, size):
-                yield _take(rows, shuffled[start : min(start + size, whole)])
-            held = [_take(rows, shuffled[whole:])]
-            parquet.give_back()
+            rows = _concatenate(window)
+            order = rng.permutation(len(rows.x))
+            stop = len(order) if chunk is None else len(order) - len(order) % size
+            for start in range(0, stop, size):
+                yield rows.take(order[start : min(start + size, stop)])
+            window = [rows.take(order[stop:])]  # too few for a batch: they join the next window
+            parquet.release_memory()
 
 
-def _placed(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[tuple[Split, np.ndarray]]:
-    """The rows of a piece, some megabytes at a time, and the number of each one's split."""
-    first = piece.first
+def _read_with_splits(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[tuple[Split, np.ndarray]]:
+    """Read the rows of a piece, some megabytes at a time, each time with what `assign_splits` returns for them."""
+    first_id = piece.first_id
     for x, y, marks in parquet.read(data, facts, piece):
-        numbers = content(row_ids(x)) if data.split == "content" else _uniform(first, len(x))
-        yield Split(x, y), place(shares, numbers, marks)
-        first += len(x)
+        if data.split == "content":
+            positions = splits.positions_by_content(splits.content_hashes(x))
+        else:
+            positions = splits.positions_by_number(first_id, len(x))
+        yield Split(x, y), splits.assign_splits(shares, positions, marks)
+        first_id += len(x)
 
 
 def _count(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[Split]:
-    """Rows of a piece in each split, (1, 3)."""
-    places = np.concatenate([found for _, found in _placed(data, facts, shares, piece)])
-    yield Split(np.bincount(places, minlength=4)[None, :3], None)
+    """Yield the number of rows of each split in a piece, (1, 3), as the `x` of a `Split`: pieces are read as these."""
+    assigned = np.concatenate([part for _, part in _read_with_splits(data, facts, shares, piece)])
+    yield Split(_split_counts(assigned)[None], None)
 
 
-def _uniform(first: int, rows: int) -> np.ndarray:
-    """A number in [0, 1) for each row number, always the same (SplitMix64, Steele et al. 2014)."""
-    z = (np.arange(first + 1, first + rows + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) / 2.0**64
+def _split_counts(assigned: np.ndarray) -> np.ndarray:
+    """Count the rows of each split, (3,)."""
+    return np.bincount(assigned, minlength=len(SPLITS) + 1)[: len(SPLITS)]
 
 
-def _sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -> dict[str, Split]:
-    """As many rows of each split as are held in memory, from the first of the pieces."""
+def _draw_sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -> list[Split]:
+    """Read rows of each split until they fill its `SAMPLE_BYTES`, or the pieces end."""
     row_bytes = prod(facts.shape) * (1 if facts.levels else 4)
-    most = [max(1, SAMPLE_BYTES[split] // row_bytes) for split in SPLITS]
-    found: list[list[Split]] = [[], [], []]
-    for rows, splits in (chunk for piece in pieces for chunk in _placed(data, facts, shares, piece)):
-        for number, parts in enumerate(found):
-            own = np.flatnonzero(splits == number)[: most[number]]
-            most[number] -= len(own)
-            if len(own):
-                parts.append(_take(rows, own))
-        if not any(most):
+    missing = [max(1, SAMPLE_BYTES[split] // row_bytes) for split in SPLITS]
+    sample: list[list[Split]] = [[], [], []]
+    for rows, assigned in (chunk for piece in pieces for chunk in _read_with_splits(data, facts, shares, piece)):
+        for number, chunks in enumerate(sample):
+            selected = np.flatnonzero(assigned == number)[: missing[number]]
+            missing[number] -= len(selected)
+            if len(selected):
+                chunks.append(rows.take(selected))
+        if not any(missing):
             break
-    return {split: _together(parts) for split, parts in zip(SPLITS, found, strict=True)}
+    return [_concatenate(chunks) for chunks in sample]
 
 
-def _together(parts: Sequence[Split]) -> Split:
-    labelled = [part.y for part in parts if part.y is not None]
-    return Split(np.concatenate([part.x for part in parts]), np.concatenate(labelled) if labelled else None)
-
-
-def _take(rows: Split, which: np.ndarray | slice) -> Split:
-    return Split(rows.x[which], None if rows.y is None else rows.y[which])
+def _concatenate(parts: Sequence[Split]) -> Split:
+    labels = [part.y for part in parts if part.y is not None]
+    return Split(np.concatenate([part.x for part in parts]), np.concatenate(labels) if labels else None)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aecore.core.imports import fast_imports
-from aecore.data.splits import Arrays, cut
+from aecore.data.splits import Arrays, split_off
 from aecore.evaluation.scoring import Codes
 
 Labelled = tuple[np.ndarray, np.ndarray]
@@ -71,6 +71,6 @@ def probe_with_few_labels(count: int, seed: int, codes: Codes, labels: Labels) -
 
     They are the rows that a classifier finetuned with as many labels and the same seed is given.
     """
-    rows = cut(np.arange(len(labels.train)), labels.train, count, "labels", seed)[1]
+    rows = split_off(np.arange(len(labels.train)), labels.train, count, "labels", seed)[1]
     probe = linear_probe((codes.train[rows], labels.train[rows]), (codes.validation, labels.validation))
     return float((probe.predict(codes.test) == labels.test).mean())

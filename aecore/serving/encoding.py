@@ -1,7 +1,7 @@
-"""A data set through a trained model into Parquet, piece by piece: a file is whole, or it is not there.
+"""A data set through a trained model into Parquet, one file per piece; a file appears only when it is complete.
 
-A piece's rows and its file are the same in every attempt, so that what an earlier one has finished is left as it is,
-and each row of the input has one row in the output.
+The division into pieces and the names of their files are the same in every attempt. So the files that an earlier
+attempt has finished stay, and each row of the input has one row in the output.
 """
 
 import uuid
@@ -21,149 +21,163 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.data import parquet
-from aecore.data.dataset import rows
-from aecore.data.parquet import Piece, Rows, filesystem_of
+from aecore.data.dataset import load_rows
+from aecore.data.files import filesystem_of, short_reason
+from aecore.data.parquet import Piece
+from aecore.data.splits import Rows
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
 
 SCHEMA = "1"
-"""Of the files' columns and of how a set is cut into pieces; raised with every change."""
-_PIECE_BYTES, _CHUNK_BYTES = 2**23, 2**23
-_SAMPLES = 10_000
-"""Rows of a piece that is sampled."""
-Way = Literal["encode", "decode", "sample"]
+"""Version of the files' columns and of how a set is divided into pieces; raised with every change of these."""
+PIECE_BYTES, _CHUNK_BYTES = 2**23, 2**23
+"""Bytes of a piece's input, and of the input that is read at once from a set in memory."""
+_SAMPLES_PER_PIECE = 10_000
+Operation = Literal["encode", "decode", "sample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is to be made of which rows, and where it goes."""
+    """What is computed from which rows by which model, and where it is written."""
 
-    way: Way
+    operation: Operation
     model: str
     """models:/NAME/VERSION."""
-    digest: str
-    """Of the model's files."""
+    model_digest: str
+    """Digest of the model's files."""
     data: Data | None
+    """None where the operation is "sample", as are the facts."""
     facts: Facts | None
-    """None of both where there is nothing to read."""
     rows: int
+    """Number of rows of the input, or of samples."""
     output: str
     """Folder or URI."""
     batch_size: int | None = None
-    """Rows that the model takes at once; None leaves it to the model."""
+    """Rows that the model computes at once; None leaves the number to the model."""
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the rows of the output are decided by; the metadata of each file."""
+        """All that decides the output's rows; each file holds it as metadata."""
         source = self.facts.digest if self.facts else f"{self.rows} samples"
         labels = str(self.data.labels) if self.data else ""
         return {
-            "diabolo.schema": SCHEMA, "diabolo.made_by": self.way, "diabolo.model": self.model,
-            "diabolo.model.digest": self.digest, "diabolo.data.digest": source, "diabolo.labels": labels,
+            "diabolo.schema": SCHEMA, "diabolo.made_by": self.operation, "diabolo.model": self.model,
+            "diabolo.model.digest": self.model_digest, "diabolo.data.digest": source, "diabolo.labels": labels,
         }  # fmt: skip
 
     def pieces(self) -> tuple[Piece, ...]:
-        """What one file each is made of."""
-        if self.data is not None and self.facts is not None and self.data.name == "parquet":
-            return parquet.pieces(self.data, self.facts, _PIECE_BYTES)
-        name, size = ("", _SAMPLES) if self.data is None or self.facts is None else (
-            self.data.name, max(1, _PIECE_BYTES // (prod(self.facts.shape) * (1 if self.facts.levels else 4)))
-        )  # fmt: skip
+        """Divide the rows into pieces, each of which becomes one file."""
+        if self.data is None or self.facts is None:
+            name, size = "", _SAMPLES_PER_PIECE
+        elif self.data.name == "parquet":
+            return parquet.pieces(self.data, self.facts, PIECE_BYTES)
+        else:
+            name, row_bytes = self.data.name, prod(self.facts.shape) * (1 if self.facts.levels else 4)
+            size = max(1, PIECE_BYTES // row_bytes)
         return tuple(Piece(name, (), n, n, min(size, self.rows - n)) for n in range(0, self.rows, size))
 
 
-def fit_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
-    """The data as the model wants them read.
+def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
+    """Return the data's config with the likelihood that the model was trained with, so that values are checked for it.
 
     Raises:
-        InputError: they are not of the kind that it was trained on.
+        InputError: the rows have another shape or another range of values than the model was trained on.
     """
     first = LayerSpec.model_validate(result.config["layers"][0])
     if facts.shape != first.in_shape:
         raise InputError(
-            f"data: a row has the shape {facts.shape}, {model} reads {first.in_shape}; name data like its own"
+            f"data: a row has the shape {facts.shape}, but {model} reads {first.in_shape}; name data like those that "
+            "it was trained on"
         )
     scale = result.weights["prepare.scale"]
     levels = 0 if scale.ndim or scale == 1 else round(1 / float(scale)) + 1
     if not scale.ndim and levels != facts.levels:
-        said = [f"integers below {n}" if n else "floating-point numbers" for n in (facts.levels, levels)]
-        raise InputError(f"data: values are {said[0]}, {model} reads {said[1]}; write them as its own were")
+        own, read = (f"integers below {n}" if n else "floating-point numbers" for n in (facts.levels, levels))
+        raise InputError(
+            f"data: the values are {own}, but {model} reads {read}; write them like those that it was trained on"
+        )
     return data.model_copy(update={"likelihood": first.likelihood})
 
 
-def fit_codes(data: Data, facts: Facts, last: LayerSpec, model: str, digest: str) -> None:
-    """Raises an InputError where the data are not codes of this model, whose last layer is `last`."""
+def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_digest: str) -> None:
+    """Raise an InputError if the data are not codes of this model, whose last layer is `last`."""
     assert data.path is not None
-    kept, _ = _footer(filesystem_of(data.path)[0], parquet.pieces(data, facts)[0].file)
-    if kept.get("diabolo.model.digest") != digest or facts.shape != (prod(last.code_shape),):
+    metadata, _ = _read_footer(filesystem_of(data.path)[0], parquet.pieces(data, facts)[0].file)
+    if metadata.get("diabolo.model.digest") != model_digest or facts.shape != (prod(last.code_shape),):
         raise InputError(
-            f"decode: {data.path} holds codes of {kept.get('diabolo.model', 'an unknown model')}, not of {model}; name "
-            "the folder that jobs.encode wrote with it"
+            f"decode: {data.path} holds codes of {metadata.get('diabolo.model', 'an unknown model')}, not of {model}; "
+            "name the folder that jobs.encode wrote with it"
         )
 
 
-def whole(work: Work) -> set[int]:
-    """Numbers of the pieces whose files are there, and whole; what a killed attempt left behind is removed.
+def find_finished(work: Work) -> set[int]:
+    """Return the numbers of the pieces whose files are complete, after removing what killed attempts left behind.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the output folder holds files of another job, or cannot be written to.
     """
     filesystem, folder = filesystem_of(work.output)
     pieces = work.pieces()
-    found: set[int] = set()
+    finished: set[int] = set()
     try:
         filesystem.create_dir(folder, recursive=True)
-        inside = filesystem.get_file_info(pafs.FileSelector(folder))
+        entries = filesystem.get_file_info(pafs.FileSelector(folder))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"output: cannot write to {work.output} ({' '.join(str(error).split())[:120]})") from error
-    names = {_file(number): number for number in range(len(pieces))}
-    for info in inside:
-        if info.base_name.startswith(".part-"):
-            filesystem.delete_file(info.path)
+        raise InputError(
+            f"output: cannot write to {work.output} ({short_reason(error)}); name a folder that can be written to"
+        ) from error
+    numbers = {_file_name(number): number for number in range(len(pieces))}
+    for entry in entries:
+        if entry.base_name.startswith(".part-"):
+            filesystem.delete_file(entry.path)
             continue
-        if not info.base_name.endswith(".parquet"):
+        if not entry.base_name.endswith(".parquet"):
             continue
-        with suppress(pa.ArrowException, OSError):  # damaged: written again
-            kept, rows = _footer(filesystem, info.path)
-            for key, value in work.identity.items():
-                if kept.get(key) != value:
-                    what = f"{key} {kept[key][:40]}, not {value[:40]}" if key in kept else "not made by this command"
-                    raise InputError(f"output: {info.path} is of another job ({what}); name another --output")
-            number = names.get(info.base_name)
+        with suppress(pa.ArrowException, OSError):  # a damaged file is written again
+            metadata, rows = _read_footer(filesystem, entry.path)
+            _check_identity(entry.path, metadata, work)
+            number = numbers.get(entry.base_name)
             if number is not None and rows == pieces[number].rows:
-                found.add(number)
-    return found
+                finished.add(number)
+    return finished
 
 
-def _footer(filesystem: pafs.FileSystem, file: str) -> tuple[dict[str, str], int]:
-    """What a file says of itself, and its rows."""
-    metadata = pq.read_metadata(file, filesystem=filesystem)
-    said = metadata.metadata or {}
-    return {k.decode(): v.decode() for k, v in said.items() if k.startswith(b"diabolo.")}, metadata.num_rows
+def _check_identity(file: str, metadata: dict[str, str], work: Work) -> None:
+    for key, value in work.identity.items():
+        if metadata.get(key) != value:
+            reason = f"{key} {metadata[key][:40]}, not {value[:40]}" if key in metadata else "not made by this command"
+            raise InputError(f"output: {file} is of another job ({reason}); name another --output")
+
+
+def _read_footer(filesystem: pafs.FileSystem, file: str) -> tuple[dict[str, str], int]:
+    """Return the metadata that this module wrote into a file, and the file's number of rows."""
+    footer = pq.read_metadata(file, filesystem=filesystem)
+    metadata = footer.metadata or {}
+    return {k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"diabolo.")}, footer.num_rows
 
 
 class Worker:
-    """Makes the files of one job, one after the other."""
+    """Writes the files of one job, one after the other."""
 
     def __init__(self, work: Work, result: Result) -> None:
-        from aecore.serving.model import Model  # the driver needs no torch
+        from aecore.serving.model import Model  # imports torch, which the driver does without
 
         self.work, self.pieces, self.model = work, work.pieces(), Model(result)
         self.model.batch = work.batch_size or self.model.batch
         self.filesystem, self.folder = filesystem_of(work.output)
 
     def __call__(self, number: int) -> int:
-        """Make a piece's file; its rows.
+        """Write the file of a piece and return its number of rows.
 
         Raises:
             InputError: a row cannot be used.
         """
         piece, count = self.pieces[number], 0
-        part = f"{self.folder}/.{_file(number)}.{uuid.uuid4().hex[:12]}"
+        unfinished = f"{self.folder}/.{_file_name(number)}.{uuid.uuid4().hex[:12]}"
         writer = None
-        with self.filesystem.open_output_stream(part) as stream:
-            for columns in self._columns(piece):
-                table = _table(piece, count, columns, self._file_name(piece))
+        with self.filesystem.open_output_stream(unfinished) as stream:
+            for columns in self._compute(piece):
+                table = _table(piece, count, columns, self._source_name(piece))
                 if writer is None:
                     schema = table.schema.with_metadata(self.work.identity)
                     texts = [field.name for field in schema if pa.types.is_dictionary(field.type)]
@@ -172,63 +186,65 @@ class Worker:
                 count += len(table)
             assert writer is not None and count == piece.rows
             writer.close()
-        self.filesystem.move(part, f"{self.folder}/{_file(number)}")
+        self.filesystem.move(unfinished, f"{self.folder}/{_file_name(number)}")
         return count
 
-    def _columns(self, piece: Piece) -> Iterator[dict[str, np.ndarray]]:
+    def _compute(self, piece: Piece) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the columns that the model computes from some rows at a time."""
         work, model = self.work, self.model
-        if work.way == "sample":
-            for start in range(piece.row, piece.row + piece.rows, model.batch):
-                count = min(model.batch, piece.row + piece.rows - start)
+        if work.operation == "sample":
+            for start in range(piece.first_row, piece.first_row + piece.rows, model.batch):
+                count = min(model.batch, piece.first_row + piece.rows - start)
                 yield {"sample": model.sample(count, seed=start)}
             return
         assert work.data is not None and work.facts is not None
-        for x, y, _ in _read(work.data, work.facts, piece):
-            if work.way == "decode":
+        for x, y, _ in _read_piece(work.data, work.facts, piece):
+            if work.operation == "decode":
                 yield {"reconstruction": model.decode(x)}
             else:
                 label = {} if y is None else {"label": np.array(work.facts.classes)[y]}
                 yield model.measure(x) | label
 
-    def _file_name(self, piece: Piece) -> str:
-        """Below the folder that the data were named by, so that it stays where the folder is moved."""
+    def _source_name(self, piece: Piece) -> str:
+        """Name the piece's file relative to the folder `data.path`, so that the name holds if the folder is moved."""
         data = self.work.data
         root = filesystem_of(data.path)[1].rstrip("/") if data is not None and data.path else ""
         return piece.file.removeprefix(f"{root}/") if piece.file != root else piece.file.rpartition("/")[2]
 
 
-def _file(number: int) -> str:
+def _file_name(number: int) -> str:
     return f"part-{number:06}.parquet"
 
 
-def _read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
+_load_rows_once = lru_cache(1)(load_rows)
+"""Each process reads a named set once for all its pieces."""
+
+
+def _read_piece(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
     if data.name == "parquet":
         yield from parquet.read(data, facts, piece)
         return
-    x, y, _ = _rows(data, facts)
+    x, y, _ = _load_rows_once(data, facts)
     size = max(1, _CHUNK_BYTES // (4 * prod(facts.shape)))
-    for start in range(piece.row, piece.row + piece.rows, size):
-        own = slice(start, min(start + size, piece.row + piece.rows))
-        yield Rows(x[own], None if y is None else y[own], None)
+    stop = piece.first_row + piece.rows
+    for start in range(piece.first_row, stop, size):
+        rows = slice(start, min(start + size, stop))
+        yield Rows(x[rows], None if y is None else y[rows], None)
 
 
-_rows = lru_cache(1)(rows)
-"""A named set is read once by each process."""
-
-
-def _table(piece: Piece, count: int, columns: dict[str, np.ndarray], file: str) -> pa.Table:
-    """Some rows of a piece, the first of which is its row number `count`."""
+def _table(piece: Piece, offset: int, columns: dict[str, np.ndarray], file: str) -> pa.Table:
+    """Make a table of some rows of a piece, the first of which is row number `offset` of the piece."""
     size = len(next(iter(columns.values())))
-    number = np.arange(count, count + size)
-    arrays = {"id": pa.array(piece.first + number)}
+    numbers = np.arange(offset, offset + size)
+    arrays = {"id": pa.array(piece.first_id + numbers)}
     if piece.file:
         arrays["file"] = pa.DictionaryArray.from_arrays(np.zeros(size, np.int32), [file])
-        arrays["row"] = pa.array(piece.row + number)
+        arrays["row"] = pa.array(piece.first_row + numbers)
     return pa.table(arrays | {name: _array(values) for name, values in columns.items()})
 
 
 def _array(values: np.ndarray) -> pa.Array:
-    """One value a row; vectors as fixed-size lists, images as tensors."""
+    """Turn (rows, ...) into an Arrow array: vectors become fixed-size lists, images become tensors."""
     if values.dtype.kind == "U":
         return pa.array(values).dictionary_encode()
     if values.ndim == 1:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from aecore.config.specs import ContestSpec
-from aecore.data.splits import Arrays, Split, row_ids
+from aecore.data.splits import Arrays, Split, content_hashes
 from aecore.data.stream import Stream
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import over_batches
@@ -41,7 +41,7 @@ def contest(
     scale = next(iter(models.values())).prepare.scale
     ids, parts = [], []
     for rows in all_test_rows(data, run):
-        ids.append(row_ids(rows.x))
+        ids.append(content_hashes(rows.x))
         parts.append({name: _score(spec, model, rows, scale) for name, model in models.items()})
     known = np.concatenate(ids)
     scores = {name: np.concatenate([part[name] for part in parts]) for name in models}

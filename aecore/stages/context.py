@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from aecore.data.splits import Arrays, Split
-from aecore.data.stream import Spread, Stream, in_turn
+from aecore.data.stream import ReadPieces, Stream, read_in_turn
 from aecore.training.checkpoint import Checkpoints
 from aecore.training.fit import Fitted, Report, fit
 from aecore.training.team import ALONE, Team
@@ -19,7 +19,7 @@ class Run(NamedTuple):
     report: Report = lambda epoch, metrics: None
     team: Team = ALONE
     checkpoints: Checkpoints | None = None
-    spread: Spread = in_turn
+    spread: ReadPieces = read_in_turn
     parts: int = 1
     """Into how many a batch is cut whose gradients are added up, where memory lacks."""
     fit: Callable[..., Fitted] = fit

@@ -3,7 +3,7 @@
 import numpy as np
 
 from aecore.config.specs import DriftSpec
-from aecore.data.splits import Arrays, row_ids
+from aecore.data.splits import Arrays, content_hashes
 from aecore.data.stream import Stream
 from aecore.evaluation.drift import as_csv, drift_table, summary, title
 from aecore.evaluation.figures import model as figures
@@ -55,7 +55,7 @@ def _measure_new_rows(spec: DriftSpec, run: Run, data: Arrays | Stream, model: M
     parts: list[Weights] = []
     rows = 0
     for part in all_test_rows(data, run):
-        fresh = np.flatnonzero(~np.isin(row_ids(part.x), seen))[: _MOST_ROWS - rows]
+        fresh = np.flatnonzero(~np.isin(content_hashes(part.x), seen))[: _MOST_ROWS - rows]
         if not len(fresh):
             continue
         rows += len(fresh)

@@ -9,7 +9,7 @@ import torch
 
 from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
-from aecore.data.splits import Arrays, Split, cut
+from aecore.data.splits import Arrays, Split, split_off
 from aecore.data.stream import Stream
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import over_batches
@@ -132,6 +132,6 @@ def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
     """`count` training rows, stratified by label, repeated until an epoch has some 20 batches: a few labels get as many
     steps and as few looks at validation as many do."""
     x, y = data.train
-    rows = cut(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))
+    rows = split_off(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))
     rows = np.tile(rows, max(1, 20 * batch_size // len(rows)))
     return data._replace(train=Split(x[rows], None if y is None else y[rows]))

@@ -10,14 +10,14 @@ import numpy as np
 from aecore.core.errors import InputError
 from aecore.data.parquet import Piece
 from aecore.data.splits import Split
-from aecore.data.stream import Read
+from aecore.data.stream import ReadPiece
 
 T = TypeVar("T")
 _BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**26
 """Of one block, and of all that are read ahead of training."""
 
 
-def spread(read: Read, pieces: Sequence[Piece]) -> Iterator[Split]:
+def spread(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
     """The rows of the pieces, in their order, read and decoded by Ray Data's tasks ahead of who takes them.
 
     The tasks reserve no CPU: a stage that waited for rows while it holds the CPUs that could read them would wait for

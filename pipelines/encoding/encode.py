@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from aecore.data.parquet import filesystem_of
+from aecore.data.files import filesystem_of
 from aecore.models.storage import Result
-from aecore.serving.encoding import Work, Worker, whole
+from aecore.serving.encoding import Work, Worker, find_finished
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.reading import each
@@ -44,7 +44,7 @@ def write_files(
     Raises:
         InputError: the folder holds the output of another job, or a row cannot be used.
     """
-    pieces, present = work.pieces(), whole(work)
+    pieces, present = work.pieces(), find_finished(work)
     missing = [number for number in range(len(pieces)) if number not in present]
     computed, started_at, ended_at = 0, float("inf"), 0.0
     if present:
@@ -59,7 +59,7 @@ def write_files(
             if time.monotonic() - said_at > _SAY_SECONDS:
                 said_at = time.monotonic()
                 say(f"{computed:,} rows of {total:,}")
-    rows, lost = sum(piece.rows for piece in pieces), len(pieces) - len(whole(work))
+    rows, lost = sum(piece.rows for piece in pieces), len(pieces) - len(find_finished(work))
     assert not lost and rows == work.rows, f"{lost} files are missing"
     filesystem, folder = filesystem_of(work.output)
     manifest = json.dumps({**work.identity, "rows": rows, "files": len(pieces)}, indent=2) + "\n"

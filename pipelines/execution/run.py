@@ -17,7 +17,7 @@ from aecore.core.errors import InputError, OutageError
 from aecore.core.imports import fast_imports
 from aecore.data.dataset import load
 from aecore.data.splits import Arrays
-from aecore.data.stream import Spread, Stream, in_turn, open_stream
+from aecore.data.stream import ReadPieces, Stream, open_stream, read_in_turn
 from aecore.models.storage import Result
 from aecore.training.checkpoint import Checkpoints
 from pipelines.cluster.connection import _import_ray, start_ray
@@ -328,9 +328,9 @@ def load_rows(spec: LoadSpec) -> "Arrays | Stream":
     return load(spec.data, spec.facts)
 
 
-def _spread_of(share: Share) -> Spread:
+def _spread_of(share: Share) -> ReadPieces:
     # trials side by side read for themselves
-    return in_turn if share.study else spread
+    return read_in_turn if share.study else spread
 
 
 def _execute(

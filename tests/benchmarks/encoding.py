@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aecore.config.experiment import Data
-from aecore.data.dataset import identify, rows
+from aecore.data.dataset import identify, load_rows
 from aecore.models.storage import Result, load_weights
 from aecore.serving.model import Model
 from tests.benchmarks.streaming import environ, memory_of
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--repeat", nargs="+", type=int, default=[1, 10])
     options = parser.parse_args()
     data = Data(name="mnist", root=options.root.resolve())
-    x = rows(data, identify(data)).x[:60_000]
+    x = load_rows(data, identify(data)).x[:60_000]
     with tempfile.TemporaryDirectory(prefix="diabolo_encoding") as temporary:
         folder = Path(temporary)
         weights = train(data.root, folder)

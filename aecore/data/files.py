@@ -1,0 +1,103 @@
+"""Parquet files, folders and URIs: finding, opening and reading them in batches.
+
+Functions raise an InputError that names the file if it is missing, unreadable or damaged.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from aecore.core.errors import InputError, hide_secrets
+
+
+class Batch(NamedTuple):
+    """Consecutive rows of a file."""
+
+    file: str
+    first_row: int
+    """Number of the first of the rows in the file."""
+    table: pa.Table
+
+    def place(self, column: str, offset: int = 0) -> str:
+        """Say where a value lies, for an error message; `offset` counts the rows from the first of the batch."""
+        return f"{self.file} column {column} row {self.first_row + offset}"
+
+
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem on which a path or URI lies, and its path there."""
+    return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
+
+
+def list_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
+    """Return the filesystem of a path or URI and the file there, or all Parquet files in the folder there, sorted."""
+    try:
+        filesystem, inner = filesystem_of(path)
+        info = filesystem.get_file_info(inner)
+        if info.type == pafs.FileType.File:
+            return filesystem, [inner]
+        if info.type == pafs.FileType.Directory:
+            entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+            files = sorted(e.path for e in entries if e.type == pafs.FileType.File and e.path.endswith(".parquet"))
+            if files:
+                return filesystem, files
+            raise InputError(f"data.path: no .parquet file in {path}; name the folder that has them")
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"data.path: cannot open {path} ({short_reason(error)}); check the address") from error
+    raise InputError(f"data.path: {path} does not exist; name a Parquet file, folder or URI")
+
+
+def open_file(filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
+    """Open a Parquet file and read its schema."""
+    try:
+        # Arrow keeps what it reads ahead in memory until the file is closed, which pays only for remote files
+        remote = not isinstance(filesystem, pafs.LocalFileSystem)
+        parquet_file = pq.ParquetFile(file, filesystem=filesystem, pre_buffer=remote)
+        _ = parquet_file.schema_arrow.names  # Arrow decodes names when they are first used, and may fail then
+        return parquet_file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"data.path: {file} is not a readable Parquet file ({short_reason(error)}); write it again"
+        ) from error
+
+
+def file_digest(filesystem: pafs.FileSystem, file: str) -> bytes:
+    """Return the SHA-256 digest of a file's bytes."""
+    digest = hashlib.sha256()
+    try:
+        with filesystem.open_input_stream(file) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"data.path: cannot read {file} ({short_reason(error)}); check its permissions") from error
+    return digest.digest()
+
+
+def read_batches(
+    filesystem: pafs.FileSystem, file: str, columns: Sequence[str], size: int, groups: Sequence[int] | None = None,
+    first_row: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
+    """Read some columns of a file, at most `size` rows at a time.
+
+    Args:
+        groups: row groups to read; None reads all.
+        first_row: number in the file of the first row that is read.
+    """
+    chosen: dict[str, Any] = {} if groups is None else {"row_groups": list(groups)}
+    try:
+        for batch in open_file(filesystem, file).iter_batches(batch_size=size, columns=list(columns), **chosen):
+            if len(batch):
+                yield Batch(file, first_row, pa.Table.from_batches([batch]))
+            first_row += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file} row {first_row}: cannot be read ({short_reason(error)}); write the file again"
+        ) from error
+
+
+def short_reason(error: Exception) -> str:
+    """Return an error's message on one line, without secrets, cut to 120 characters."""
+    return hide_secrets(" ".join(str(error).split()))[:120]
