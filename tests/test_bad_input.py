@@ -118,13 +118,13 @@ TABLE: dict[str, Row] = {
     "line end in a path": Row(r"data.path: a\nb does not exist", "--data.name parquet --data.path a\nb"),
     # the columns
     "no images": rows(
-        "no column of images, vectors or numbers among label, name; the README", label=LABELS, name=["x"] * ROWS
+        "no column of images, vectors or numbers among label, name; jobs/DATA.md says", label=LABELS, name=["x"] * ROWS
     ),
     "two candidates": rows(
         "data.column: a and b could each hold the images or vectors; name one with --data.column", a=VECTORS, b=VECTORS
     ),
     "many columns": Row(
-        "among c0, c1, ... and 28 more; the README", files=pa.table({f"c{n}": ["x"] * ROWS for n in range(40)})
+        "among c0, c1, ... and 28 more; jobs/DATA.md says", files=pa.table({f"c{n}": ["x"] * ROWS for n in range(40)})
     ),
     "no such column": rows("data.column: there is no column z; the columns are x", "--data.column z", x=VECTORS),
     "no such labels": rows("data.labels: there is no column z; the columns are x", "--data.labels z", x=VECTORS),
@@ -164,7 +164,7 @@ TABLE: dict[str, Row] = {
         "data.path: column split holds int64; use train, validation and test", x=VECTORS, split=LABELS
     ),
     "escapes in a name": Row(
-        r"among \x1b[31mred\n, \u202e; the README",
+        r"among \x1b[31mred\n, \u202e; jobs/DATA.md says",
         files=pa.table({"\x1b[31mred\n": ["a"] * ROWS, "\u202e": ["a"] * ROWS}),
     ),
     # the values

@@ -1,6 +1,6 @@
-"""Made-up settings and made-up Parquet: whatever comes in, a command goes on or says one line.
+"""Random settings and random Parquet files: a command accepts them, or ends with one line that says what is wrong.
 
-The examples are the same in each run; `--hypothesis-profile=long` tries others, as many as some minutes allow.
+The examples are the same in each run; `--hypothesis-profile=long` tries ten times as many, and new ones each time.
 """
 
 import io
@@ -53,7 +53,7 @@ ANYTHING = st.recursive(
 
 
 def survives(attempt: Callable[[], Any]) -> Any:
-    """What it returns; or None where it ends with an `InputError`, of one line that says where."""
+    """Return what the attempt returns, or None if it ends with an InputError whose one line says where."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
@@ -65,42 +65,42 @@ def survives(attempt: Callable[[], Any]) -> Any:
 
 
 def paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields, of all kinds of a union."""
-    found = []
+    """Return the dotted names of all fields, for each kind of a union."""
+    names = []
     for name, field in model.model_fields.items():
-        found.append(f"{prefix}{field.alias or name}")
+        names.append(f"{prefix}{field.alias or name}")
         for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
-                found += paths(inner, f"{prefix}{field.alias or name}.")
-    return found
+                names += paths(inner, f"{prefix}{field.alias or name}.")
+    return names
 
 
 def nested(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Dotted names as a tree."""
-    made: dict[str, Any] = {}
+    """Turn pairs of dotted name and value into nested mappings."""
+    tree: dict[str, Any] = {}
     for path, value in fields:
         *parents, last = path.split(".")
-        inner = made
+        inner = tree
         for parent in parents:
             below = inner.get(parent)
             if not isinstance(below, dict):
                 below = inner[parent] = {}
             inner = below
         inner[last] = value
-    return made
+    return tree
 
 
 def trees(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
-    """Recipes of some fields with values good and bad."""
+    """Draw recipes that set some fields to good and bad values."""
     return st.lists(st.tuples(st.sampled_from(paths(model)), ANYTHING), max_size=5).map(nested)
 
 
 def options(model: type[BaseModel]) -> st.SearchStrategy[list[str]]:
-    """Command lines; real ones hold no NUL, and `--help` is no input."""
+    """Draw command lines, without NUL characters, which real ones cannot hold, and without `--help`."""
     names = st.sampled_from(paths(model)) | st.text(max_size=8)
     values = st.sampled_from(ODD) | st.text(max_size=20) | st.floats().map(str) | st.integers().map(str)
     pairs = st.lists(st.tuples(names, values), max_size=4)
-    lines = pairs.map(lambda found: [word.replace("\0", "") for n, value in found for word in (f"--{n}", value)])
+    lines = pairs.map(lambda pairs: [word.replace("\0", "") for n, value in pairs for word in (f"--{n}", value)])
     return lines.filter(lambda line: not any(word.startswith("-h") or "--help".startswith(word[:3]) for word in line))
 
 
@@ -114,7 +114,7 @@ SPACES = st.dictionaries(
 DIFFERENCES = st.lists(st.tuples(st.sampled_from(OWN), SCALARS), max_size=2).map(nested)
 VARIANTS = st.dictionaries(
     st.sampled_from(["plain", "a b", "pca", "../x", "<b>", ""]) | st.text(max_size=4),
-    DIFFERENCES | st.tuples(DIFFERENCES, SPACES).map(lambda found: {**found[0], "settings": found[1]}) | ANYTHING,
+    DIFFERENCES | st.tuples(DIFFERENCES, SPACES).map(lambda drawn: {**drawn[0], "settings": drawn[1]}) | ANYTHING,
     min_size=1,
     max_size=2,
 )
@@ -125,14 +125,14 @@ STUDIES = st.one_of(
 )
 
 
-def written(folder: Path, recipe: dict[str, Any]) -> str:
+def write_recipe(folder: Path, recipe: dict[str, Any]) -> str:
     file = folder / "recipe.yaml"
     file.write_bytes(yaml.safe_dump(recipe, allow_unicode=True).encode(errors="surrogatepass"))
     return str(file)
 
 
 def graph(settings: Train | Compare, facts: Facts) -> list[str]:
-    """Keys of all that would run."""
+    """Return the keys of all stages that would run."""
     if isinstance(settings, Train):
         return [stage.key for stage in build(settings.experiment, facts, settings.resources.numerics).kept()]
     assume(len(settings.seeds) < 10)
@@ -146,12 +146,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(recipe=trees(Train), facts=st.sampled_from(FACTS))
 def test_recipes_of_a_training(recipe: dict[str, Any], facts: Facts, folder: Path) -> None:
-    survives(lambda: graph(parse(Train, "test", [written(folder, recipe)]), facts))
+    survives(lambda: graph(parse(Train, "test", [write_recipe(folder, recipe)]), facts))
 
 
 @given(recipe=STUDIES, facts=st.sampled_from(FACTS))
 def test_recipes_of_a_study(recipe: dict[str, Any], facts: Facts, folder: Path) -> None:
-    survives(lambda: graph(parse(Compare, "test", [written(folder, recipe)]), facts))
+    survives(lambda: graph(parse(Compare, "test", [write_recipe(folder, recipe)]), facts))
 
 
 @given(args=st.one_of(*(st.tuples(st.just(command), options(command)) for command in (Train, Compare))))
@@ -196,45 +196,45 @@ TENSORS = st.builds(
 
 
 def values(kind: pa.DataType, missing: bool) -> st.SearchStrategy[Any]:
-    """Python values that an array of this type can be made of, with nulls at any depth if `missing`."""
-    made: st.SearchStrategy[Any]
+    """Draw Python values for an array of this type, with nulls at any depth if `missing`."""
+    strategy: st.SearchStrategy[Any]
     if pa.types.is_dictionary(kind):
-        made = values(kind.value_type, False)
+        strategy = values(kind.value_type, False)
     elif pa.types.is_boolean(kind):
-        made = st.booleans()
+        strategy = st.booleans()
     elif pa.types.is_integer(kind):
         most = 2 ** (kind.bit_width - 1) - 1
-        made = st.integers(0 if "u" in str(kind) else -most, most) | st.integers(0, 3)
+        strategy = st.integers(0 if "u" in str(kind) else -most, most) | st.integers(0, 3)
     elif pa.types.is_floating(kind):
-        made = st.floats(0, 1, width=16) | st.floats(width=kind.bit_width)
-        made = made.map(np.float16) if pa.types.is_float16(kind) else made
+        strategy = st.floats(0, 1, width=16) | st.floats(width=kind.bit_width)
+        strategy = strategy.map(np.float16) if pa.types.is_float16(kind) else strategy
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        made = st.sampled_from(WORDS)
+        strategy = st.sampled_from(WORDS)
     elif pa.types.is_fixed_size_binary(kind):
-        made = st.just(b"abc")
+        strategy = st.just(b"abc")
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        made = st.sampled_from(IMAGES)
+        strategy = st.sampled_from(IMAGES)
     elif pa.types.is_decimal(kind):
-        made = st.decimals(-9, 9, places=2)
+        strategy = st.decimals(-9, 9, places=2)
     elif pa.types.is_date(kind):
-        made = st.dates()
+        strategy = st.dates()
     elif pa.types.is_timestamp(kind):
-        made = st.datetimes()
+        strategy = st.datetimes()
     elif pa.types.is_time(kind):
-        made = st.times()
+        strategy = st.times()
     elif pa.types.is_duration(kind):
-        made = st.integers(0, 9)
+        strategy = st.integers(0, 9)
     elif pa.types.is_map(kind):
-        made = st.lists(st.tuples(st.sampled_from(WORDS), values(kind.item_type, missing)), max_size=2)
+        strategy = st.lists(st.tuples(st.sampled_from(WORDS), values(kind.item_type, missing)), max_size=2)
     elif pa.types.is_struct(kind):
-        made = st.fixed_dictionaries({field.name: values(field.type, missing) for field in kind})
+        strategy = st.fixed_dictionaries({field.name: values(field.type, missing) for field in kind})
     elif pa.types.is_fixed_size_list(kind):
-        made = st.lists(values(kind.value_type, missing), min_size=kind.list_size, max_size=kind.list_size)
+        strategy = st.lists(values(kind.value_type, missing), min_size=kind.list_size, max_size=kind.list_size)
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        made = st.lists(values(kind.value_type, missing), min_size=2, max_size=2 + missing)
+        strategy = st.lists(values(kind.value_type, missing), min_size=2, max_size=2 + missing)
     else:
-        made = st.none()
-    return st.one_of(made, made, made, st.none()) if missing else made
+        strategy = st.none()
+    return st.one_of(strategy, strategy, strategy, st.none()) if missing else strategy
 
 
 @st.composite
@@ -279,10 +279,10 @@ def read(path: Path, choices: dict[str, Any]) -> None:
     facts = survives(lambda: inspect(data))
     if facts is None:
         return
-    built = survives(lambda: build(Experiment(data=data), facts, Train().resources.numerics))
-    if built is None:
+    stages = survives(lambda: build(Experiment(data=data), facts, Train().resources.numerics))
+    if stages is None:
         return
-    arrays = load(built.experiment.data, facts)  # what the driver has let pass can be read
+    arrays = load(stages.experiment.data, facts)  # what the driver accepts can be read
     for split in arrays[:3]:
         x = (split.x - arrays.shift) * arrays.scale
         assert len(x) and x.shape[1:] == facts.shape and x.dtype == np.float32 and np.isfinite(x).all()

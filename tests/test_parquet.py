@@ -200,7 +200,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_parquet_is_told_in_one_line(case: str, tmp_path: Path) -> None:
+def test_bad_parquet_ends_in_one_line(case: str, tmp_path: Path) -> None:
     columns, fields, message = BAD[case]
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, columns, **fields)
@@ -241,7 +241,7 @@ def test_a_file_that_changes_while_the_job_runs(tmp_path: Path) -> None:
     ("content", "message"),
     [(None, "does not exist"), (b"", "not a readable Parquet file"), (b"PAR1 and nothing else", "not a readable")],
 )
-def test_bad_files_are_told_in_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_bad_files_end_in_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "data.parquet"
     if content is not None:
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Sets that are read from disk while they train: the same rows as in memory, each once an epoch."""
+"""Sets that are read from disk while they train: they give the same rows as in memory, each once per epoch."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pipelines.graph.recipe import Stacked, build
 
 
 def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | None = None) -> Data:
-    """A set whose first feature is the row's number, in three files of several row groups."""
+    """Write a set whose first feature is the row's number, in three files of several row groups."""
     rng = np.random.default_rng(0)
     x = np.concatenate([np.arange(rows)[:, None], rng.normal(2, 3, size=(rows, 7))], 1).astype(np.float32)
     columns = {"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 8), "label": pa.array(np.arange(rows) % 3)}
@@ -36,7 +36,7 @@ def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | Non
     return Data(name="parquet", path=str(path), in_memory="never")
 
 
-def opened(data: Data) -> Stream:
+def open_data(data: Data) -> Stream:
     return open_stream(data, inspect(data))
 
 
@@ -46,30 +46,31 @@ def numbers(stream: Stream, split: str) -> list[int]:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces and chunks of a few rows, as large sets have them of many."""
+    """Make pieces and batches so small that a small set has many of them."""
     monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 300 * 32)
     monkeypatch.setattr("aecore.data.parquet.BATCH_BYTES", 100 * 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
 def test_every_row_is_in_one_split_and_always_in_the_same(tmp_path: Path) -> None:
-    stream = opened(write(tmp_path / "set"))
+    stream = open_data(write(tmp_path / "set"))
     assert len(stream.pieces) > 5
-    found = {split: numbers(stream, split) for split in SPLITS}
-    assert sorted(n for rows in found.values() for n in rows) == list(range(3000))
-    assert {split: stream.row_count(split) for split in SPLITS} == {split: len(rows) for split, rows in found.items()}
+    rows_of = {split: numbers(stream, split) for split in SPLITS}
+    assert sorted(n for rows in rows_of.values() for n in rows) == list(range(3000))
+    assert {split: stream.row_count(split) for split in SPLITS} == {split: len(rows) for split, rows in rows_of.items()}
     # 20 % test, then 15 % of the rest, up to four standard deviations of a draw
-    assert len(found["test"]) == pytest.approx(600, abs=90)
-    assert len(found["validation"]) == pytest.approx(360, abs=75)
+    assert len(rows_of["test"]) == pytest.approx(600, abs=90)
+    assert len(rows_of["validation"]) == pytest.approx(360, abs=75)
+    assert rows_of["test"][:6] == [2, 4, 6, 32, 33, 41]
     # other row groups move no row to another split
-    assert numbers(opened(write(tmp_path / "other", group=77)), "test") == found["test"]
+    assert numbers(open_data(write(tmp_path / "other", group=77)), "test") == rows_of["test"]
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
+def test_marks_and_limit_are_respected(tmp_path: Path) -> None:
     marks = ["test" if n % 10 == 0 else "train" for n in range(3000)]
     data = write(tmp_path / "set", marks=marks).model_copy(update={"validation": 270.0, "limit": 1000})
-    stream = opened(data)
+    stream = open_data(data)
     assert numbers(stream, "test") == list(range(0, 3000, 10))
     assert stream.row_count("validation") == pytest.approx(270, abs=65)
     assert stream.row_count("train") == pytest.approx(1000, abs=110)
@@ -78,19 +79,19 @@ def test_marks_and_limit_are_kept(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_pieces")
 def test_split_by_content_rows_stay_where_they_are_as_the_data_grow(tmp_path: Path) -> None:
     few, many = (write(tmp_path / str(n), n) for n in (1200, 3000))  # other files and pieces, other numbers of rows
-    found = {}
+    rows_of: dict[str, dict[str, set[int]]] = {}
     for name, data in (("few", few), ("many", many)):
         data = data.model_copy(update={"split": "content"})
-        stream = opened(data)
-        found[name] = {split: set(numbers(stream, split)) for split in SPLITS}
-        held = load(data.model_copy(update={"in_memory": "always"}), inspect(data))
-        for split, rows in zip(SPLITS, held, strict=False):
-            assert isinstance(rows, Split) and set(rows.x[:, 0]) == found[name][split]
-            assert stream.row_count(split) == len(found[name][split])
-    assert sum(len(rows) for rows in found["many"].values()) == 3000
-    assert len(found["many"]["test"]) == pytest.approx(600, abs=90)
+        stream = open_data(data)
+        rows_of[name] = {split: set(numbers(stream, split)) for split in SPLITS}
+        in_memory = load(data.model_copy(update={"in_memory": "always"}), inspect(data))
+        for split, rows in zip(SPLITS, in_memory, strict=False):
+            assert isinstance(rows, Split) and set(rows.x[:, 0]) == rows_of[name][split]
+            assert stream.row_count(split) == len(rows_of[name][split])
+    assert sum(len(rows) for rows in rows_of["many"].values()) == 3000
+    assert len(rows_of["many"]["test"]) == pytest.approx(600, abs=90)
     for split in SPLITS:
-        assert {n for n in found["many"][split] if n < 1200} == found["few"][split]
+        assert {n for n in rows_of["many"][split] if n < 1200} == rows_of["few"][split]
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
@@ -103,13 +104,15 @@ def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_an_epoch_has_every_training_row_once(tmp_path: Path, workers: int) -> None:
-    stream = opened(write(tmp_path / "set"))
+    stream = open_data(write(tmp_path / "set"))
     rows = Shuffled(stream, labelled=True, window=400 * 32)
     epochs = [[list(rows.batches(64, seed, r, workers)) for r in range(workers)] for seed in (1, 1, 2)]
     seen = [[[b[0][:, 0] for b, _ in worker if b] for worker in epoch] for epoch in epochs]
     orders = [np.concatenate([np.concatenate(worker) for worker in epoch]) for epoch in seen]
     for order in orders:
         assert sorted(order) == numbers(stream, "train")
+    if workers == 1:  # a change of this order changes the weights of every streamed training
+        assert orders[0][:6].tolist() == [70, 2072, 2063, 2309, 2078, 2003]
     assert (orders[0] == orders[1]).all()
     assert (orders[0] != orders[2]).any()
     for step in zip(*epochs[0], strict=True):  # all workers take each step, and their shares make a whole
@@ -121,7 +124,7 @@ def test_an_epoch_has_every_training_row_once(tmp_path: Path, workers: int) -> N
 
 @pytest.mark.usefixtures("small_pieces")
 def test_rows_are_mixed_within_windows(tmp_path: Path) -> None:
-    rows = Shuffled(opened(write(tmp_path / "set")), window=400 * 32)
+    rows = Shuffled(open_data(write(tmp_path / "set")), window=400 * 32)
     first = np.concatenate([batch[0][:, 0] for batch, _ in rows.batches(64, 0)])[:256]
     assert np.abs(np.diff(first)).mean() > 50
     assert len({int(n) // 250 for n in first}) > 1
@@ -138,7 +141,7 @@ def test_standardised_as_in_memory(tmp_path: Path) -> None:
 
 
 def images(path: Path, digits: tuple[Facts, Arrays]) -> Data:
-    """Digits as Parquet, four times over, each time of another shade."""
+    """Write the digits four times to one Parquet file, each time in another shade."""
     rows = [digits[1].train, digits[1].validation, digits[1].test]
     x = np.concatenate([r.x for r in rows])
     x, y = np.concatenate([15 * x + n for n in range(4)]), np.concatenate([r.y for r in rows if r.y is not None] * 4)
@@ -184,8 +187,8 @@ def test_trains_as_well_as_in_memory(
             p = table["test/accuracy"]
             assert half == pytest.approx(1.96 * np.sqrt(p * (1 - p) / rows.row_count("test")), rel=0.1)
     for name, tolerance in (("test/accuracy", 0.03), ("test/reconstruction_mse", 0.1)):
-        held, streamed = (results[mode][2].metrics[name] for mode in ("always", "never"))
-        assert streamed == pytest.approx(held, rel=tolerance), name
+        in_memory, streamed = (results[mode][2].metrics[name] for mode in ("always", "never"))
+        assert streamed == pytest.approx(in_memory, rel=tolerance), name
 
 
 def test_the_same_bits_again(tmp_path: Path, digits: tuple[Facts, Arrays]) -> None:
@@ -196,12 +199,11 @@ def test_the_same_bits_again(tmp_path: Path, digits: tuple[Facts, Arrays]) -> No
     layer = graph.layers[0]
     first, again = (layer.function()(layer.spec, Run(), data=stream) for _ in range(2))
     assert all((first.weights[name] == again.weights[name]).all() for name in first.weights)
-    measured = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=False)
-    found = measure(measured, Run(), data=stream, layers=[first])
-    assert found.metrics["probe/accuracy"] > 0.5
+    spec = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=False)
+    assert measure(spec, Run(), data=stream, layers=[first]).metrics["probe/accuracy"] > 0.5
 
 
-def test_what_auto_means(tmp_path: Path) -> None:
+def test_auto_streams_only_large_parquet(tmp_path: Path) -> None:
     data = write(tmp_path / "set").model_copy(update={"in_memory": "auto"})
     facts = inspect(data)
     assert resolve_in_memory(data, facts) == "always"

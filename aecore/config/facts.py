@@ -1,5 +1,7 @@
 """What is known of a data set before any of its rows are held in memory."""
 
+from math import prod
+
 from aecore.core.fingerprint import Frozen
 from aecore.core.types import Shape
 
@@ -17,3 +19,8 @@ class Facts(Frozen):
     """Names of the classes; empty for data without labels."""
     rows: int
     """Number of rows of all splits together."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory: uint8 pixels, or float32 values."""
+        return prod(self.shape) * (1 if self.levels else 4)

@@ -46,7 +46,7 @@ def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
     """Say whether the rows are held in memory, which for `auto` depends on their number, shape and type."""
     if data.in_memory != "auto":
         return data.in_memory
-    value_bytes = facts.rows * prod(facts.shape) * (1 if facts.levels else 4)
+    value_bytes = facts.rows * facts.row_bytes
     return "never" if data.name == "parquet" and value_bytes > MEMORY_BYTES else "always"
 
 

@@ -55,13 +55,11 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Say whether a cell of this type is text, with or without a dictionary."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def short_type(kind: pa.DataType) -> str:
-    """Return the name of a type, cut to 60 characters."""
     return f"{kind!s:.60}"
 
 

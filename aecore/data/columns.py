@@ -76,8 +76,8 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
     features = tuple(candidates) or tuple(field.name for field in fields if is_number(field.type))
     if not features:
         raise InputError(
-            f"data.path: no column of images, vectors or numbers among {join_names(names)}; the README's Parquet part "
-            "says what is read"
+            f"data.path: no column of images, vectors or numbers among {join_names(names)}; jobs/DATA.md says what is "
+            "read"
         )
     return features
 

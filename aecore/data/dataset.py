@@ -26,7 +26,7 @@ def inspect(data: Data) -> Facts:
     A named set is downloaded first where that is needed. A warning says how many test rows equal training rows.
 
     Raises:
-        InputError: the data are missing, unreadable, not of the form that the README describes, or cannot be split.
+        InputError: the data are missing, unreadable, not of the form that jobs/DATA.md describes, or cannot be split.
     """
     facts = identify(data)
     for field, size in (("validation", data.validation), ("test", data.test)):
@@ -54,11 +54,7 @@ def inspect(data: Data) -> Facts:
 
 
 def identify(data: Data) -> Facts:
-    """Return what `inspect` returns, without the checks that only training needs.
-
-    Raises:
-        InputError: the data are missing, unreadable, or not of the form that the README describes.
-    """
+    """Return what `inspect` returns, without the checks that only training needs; an InputError says what is wrong."""
     facts = parquet.identify(data) if data.name == "parquet" else named.identify(data)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
@@ -76,11 +72,7 @@ def load(data: Data, facts: Facts) -> Arrays:
 
 
 def load_rows(data: Data, facts: Facts) -> Rows:
-    """Read all rows in their order.
-
-    Raises:
-        InputError: a row cannot be read.
-    """
+    """Read all rows in their order; an InputError says which cannot be read."""
     rows = parquet.load(data, facts) if data.name == "parquet" else named.load(data)
     return rows if data.labels is not None else rows._replace(y=None)
 

@@ -27,11 +27,11 @@ from aecore.data.files import Batch, file_digest, filesystem_of, list_files, ope
 from aecore.data.splits import Rows, content_hashes
 
 PIECE_BYTES = 2**24
-"""Bytes of values in a piece, and"""
+"""Largest size of a piece, in bytes of its values."""
 BATCH_BYTES, _BATCH_ROWS = 2**23, 4096
-"""bytes and rows that are read from it at once."""
+"""Largest size of a batch that is read at once, in bytes of float32 values and in rows."""
 _LABEL_ROWS = 1 << 16
-"""Rows of which labels or split marks alone are read at once."""
+"""Rows of a batch where only labels or split marks are read."""
 MAX_SURVEY_BYTES, _MAX_SURVEY_ROWS = 2**31, 2**22
 """Largest local set, as arrays, whose values are checked before a job starts; it takes some seconds."""
 _DECODING_COST = 16
@@ -120,30 +120,28 @@ def _find_classes(data: Data, source: _Source) -> tuple[str, ...]:
 
 def load(data: Data, facts: Facts) -> Rows:
     """Read all rows."""
-    batches = list(_read_all(data, facts))
-    x = np.concatenate([batch.x for batch in batches])
-    _constant_features(x.min(0), x.max(0), len(x))
-    return Rows(x, *_join_labels_and_marks(batches))
+    rows = _concatenate(list(_read_all(data, facts)))
+    _constant_features(rows.x.min(0), rows.x.max(0), len(rows.x))
+    return rows
 
 
-def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None] | None:
+def survey(data: Data, facts: Facts) -> Rows | None:
     """Make the checks of `load` in one pass that keeps no features.
 
     Returns:
-        Content hash, class number and split mark of each row, each (rows,); or None where the checks are left to `load`
-        in a task, because the set is remote, or too large to be read twice.
+        All rows, with their `content_hashes` (rows,) in place of x; or None where the checks are left to `load` in a
+        task, because the set is remote, or too large to be read twice.
     """
     source = _open_source(data)
     encoded = is_encoded(source.schema.field(source.columns.features[0]).type)
-    cost = facts.rows * prod(facts.shape) * (_DECODING_COST if encoded else 1 if facts.levels else 4)
+    cost = facts.rows * facts.row_bytes * (_DECODING_COST if encoded else 1)
     remote = not isinstance(source.filesystem, pafs.LocalFileSystem)
     if remote or cost > MAX_SURVEY_BYTES or facts.rows > _MAX_SURVEY_ROWS:
         return None
-    batches, hashes, low, high = [], [], np.array(np.inf), np.array(-np.inf)
+    batches, low, high = [], np.array(np.inf), np.array(-np.inf)
     for batch in _read_all(data, facts):
         low, high = np.minimum(low, batch.x.min(0)), np.maximum(high, batch.x.max(0))
-        hashes.append(content_hashes(batch.x))
-        batches.append(batch._replace(x=np.empty(0)))
+        batches.append(batch._replace(x=content_hashes(batch.x)))
     constant = _constant_features(low, high, facts.rows)
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
         names, first = source.columns.features, int(constant.argmax())
@@ -153,13 +151,13 @@ def survey(data: Data, facts: Facts) -> tuple[np.ndarray, np.ndarray | None, np.
             f"{feature}); leave them out",
             stacklevel=2,
         )
-    return np.concatenate(hashes), *_join_labels_and_marks(batches)
+    return _concatenate(batches)
 
 
 def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:
     """Divide a set into pieces of at most `size` bytes of values (16 MB by default), but at least one row group."""
     source = _open_source(data)
-    max_rows = max(1, (size or PIECE_BYTES) // (prod(facts.shape) * (1 if facts.levels else 4)))
+    max_rows = max(1, (size or PIECE_BYTES) // facts.row_bytes)
     result: list[Piece] = []
     first_id = 0
     for file in source.files:
@@ -233,10 +231,9 @@ def _read_all(data: Data, facts: Facts) -> Iterator[Rows]:
         raise InputError(_CHANGED.format(data.path))
 
 
-def _join_labels_and_marks(batches: Sequence[Rows]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    labels = [batch.y for batch in batches if batch.y is not None]
-    marks = [batch.marks for batch in batches if batch.marks is not None]
-    return np.concatenate(labels) if labels else None, np.concatenate(marks) if marks else None
+def _concatenate(batches: Sequence[Rows]) -> Rows:
+    x, labels, marks = ([values for values in column if values is not None] for column in zip(*batches, strict=True))
+    return Rows(np.concatenate(x), np.concatenate(labels) if labels else None, np.concatenate(marks) if marks else None)
 
 
 def _constant_features(low: np.ndarray, high: np.ndarray, rows: int) -> np.ndarray:

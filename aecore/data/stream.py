@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -64,10 +63,8 @@ class Stream(NamedTuple):
 def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn) -> Stream:
     """Divide a set into pieces, split it, and draw its sample.
 
-    This reads the set once where features are standardised, and once more where rows are split by content.
-
-    Raises:
-        InputError: a row cannot be used, or a split is empty.
+    This reads the set once where features are standardised, and once more where rows are split by content. It raises
+    an InputError if a row cannot be used or a split is empty.
     """
     pieces = parquet.pieces(data, facts)
     marks = [parquet.split_marks(data, piece) for piece in pieces]
@@ -87,11 +84,7 @@ def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn
 
 
 def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> Iterator[Split]:
-    """Read the rows of a piece that belong to a split, some megabytes at a time.
-
-    Raises:
-        InputError: a row cannot be used.
-    """
+    """Read the rows of a piece that belong to a split, some megabytes at a time; an InputError names a bad row."""
     for rows, assigned in _read_with_splits(data, facts, shares, piece):
         selected = assigned == SPLITS.index(split)
         if selected.any():
@@ -184,8 +177,7 @@ def _split_counts(assigned: np.ndarray) -> np.ndarray:
 
 def _draw_sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -> list[Split]:
     """Read rows of each split until they fill its `SAMPLE_BYTES`, or the pieces end."""
-    row_bytes = prod(facts.shape) * (1 if facts.levels else 4)
-    missing = [max(1, SAMPLE_BYTES[split] // row_bytes) for split in SPLITS]
+    missing = [max(1, SAMPLE_BYTES[split] // facts.row_bytes) for split in SPLITS]
     sample: list[list[Split]] = [[], [], []]
     for rows, assigned in (chunk for piece in pieces for chunk in _read_with_splits(data, facts, shares, piece)):
         for number, chunks in enumerate(sample):

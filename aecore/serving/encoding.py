@@ -1,7 +1,8 @@
 """A data set through a trained model into Parquet, one file per piece; a file appears only when it is complete.
 
 The division into pieces and the names of their files are the same in every attempt. So the files that an earlier
-attempt has finished stay, and each row of the input has one row in the output.
+attempt has finished stay, and each row of the input has one row in the output. Functions raise an InputError if the
+data do not suit the model, a row cannot be used, or the output folder belongs to another job.
 """
 
 import uuid
@@ -72,17 +73,13 @@ class Work:
         elif self.data.name == "parquet":
             return parquet.pieces(self.data, self.facts, PIECE_BYTES)
         else:
-            name, row_bytes = self.data.name, prod(self.facts.shape) * (1 if self.facts.levels else 4)
-            size = max(1, PIECE_BYTES // row_bytes)
+            name, size = self.data.name, max(1, PIECE_BYTES // self.facts.row_bytes)
         return tuple(Piece(name, (), n, n, min(size, self.rows - n)) for n in range(0, self.rows, size))
 
 
 def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
-    """Return the data's config with the likelihood that the model was trained with, so that values are checked for it.
-
-    Raises:
-        InputError: the rows have another shape or another range of values than the model was trained on.
-    """
+    """Return the data's config with the likelihood that the model was trained with, so that values are checked for it;
+    refuse data whose shape or range of values differs from what the model was trained on."""
     first = LayerSpec.model_validate(result.config["layers"][0])
     if facts.shape != first.in_shape:
         raise InputError(
@@ -111,11 +108,7 @@ def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_dig
 
 
 def find_finished(work: Work) -> set[int]:
-    """Return the numbers of the pieces whose files are complete, after removing what killed attempts left behind.
-
-    Raises:
-        InputError: the output folder holds files of another job, or cannot be written to.
-    """
+    """Return the numbers of the pieces whose files are complete, after removing what killed attempts left behind."""
     filesystem, folder = filesystem_of(work.output)
     pieces = work.pieces()
     finished: set[int] = set()
@@ -167,11 +160,7 @@ class Worker:
         self.filesystem, self.folder = filesystem_of(work.output)
 
     def __call__(self, number: int) -> int:
-        """Write the file of a piece and return its number of rows.
-
-        Raises:
-            InputError: a row cannot be used.
-        """
+        """Write the file of a piece and return its number of rows."""
         piece, count = self.pieces[number], 0
         unfinished = f"{self.folder}/.{_file_name(number)}.{uuid.uuid4().hex[:12]}"
         writer = None
