@@ -33,6 +33,7 @@ from aecore.core.errors import (
     short_repr,
 )
 from pipelines.host.environment import submission_id
+from pipelines.host.messages import say
 
 ENVIRONMENT = "DIABOLO__"
 """Prefix of the environment variables that set a field: `DIABOLO__FINETUNE__LR=1e-3` sets `finetune.lr`."""
@@ -198,11 +199,6 @@ def post(address: str, line: str, tries: int = 3, timeout: float = 5.0, pause: f
             reason = type(getattr(error, "reason", error)).__name__
     say(f"warning: webhook: not delivered ({reason}); the result is the last line of stdout")
     return False
-
-
-def say(line: str) -> None:
-    """Print a line of progress to stderr; stdout is for the result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def without_secrets(config: Any) -> Any:

@@ -18,6 +18,7 @@ from aecore.data.dataset import inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import open_store
+from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.plan import describe_plans, plan_trials
 from pipelines.study.schema import Study
@@ -73,7 +74,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     with tracker.job_run("compare", key, tags, config) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
         tracker.log_data(run_id, study.base.data.name, facts)
-        ended = run(study, facts, tracker, run_id, settings.resources, cli.say)
+        ended = run(study, facts, tracker, run_id, settings.resources, say)
         with scratch() as folder:
             report = _write_report(study, facts, ended.trials, folder)
             # uploaded from here and not from the user's folder, in which other files may lie
@@ -83,10 +84,10 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         metrics = {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
         tracker.log_summary(run_id, metrics, {})
     if settings.figures:
-        cli.say(f"wrote {settings.figures / 'report.html'}")
+        say(f"wrote {settings.figures / 'report.html'}")
     for trial in ended.trials:
         if trial.status == "failed":
-            cli.say(f"warning: {trial.name} failed: {trial.error}")
+            say(f"warning: {trial.name} failed: {trial.error}")
     _print_table(report)
     return {
         "status": "finished",

@@ -23,6 +23,7 @@ from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path, write_files
 from pipelines.execution.run import open_store
 from pipelines.host.environment import store_is_empty, store_uri
+from pipelines.host.messages import say
 
 
 class Encode(Frozen):
@@ -80,7 +81,7 @@ def encode(settings: Encode) -> dict[str, Any]:
     with tracker.job_run("encode", key, tags, cli.without_secrets(settings.model_dump(mode="json"))) as run_id:
         if facts is not None and data is not None:
             tracker.log_data(run_id, data.name, facts, "inference", model.model_id)
-        written = write_files(work, model.result, tracker.uri, settings.workers, settings.gpus, cli.say)
+        written = write_files(work, model.result, tracker.uri, settings.workers, settings.gpus, say)
         metrics = {"rows": float(written.rows), "files": float(written.files)}
         if written.computed:
             rate = written.computed / max(written.seconds, 1e-9)

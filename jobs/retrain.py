@@ -16,6 +16,7 @@ from aecore.core.errors import InputError
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import open_store
+from pipelines.host.messages import say
 from pipelines.retraining.history import dates_to_decide
 from pipelines.retraining.retrain import Firing, plan, retrain, rollback
 from pipelines.retraining.rule import Rule, check_recipe
@@ -78,7 +79,7 @@ def run(settings: Retrain) -> dict[str, Any] | None:
     else:
         firing = Firing(
             model=model, experiment=experiment, rule=rule, day=rule.logical_date, tracker=tracker, resources=resources,
-            say=cli.say, tags=cli.ray_tags(),
+            say=say, tags=cli.ray_tags(),
         )  # fmt: skip
         reports = [retrain(replace(firing, day=day)) for day in dates_to_decide(model, rule, tracker)]
     if not reports:

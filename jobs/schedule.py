@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from aecore.core.errors import InputError, hide_secrets
-from jobs.cli import NAME, say
+from jobs.cli import NAME
+from pipelines.host.messages import say
 from pipelines.retraining.cron import Cron, parse_cron
 
 _SAMPLE = Path(__file__).parent / "kuberay" / "raycronjob.yaml"

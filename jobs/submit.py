@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from aecore.core.errors import InputError
-from jobs.cli import ENVIRONMENT, say
+from jobs.cli import ENVIRONMENT
 from pipelines.host.environment import SUBMISSION_ID
+from pipelines.host.messages import one_line, say
 
 _SHIPPED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S")
 """Variables of this environment that the job gets, besides the settings in `DIABOLO__*`."""
@@ -201,7 +202,7 @@ def _ask(address: str, question: Callable[[], Any]) -> Any:
         why = re.split(r"\. |\n", error.message)[0]
         why += "; export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token"
     except (RuntimeError, ValueError, KeyError) as error:
-        why = f"not a Ray dashboard ({_one_line(error)}); name its URL"
+        why = f"not a Ray dashboard ({one_line(error)}); name its URL"
     except OSError:
         why = "no answer; is the address right, and the tunnel open (ray dashboard cluster.yaml)?"
     raise InputError(f"{address}: {why}")
@@ -248,15 +249,11 @@ async def _follow(client: Any, name: str) -> Any:
 def _exit_code(name: str, details: Any) -> int:
     """Say how the job ended, and return its exit code: 130 if it was stopped, 128 + n if signal n killed it."""
     status, code = str(details.status), details.driver_exit_code
-    reason = f" ({_one_line(details.message)})" if status == "FAILED" and code is None else ""
+    reason = f" ({one_line(details.message)})" if status == "FAILED" and code is None else ""
     say(f"{name}: {status.lower()}{reason}")
     if status != "FAILED":
         return 0 if status == "SUCCEEDED" else 130
     return 128 - code if code and code < 0 else code or 1  # a negative code is minus the signal's number
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:200]
 
 
 def main() -> NoReturn:
@@ -264,7 +261,7 @@ def main() -> NoReturn:
     try:
         code = submit(sys.argv[1:])
     except (InputError, OSError, RuntimeError) as error:
-        say(f"error: {error if isinstance(error, InputError) else _one_line(error)}")
+        say(f"error: {error if isinstance(error, InputError) else one_line(error)}")
         code = 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         say("interrupted; a job that was submitted continues")

@@ -19,6 +19,7 @@ from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.run import Outcome, compute, open_store
 from pipelines.graph.recipe import Stacked, build
+from pipelines.host.messages import say
 
 
 class Train(Experiment):
@@ -68,7 +69,7 @@ def train(settings: Train) -> dict[str, Any] | None:
         resolved = cli.without_secrets({**config, "where": places, "resources": resources})
         tracker.client.log_dict(run_id, resolved, "experiment.json")
         tracker.log_data(run_id, experiment.data.name, facts)
-        outcomes = compute(stages, tracker, run_id, settings.resources, cli.say)
+        outcomes = compute(stages, tracker, run_id, settings.resources, say)
         metrics = _job_metrics(graph, outcomes)
         tracker.log_summary(run_id, metrics, {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()})
         version = None
@@ -77,7 +78,7 @@ def train(settings: Train) -> dict[str, Any] | None:
             version = tracker.models.register(settings.register_as, model_uri)
     if settings.figures:
         for path in tracker.save_figures(outcomes["evaluate"].run_id, settings.figures):
-            cli.say(f"wrote {path}")
+            say(f"wrote {path}")
     _print_tables(outcomes, metrics)
     restored = sum(outcome.restored for outcome in outcomes.values())
     return {
