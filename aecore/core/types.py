@@ -1,4 +1,6 @@
-"""Names for types that several rooms share. This module does not import torch."""
+"""Types that several rooms share. This module does not import torch."""
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
@@ -17,3 +19,12 @@ Shape = tuple[int, ...]
 Terms = dict[str, "Tensor"]
 """The terms of an objective by name, scalars that are already weighted: the objective is their sum, and each is logged
 under its name."""
+
+
+def is_zero(number: float | Tensor) -> bool:
+    """Say whether a hyperparameter is the number 0, without waiting for the device.
+
+    Where several fits train as one (`aecore.training.fused`), a hyperparameter in which they differ is a tensor. None
+    of its elements is 0, so the answer is then False.
+    """
+    return isinstance(number, float | int) and number == 0

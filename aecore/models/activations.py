@@ -18,7 +18,7 @@ class ActivationFunction(NamedTuple):
     slope: Callable[[Tensor], Tensor]
     """The derivative of `value`."""
     he_initialised: bool = False
-    """Weights start as in He et al. 2015, for functions like a rectifier; otherwise as in Glorot & Bengio 2010."""
+    """Whether weights start as in He et al. 2015, which suits rectifiers, rather than as in Glorot & Bengio 2010."""
     is_rectifier: bool = False
     """A decoder that ends in this function is fitted before it. Behind it, units that emit nothing get no gradient and
     stay dead: 784-256-128-64 on MNIST has a squared error per pixel of 0.028 when fitted behind relu, 0.017 before

@@ -6,6 +6,7 @@ from math import prod
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from aecore.models.autoencoder import Batch
 from aecore.models.layers import Encoder
 
 
@@ -17,11 +18,11 @@ class Classifier(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.head = nn.Linear(prod(encoders[-1].spec.code_shape), classes)
 
-    def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def encode(self, x: Batch) -> Batch:
         """Return the code of the last encoder, (batch, *code_shape)."""
         for encoder in self.encoders:
             x = encoder(x)
         return x
 
-    def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Batch) -> Float[Tensor, "batch classes"]:
         return self.head(self.encode(x).flatten(1))

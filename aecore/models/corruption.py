@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from aecore.core.scalars import is_zero
-from aecore.core.types import Noise
+from aecore.core.types import Noise, is_zero
 
 
 def draw_noise(x: Float[Tensor, "batch ..."], noise: Noise) -> Float[Tensor, "batch ..."]:

@@ -26,11 +26,8 @@ def samples(stack: Stack, count: int, seed: int = 0) -> Float[Tensor, "count ...
 
 
 def manifold(stack: Stack, side: int = 10) -> Float[Tensor, "count ..."]:
-    """Decode the plane of a two-dimensional code at quantiles of the prior (Kingma & Welling 2014, fig. 4).
-
-    Returns:
-        (side * side, *in_shape), row by row from the upper left.
-    """
+    """Decode the plane of a two-dimensional code at quantiles of the prior, row by row from the upper left, to
+    (side * side, *in_shape) (Kingma & Welling 2014, fig. 4)."""
     quantiles = torch.special.ndtri((torch.arange(side) + 0.5) / side)
     code = torch.cartesian_prod(-quantiles, quantiles).flip(1)
     with torch.no_grad():
@@ -38,12 +35,8 @@ def manifold(stack: Stack, side: int = 10) -> Float[Tensor, "count ..."]:
 
 
 def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """Decode walks that start at the code of the first row of `x` and move one of its units from -3 to 3.
-
-    Returns:
-        (walks * STEPS, *in_shape), with one walk for each of the most active units, at most eight. The most active
-        units are those whose codes vary most over the first 1,000 rows.
-    """
+    """Decode walks from the code of the first row of `x`, on each of which one unit moves from -3 to 3, to (walks *
+    STEPS, *in_shape). The units are those that vary most over the first 1,000 rows, at most eight."""
     with torch.no_grad():
         codes = stack.encode(x[:1000])
         order = codes.flatten(1).var(0).argsort(descending=True)[:_WALKS]
@@ -55,16 +48,13 @@ def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
 
 
 def interpolation(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """Decode straight walks from the code of one row to that of the next, over the first pairs of rows of `x`.
-
-    Returns:
-        (walks * STEPS, *in_shape), with at most eight walks.
-    """
+    """Decode straight walks from the code of one row to that of the next, for the first pairs of rows, at most eight,
+    to (walks * STEPS, *in_shape)."""
     with torch.no_grad():
         codes = stack.encode(x[: 2 * _WALKS])
         share = torch.linspace(0, 1, STEPS, device=codes.device).view(1, -1, *[1] * (codes.ndim - 1))
-        starts, ends = codes[0::2][:, None], codes[1::2][:, None]
-        starts = starts[: len(ends)]
+        ends = codes[1::2][:, None]
+        starts = codes[0::2][: len(ends), None]
         return stack.mean((starts + share * (ends - starts)).flatten(0, 1))
 
 

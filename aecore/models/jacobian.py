@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aecore.models.activations import ACTIVATIONS
-from aecore.models.autoencoder import Autoencoder
+from aecore.models.autoencoder import Autoencoder, Batch
 from aecore.models.layers import Layer
 from aecore.models.products import linear
 from aecore.models.spec import LayerSpec
@@ -14,9 +14,7 @@ _CHUNK_VALUES = 2**22
 """Most values in a tensor of the directions that are pulled back at once (16 MB of float32)."""
 
 
-def squared_norm(
-    model: Autoencoder, x: Float[Tensor, "batch ..."], probes: int | None = None
-) -> Float[Tensor, " batch"]:
+def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Float[Tensor, " batch"]:
     """Return the squared Frobenius norm of the encoder's Jacobian, ||d encode(x) / dx||_F^2, one value per row.
 
     The result is differentiable. One dense layer has a closed form: the sum over units of their squared slope times the

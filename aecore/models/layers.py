@@ -4,13 +4,11 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from aecore.core.types import LikelihoodKind
 from aecore.models import likelihood
 from aecore.models.activations import ACTIVATIONS
-from aecore.models.autoencoder import Autoencoder
+from aecore.models.autoencoder import Autoencoder, Batch
 from aecore.models.products import linear
 from aecore.models.spec import LayerSpec
 
@@ -35,9 +33,8 @@ def _apply(affine: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return linear(x.flatten(1), affine.weight, affine.bias) if isinstance(affine, nn.Linear) else affine(x)
 
 
-def keep_largest(code: Float[Tensor, "batch ..."], k: int) -> Float[Tensor, "batch ..."]:
-    """Return the codes with all but the `k` largest of each row set to 0 (Makhzani & Frey 2014); 0 keeps all of
-    them."""
+def keep_largest(code: Batch, k: int) -> Batch:
+    """Set all but the `k` largest codes of each row to 0 (Makhzani & Frey 2014); with `k` 0 keep all of them."""
     if not k:
         return code
     flat = code.flatten(1)
@@ -59,17 +56,15 @@ class Encoder(nn.Module):
         elif spec.normalization == "layer":
             self.norm = nn.LayerNorm(spec.code_shape)
 
-    def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def forward(self, x: Batch) -> Batch:
         h = ACTIVATIONS[self.spec.activation].value(self.norm(_apply(self.affine, x)))
         h = keep_largest(h, self.spec.top_k if self.training else self.spec.top_k_encoding)
         return F.dropout(h, self.spec.dropout) if self.training and self.spec.dropout else h
 
 
 class Decoder(nn.Module):
-    """Maps codes (batch, *code_shape) to the parameters of the likelihood of the layer's input.
-
-    These are (batch, *in_shape), or (batch, levels, *in_shape) for a categorical likelihood.
-    """
+    """Maps codes (batch, *code_shape) to the parameters of the likelihood of the layer's input, (batch, *in_shape) or,
+    if it is categorical, (batch, levels, *in_shape)."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -82,7 +77,7 @@ class Decoder(nn.Module):
         self.weight = None if spec.tied else nn.Parameter(nn.init.xavier_uniform_(weight))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, code: Float[Tensor, "batch ..."], tied: Tensor | None) -> Float[Tensor, "batch ..."]:
+    def forward(self, code: Batch, tied: Tensor | None) -> Batch:
         """Decode; `tied` is the encoder's weight, which a decoder of a tied layer uses for lack of its own."""
         spec = self.spec
         weight = tied if self.weight is None else self.weight
@@ -105,27 +100,24 @@ class Layer(Autoencoder):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.likelihood = spec.likelihood
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.log_variance = _affine(spec) if spec.stochastic else None
 
-    @property
-    def likelihood(self) -> LikelihoodKind:
-        return self.spec.likelihood
-
-    def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def encode(self, x: Batch) -> Batch:
         return self.encoder(x)
 
-    def posterior(self, x: Float[Tensor, "batch ..."]) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+    def posterior(self, x: Batch) -> tuple[Batch, Batch]:
         assert self.log_variance is not None, "only a stochastic layer has a posterior"
         return self.encode(x), _apply(self.log_variance, x)
 
-    def decode(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def decode(self, code: Batch) -> Batch:
         out = self.decoder(keep_largest(code, self.spec.top_k), self.encoder.affine.weight if self.spec.tied else None)
         activation = ACTIVATIONS[self.spec.out_activation]
         return out if activation.is_rectifier else activation.value(out)
 
-    def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        mean = likelihood.mean(self.spec.likelihood, self.decode(code))
+    def mean(self, code: Batch) -> Batch:
+        mean = likelihood.mean(self.likelihood, self.decode(code))
         activation = ACTIVATIONS[self.spec.out_activation]
         return activation.value(mean) if activation.is_rectifier else mean

@@ -5,11 +5,8 @@ from torch import Tensor, nn
 
 
 class Prepare(nn.Module):
-    """Maps raw rows to what the first layer reads: (raw - shift) * scale as float32, without any learned weight.
-
-    Pixels are scaled to [0, 1] and features are standardised, depending on the data. `shift` and `scale` broadcast with
-    the rows.
-    """
+    """Maps raw rows to what the first layer reads, (raw - shift) * scale as float32, without any learned weight: values
+    scaled to [0, 1] or standardised. `shift` and `scale` broadcast with the rows."""
 
     shift: Tensor
     scale: Tensor

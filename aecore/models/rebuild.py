@@ -28,11 +28,8 @@ def build_stack(result: Result) -> Stack:
 
 
 def build_autoencoder(result: Result) -> Stack | None:
-    """Build the autoencoder that belongs to a result of `finetune`.
-
-    This is the model itself or, for a classifier, the autoencoder that it was finetuned from; None where there was
-    none.
-    """
+    """Build the autoencoder that a result of `finetune` is or, for a classifier, was finetuned from, if there is
+    one."""
     if result.config["task"] == "reconstruct":
         return build_stack(result)
     if not (layers := result.config["autoencoder"]):
@@ -60,11 +57,8 @@ def get_weights(module: nn.Module) -> Weights:
 
 
 def set_weights(module: nn.Module, weights: Weights) -> None:
-    """Load the module's parameters and buffers from `weights`, whose other entries are ignored.
-
-    There are others beside a classifier's weights, such as its preprocessing's, and where a variational layer is used
-    for its code only, so that it has no log-variance.
-    """
+    """Load the module's parameters and buffers from `weights`, whose other entries are ignored: a result holds more
+    than a classifier's weights, and a variational layer that is used for its code alone has no log-variance."""
     needed = module.state_dict().keys()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items() if name in needed})
 

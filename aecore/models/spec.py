@@ -13,10 +13,8 @@ _SCORING_VALUES = 2**25
 
 
 class LayerSpec(Frozen):
-    """One layer of a stack: all choices that the shapes of its weights and its mathematics depend on.
-
-    The layer maps rows (batch, *in_shape) to codes (batch, *code_shape) and back.
-    """
+    """One layer, which maps rows (batch, *in_shape) to codes (batch, *code_shape) and back: all choices that the shapes
+    of its weights and its mathematics depend on."""
 
     kind: Literal["dense", "conv"]
     in_shape: Shape
@@ -28,8 +26,8 @@ class LayerSpec(Frozen):
     likelihood: LikelihoodKind
     """Reconstruction term of the rows that the layer reads."""
     out_activation: Activation
-    """Activation that the decoder ends in. It is the one that made the layer's input, so that the decoder can emit what
-    it must fit."""
+    """Activation that the decoder ends in: the one that made the layer's input, so that it can emit what it must
+    fit."""
     levels: int
     """Number of grey levels per channel for a categorical likelihood; 0 for the others."""
     dropout: float

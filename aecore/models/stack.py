@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from aecore.core.types import LikelihoodKind, Shape
 from aecore.models import likelihood
-from aecore.models.autoencoder import Autoencoder
+from aecore.models.autoencoder import Autoencoder, Batch
 from aecore.models.layers import Layer
 
 
@@ -19,6 +17,8 @@ class Stack(Autoencoder):
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.likelihood = layers[0].spec.likelihood
+        self.code_shape = layers[-1].spec.code_shape
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(cast(Sequence[Layer], self.layers))  # the type of ModuleList doesn't name its elements'
@@ -28,30 +28,21 @@ class Stack(Autoencoder):
         """The layer that reads the data."""
         return next(iter(self))
 
-    @property
-    def code_shape(self) -> Shape:
-        """The shape of the bottleneck's code, without the batch."""
-        return list(self)[-1].spec.code_shape
-
-    @property
-    def likelihood(self) -> LikelihoodKind:
-        return self.first.spec.likelihood
-
-    def encode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def encode(self, x: Batch) -> Batch:
         for layer in self:
             x = layer.encode(x)
         return x
 
-    def posterior(self, x: Float[Tensor, "batch ..."]) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+    def posterior(self, x: Batch) -> tuple[Batch, Batch]:
         *lower, last = self
         for layer in lower:
             x = layer.encode(x)
         return last.posterior(x)
 
-    def decode(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def decode(self, code: Batch) -> Batch:
         for layer in reversed(list(self)[1:]):
             code = layer.mean(code)
         return self.first.decode(code)
 
-    def mean(self, code: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    def mean(self, code: Batch) -> Batch:
         return likelihood.mean(self.likelihood, self.decode(code))

@@ -17,10 +17,7 @@ from aecore.models.storage import Result, load_weights
 
 
 class Model:
-    """The model that the stage `finetune` returned, behind its preprocessing, on one device.
-
-    It reads raw rows (rows, *shape) as the data set holds them.
-    """
+    """The finetuned model behind its preprocessing; it reads raw rows (rows, *shape) as the data set holds them."""
 
     def __init__(self, result: Result, device: torch.device | None = None) -> None:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,8 +58,7 @@ class Model:
         return columns
 
     def decode(self, code: np.ndarray) -> np.ndarray:
-        """Return the reconstructions (rows, *shape), as the data set holds rows, of an autoencoder's codes (rows,
-        units)."""
+        """Return raw rows (rows, *shape): the reconstructions that an autoencoder's codes (rows, units) stand for."""
         assert isinstance(self.net, Stack)
         shape = self.net.code_shape
         with torch.inference_mode():
@@ -70,31 +66,24 @@ class Model:
             return torch.cat([self.prepare.inverse(self.net.mean(part)) for part in parts]).cpu().numpy()
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
-        """Return rows (count, *shape), as the data set holds rows, drawn from the prior of a variational
-        autoencoder."""
+        """Return raw rows (count, *shape) drawn from the prior of a variational autoencoder."""
         assert isinstance(self.net, Stack)
         with torch.inference_mode():
             return self.prepare.inverse(generation.samples(self.net, count, seed)).cpu().numpy()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
-        """Return a table with one line per row, as MLflow expects it of a model.
+        """Return a table with one line per row; MLflow calls this, with `params` that the model has no use for.
 
-        Its columns are `code`; for a classifier `prediction` and `probability`, the class and its probability; and for
-        an autoencoder `reconstruction_mse`, the squared error per feature, and `anomaly_score`, the percentage of the
-        reference rows that are reconstructed no worse. A classifier has the last two from the autoencoder that it was
-        finetuned from, if there was one.
-
-        Args:
-            params: MLflow's parameters of inference, which this model has none of.
+        The columns are `code`; of a classifier `prediction`, a class, and `probability`, that of the class; of an
+        autoencoder `reconstruction_mse`, the squared error per feature, and `anomaly_score`, the percentage of the
+        reference rows that are reconstructed no worse. A classifier gives the last two for the autoencoder that it was
+        finetuned from.
         """
         columns = self.measure(np.asarray(rows))
         return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
 
 
 def _load_pyfunc(path: str) -> Model:
-    """Load the model in the folder `path`.
-
-    MLflow's python_function flavor calls the function of this name in the loader module that a model's metadata name.
-    """
+    """Load the model in the folder `path`. MLflow calls the function of this name in the module that loads a model."""
     config, weights = load_weights(Path(path))
     return Model(Result(config, weights, {}))

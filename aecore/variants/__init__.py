@@ -1,8 +1,6 @@
-"""The variants of the autoencoder, each a frozen model whose fields are its hyperparameters and whose `loss` is its
-mathematics.
+"""The variants of the autoencoder, each with its hyperparameters as fields and its mathematics as `loss`.
 
-To add a variant, write its file and name it in the union `Variant`. The command line, the hashes, studies and the
-tables of tests follow from that.
+To add one, write its file and name it in the union `Variant`; command line, hashes, studies and tests follow from that.
 """
 
 from typing import Annotated

@@ -39,7 +39,5 @@ class Objective(Frozen, ABC):
 
     @abstractmethod
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        """Return the terms of the objective for rows `x` (batch, *in_shape).
-
-        Each is a scalar, averaged over the batch and already weighted; the objective is their sum.
-        """
+        """Return the weighted terms of the objective for rows `x` (batch, *in_shape), scalars averaged over the
+        batch."""

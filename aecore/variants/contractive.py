@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from aecore.core.errors import InputError
-from aecore.core.scalars import is_zero
+from aecore.core.types import is_zero
 from aecore.variants.base import Objective
 
 if TYPE_CHECKING:

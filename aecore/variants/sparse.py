@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from aecore.core.errors import InputError
-from aecore.core.scalars import is_zero
+from aecore.core.types import is_zero
 from aecore.models.divergences import kl_to_rate
 from aecore.variants.base import Objective
 

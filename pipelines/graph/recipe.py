@@ -56,7 +56,13 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
     if experiment.pretrain is not None:
         specs = _with_dropout(specs, experiment.pretrain, experiment.network.dropout)
         specs = tuple(variant.build(spec, number) for number, spec in enumerate(specs, 1))
-        layers = _pretraining(experiment, experiment.pretrain, specs, numerics, data, label)
+        for number, layer in enumerate(specs, 1):
+            pretrain = PretrainSpec(
+                number=number, layer=layer, variant=variant, fit=experiment.pretrain, seed=experiment.seed,
+                numerics=numerics,
+            )  # fmt: skip
+            inputs: Inputs = {"data": data, "below": layers}
+            layers += (Stage(f"{label}layer {number}", "stages.pretrain_layer", pretrain, inputs),)
         # from here on a code is its mean, until finetuning makes the bottleneck stochastic again
         specs = tuple(spec.model_copy(update={"stochastic": False}) for spec in specs)
 
@@ -75,28 +81,13 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
         if experiment.control and layers:
             control = Stage(f"{label}control", "stages.finetune", tuning, _inputs(data, ()))
 
-    evaluation = EvaluateSpec(
-        task=task, classes=facts.classes, pictures=True, variant=variant if reconstructs else None
-    )  # fmt: skip
+    trained_by = variant if reconstructs else None
+    evaluation = EvaluateSpec(task=task, classes=facts.classes, pictures=True, variant=trained_by)
     evaluate = _evaluation(f"{label}evaluate", evaluation, _inputs(data, layers), finetune)
     if control is not None:
         bare = evaluation.model_copy(update={"pictures": False, "variant": None})
         evaluate_control = _evaluation(f"{label}evaluate control", bare, _inputs(data, ()), control)
     return Stacked(experiment, data, layers, finetune, evaluate, control, evaluate_control)
-
-
-def _pretraining(
-    experiment: Experiment, fit: Fit, specs: tuple[LayerSpec, ...], numerics: Numerics, data: Stage, label: str
-) -> tuple[Stage, ...]:
-    """Build a stage for each layer, which reads the data through the layers below it."""
-    layers: tuple[Stage, ...] = ()
-    for number, layer in enumerate(specs, 1):
-        spec = PretrainSpec(
-            number=number, layer=layer, variant=experiment.variant, fit=fit, seed=experiment.seed, numerics=numerics
-        )  # fmt: skip
-        inputs: Inputs = {"data": data, "below": layers}
-        layers += (Stage(f"{label}layer {number}", "stages.pretrain_layer", spec, inputs),)
-    return layers
 
 
 def _evaluation(name: str, spec: EvaluateSpec, inputs: Inputs, finetuned: Stage | None) -> Stage:
