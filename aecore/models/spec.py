@@ -45,7 +45,7 @@ class LayerSpec(Frozen):
     top_k_encoding: int = 0
     """Number of codes per row, the largest, that the encoder emits outside of training; 0 is all of them."""
     stochastic: bool = False
-    """Whether the code is the mean of a Gaussian, of which the layer learns the log-variance too."""
+    """Whether the code is the mean of a Gaussian whose log-variance the layer learns too."""
 
     @property
     def scoring_rows(self) -> int:
