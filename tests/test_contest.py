@@ -24,7 +24,7 @@ from aecore.evaluation.statistics import gain
 from aecore.models.rebuild import build_classifier, build_prepare, build_stack
 from aecore.models.storage import Result
 from aecore.stages.contest import contest
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.drift import drift
 from aecore.stages.finetune import finetune
 from pipelines.graph.recipe import build
@@ -112,8 +112,8 @@ def made(data: Data, facts: Facts, rows: Arrays | Stream, task: str, seed: int) 
     graph = build(experiment, facts, Numerics())
     assert graph.finetune is not None
     (layer,) = graph.layers
-    below = layer.function()(layer.spec, Run(), data=rows)
-    return graph.finetune.function()(graph.finetune.spec, Run(), data=rows, layers=[below])
+    below = layer.function()(layer.spec, Context(), data=rows)
+    return graph.finetune.function()(graph.finetune.spec, Context(), data=rows, layers=[below])
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def spec(grown: dict[str, Any], metric: str = "accuracy") -> ContestSpec:
 def test_rows_are_told_apart_and_scored_alike_by_both(grown: dict[str, Any]) -> None:
     one, two = grown["classify"]
     rows, earlier = grown["rows"], grown["earlier"]
-    found = contest(spec(grown), Run(), data=rows, champion=one, challenger=two, earlier=earlier)
+    found = contest(spec(grown), Context(), data=rows, champion=one, challenger=two, earlier=earlier)
     scored = found.metrics
     net = [build_classifier(result).eval() for result in (one, two)]
     x = build_prepare(one)(torch.tensor(rows.test.x))
@@ -154,20 +154,20 @@ def test_rows_are_told_apart_and_scored_alike_by_both(grown: dict[str, Any]) -> 
 
 
 def test_the_first_one_has_nobody_to_beat(grown: dict[str, Any]) -> None:
-    found = contest(spec(grown), Run(), data=grown["rows"], challenger=grown["classify"][0])
+    found = contest(spec(grown), Context(), data=grown["rows"], challenger=grown["classify"][0])
     assert set(found.metrics) == {"rows", "challenger/accuracy"}
 
 
 def test_errors_are_compared_in_the_units_of_the_champion(grown: dict[str, Any]) -> None:
     one, two = grown["reconstruct"]
-    same = contest(spec(grown, "reconstruction"), Run(), data=grown["rows"], champion=one, challenger=one).metrics
+    same = contest(spec(grown, "reconstruction"), Context(), data=grown["rows"], champion=one, challenger=one).metrics
     assert same["difference"] == same["difference_low"] == same["difference_high"] == 0
     assert same["champion/reconstruction"] == pytest.approx(
         float(np.mean(stages_error(one, grown["rows"].test))), rel=1e-4
     )
     # the same model, behind features of half the scale: what it makes of them is the same, in other units
     halved = Result(two.config, two.weights | {"prepare.scale": two.weights["prepare.scale"] / 2}, {})
-    found = contest(spec(grown, "reconstruction"), Run(), data=grown["rows"], champion=two, challenger=halved)
+    found = contest(spec(grown, "reconstruction"), Context(), data=grown["rows"], champion=two, challenger=halved)
     model = build_stack(two).eval()
     x = torch.tensor(grown["rows"].test.x).float() * torch.tensor(two.weights["prepare.scale"])
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_read_from_disk_all_test_rows_count_too(grown: dict[str, Any], monkeypat
     streamed = open_stream(grown["data"].model_copy(update={"in_memory": "never"}), grown["facts"])
     one, two = grown["classify"]
     both = [
-        contest(spec(grown), Run(), data=d, champion=one, challenger=two, earlier=grown["earlier"])
+        contest(spec(grown), Context(), data=d, champion=one, challenger=two, earlier=grown["earlier"])
         for d in (grown["rows"], streamed)
     ]
     assert both[0].metrics == pytest.approx(both[1].metrics)
@@ -201,7 +201,7 @@ def test_a_shade_that_the_champion_never_saw_is_drift(grown: dict[str, Any]) -> 
     dark = [Split(s.x[(own := s.x.reshape(len(s.x), -1).min(1) < 3)], s.y[own]) for s in rows[:3]]
     champion = made(data, facts, rows._replace(train=dark[0], validation=dark[1], test=dark[2]), "classify", 0)
     ask = DriftSpec(classes=facts.classes, threshold=0.2)
-    found = drift(ask, Run(), data=rows, champion=champion, earlier=grown["earlier"])
+    found = drift(ask, Context(), data=rows, champion=champion, earlier=grown["earlier"])
     assert found.metrics["drift/drifted"] == 1 and found.metrics["drift/rows"] > 100
     assert found.config["drifted"] and found.config["words"].startswith("drift in ")
     with Image.open(io.BytesIO(found.figures["drift"])) as picture:
@@ -211,7 +211,7 @@ def test_a_shade_that_the_champion_never_saw_is_drift(grown: dict[str, Any]) -> 
     assert {"error", "code 0", "feature 0", "classes", "unknown classes"} <= quantities
     assert {row["class"] for row in table if row["quantity"] == "error"} == {"all", *facts.classes}
     nothing = Result({"facts": facts.model_dump(mode="json")}, {"ids": content_hashes(rows.test.x)}, {})
-    none = drift(ask, Run(), data=rows, champion=champion, earlier=nothing)
+    none = drift(ask, Context(), data=rows, champion=champion, earlier=nothing)
     assert none.metrics == {"drift/rows": 0, "drift/drifted": 0} and none.config["table"].count("\n") == 1
 
 
@@ -278,11 +278,11 @@ def test_warm_starts_take_the_weights_over_and_a_head_only_for_the_same_classes(
     graph = build(experiment, facts, Numerics())
     assert graph.finetune is not None
     own: Any = graph.finetune.spec
-    warm = finetune(own, Run(), data=rows, parent=parent)
+    warm = finetune(own, Context(), data=rows, parent=parent)
     for name, value in parent.weights.items():
         if name.startswith(("head.", "encoders.", "autoencoder.")):
             assert np.allclose(warm.weights[name], value, atol=1e-6), name
     assert warm.config["autoencoder"] == parent.config["autoencoder"] and "reference.error" in warm.weights
-    other = finetune(own.model_copy(update={"classes": (*"abcdefghijk",)}), Run(), data=rows, parent=parent)
+    other = finetune(own.model_copy(update={"classes": (*"abcdefghijk",)}), Context(), data=rows, parent=parent)
     assert other.weights["head.weight"].shape == (11, 24)
     assert np.allclose(other.weights["encoders.0.affine.weight"], parent.weights["encoders.0.affine.weight"], atol=1e-6)

@@ -19,8 +19,8 @@ from aecore.models.layers import Layer
 from aecore.models.spec import LayerSpec
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.context import Run
-from aecore.stages.finetune import _labelled, finetune
+from aecore.stages.context import Context
+from aecore.stages.finetune import few_labels, finetune
 from aecore.stages.measure import measure
 from aecore.stages.reference import reference
 from aecore.variants import Denoising, Plain, Variational
@@ -34,7 +34,7 @@ def trained(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int = 
         layers=(*specs[:-1], variant.build(specs[-1], len(specs))), task="reconstruct", classes=(), variant=variant,
         fit=Fit(epochs=epochs, lr=3e-3), seed=0, numerics=Numerics(),
     )  # fmt: skip
-    return finetune(spec, Run(), data=arrays)
+    return finetune(spec, Context(), data=arrays)
 
 
 def classified(arrays: Arrays, stack: Result, labels: int | None) -> Result:
@@ -43,7 +43,7 @@ def classified(arrays: Arrays, stack: Result, labels: int | None) -> Result:
         layers=layers, task="classify", classes=CLASSES, variant=None, fit=Fit(epochs=5, lr=3e-3), seed=0,
         numerics=Numerics(), labels=labels,
     )  # fmt: skip
-    return finetune(spec, Run(), data=arrays, stack=stack)
+    return finetune(spec, Context(), data=arrays, stack=stack)
 
 
 def pca(arrays: Arrays, width: int) -> Result:
@@ -51,12 +51,12 @@ def pca(arrays: Arrays, width: int) -> Result:
         kind="dense", in_shape=(1, 8, 8), code_shape=(width,), activation="linear", likelihood="gaussian",
         out_activation="linear", levels=0, dropout=0, normalization="none", tied=False,
     )  # fmt: skip
-    return reference(ReferenceSpec(kind="pca", layers=(layer,), seed=0), Run(), data=arrays)
+    return reference(ReferenceSpec(kind="pca", layers=(layer,), seed=0), Context(), data=arrays)
 
 
 def test_pca_is_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
-    found = measure(measure_spec(variant=None), Run(), data=arrays, stack=pca(arrays, 10))
+    found = measure(measure_spec(variant=None), Context(), data=arrays, stack=pca(arrays, 10))
     x, test = (split.x.reshape(len(split.x), -1) / 16 for split in (arrays.train, arrays.test))
     theirs = PCA(10).fit(x)
     squares = np.square(test - theirs.inverse_transform(theirs.transform(test)))
@@ -73,7 +73,7 @@ def test_pca_is_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
 def test_pca_of_full_width_is_exact(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
     spec = measure_spec(variant=None, pictures=False)
-    found = measure(spec, Run(), data=arrays, stack=pca(arrays, 64))
+    found = measure(spec, Context(), data=arrays, stack=pca(arrays, 64))
     assert found.metrics["test/reconstruction_mse"] < 1e-6 and "map" not in found.weights
 
 
@@ -86,7 +86,7 @@ def measured(digits: tuple[Facts, Arrays]) -> dict[str, Result]:
         stack = trained(arrays, layer_specs(network, Data(), facts), variant, epochs=40)
         classifiers = [classified(arrays, stack, count) for count in (100, None)]
         spec = measure_spec(variant=variant)
-        found[name] = measure(spec, Run(), data=arrays, stack=stack, classifiers=classifiers, judge=classifiers[-1])
+        found[name] = measure(spec, Context(), data=arrays, stack=stack, classifiers=classifiers, judge=classifiers[-1])
     return found
 
 
@@ -142,7 +142,7 @@ def test_other_data_and_networks_are_measured_too(kind: str, digits: tuple[Facts
         arrays, network = vectors._replace(**splits), Dense(widths=(4,))
         spec = MeasureSpec(variant=Variational(), classes=(), labels=(), seed=0, pictures=True)
     stack = trained(arrays, layer_specs(network, Data(), facts), Variational(), epochs=2)
-    found = measure(spec, Run(), data=arrays, stack=stack)
+    found = measure(spec, Context(), data=arrays, stack=stack)
     assert np.isfinite(list(found.metrics.values())).all()
     assert ("probe/accuracy" in found.metrics) == (kind == "conv") == ("manifold" in found.weights)
     assert "vae/bound" in found.metrics and ("vae/iw_bound" in found.metrics) == (kind == "conv")
@@ -150,12 +150,12 @@ def test_other_data_and_networks_are_measured_too(kind: str, digits: tuple[Facts
 
 def test_few_labels_make_as_many_steps_as_many(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
-    few = _labelled(arrays, 100, seed=0, batch_size=32)
+    few = few_labels(arrays, 100, seed=0, batch_size=32)
     assert len(few.train.x) == 600 and len(np.unique(few.train.x, axis=0)) == 100
     assert few.train.y is not None and np.bincount(few.train.y).tolist() == [60] * 10
-    other = _labelled(arrays, 100, seed=1, batch_size=32)
+    other = few_labels(arrays, 100, seed=1, batch_size=32)
     assert not np.array_equal(few.train.x, other.train.x)
-    assert len(_labelled(arrays, 10_000, seed=0, batch_size=32).train.x) == len(arrays.train.x)
+    assert len(few_labels(arrays, 10_000, seed=0, batch_size=32).train.x) == len(arrays.train.x)
 
 
 def test_classifying_starts_from_the_stack(digits: tuple[Facts, Arrays]) -> None:
@@ -166,7 +166,7 @@ def test_classifying_starts_from_the_stack(digits: tuple[Facts, Arrays]) -> None
         layers=layers, task="classify", classes=CLASSES, variant=None, fit=Fit(epochs=1, lr=1e-30), seed=0,
         numerics=Numerics(),
     )  # fmt: skip
-    tuned = finetune(spec, Run(), data=arrays, stack=stack)
+    tuned = finetune(spec, Context(), data=arrays, stack=stack)
     for number in range(2):
         before = stack.weights[f"layers.{number}.encoder.affine.weight"]
         assert np.array_equal(tuned.weights[f"encoders.{number}.affine.weight"], before)
@@ -193,7 +193,7 @@ class Watch:
             print(name)
 
 sys.meta_path.insert(0, Watch())
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.evaluate import evaluate
 from aecore.stages.pretrain import pretrain_layer
 from aecore.config.experiment import Dense, Experiment, Finetune, Fit
@@ -207,8 +207,8 @@ facts = inspect(experiment.data)
 experiment = resolve(experiment, facts)
 arrays = load(experiment.data, facts)
 specs = {stage.name: stage.spec for stage in build(experiment, facts, Numerics()).kept()}
-layer = pretrain_layer(specs["layer 1"], Run(), data=arrays)
-found = evaluate(specs["evaluate"], Run(), data=arrays, layers=[layer])
+layer = pretrain_layer(specs["layer 1"], Context(), data=arrays)
+found = evaluate(specs["evaluate"], Context(), data=arrays, layers=[layer])
 print(*sorted(found.figures), "probe/accuracy" in found.metrics)
 """
 

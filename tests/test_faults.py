@@ -17,7 +17,7 @@ from requests import HTTPError
 from aecore.config.experiment import Fit
 from aecore.core.errors import OutageError
 from aecore.models.storage import Result
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from pipelines.cluster.resources import Share
 from pipelines.execution.run import _Recorder, run_here
 from pipelines.graph.stage import Stage
@@ -57,7 +57,7 @@ class Pipeline:
         self.trained: Counter[str] = Counter()
         patch.setattr(Stage, "function", lambda stage: self.train)
 
-    def train(self, spec: Fit, run: Run, below: Result | None = None) -> Result:
+    def train(self, spec: Fit, run: Context, below: Result | None = None) -> Result:
         name, places = "first" if below is None else "second", run.checkpoints
         assert places is not None
         kept = places.load()

@@ -1,6 +1,7 @@
 """Steps that are captured once and replayed. Without a GPU what is captured is called instead: the same bits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from aecore.config.experiment import Fit
+from aecore.core.types import Terms
 from aecore.data.splits import Arrays
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.pretrain import pretrain_layer
-from aecore.training import fit as loop
 from aecore.training import graphs
 from aecore.training.checkpoint import Checkpoints
 from aecore.training.graphs import Replayed
-from aecore.training.team import ALONE, Team
+from aecore.training.team import Team
+from tests.fits import CPU, fit_model, job
 from tests.test_checkpoint import KilledError, same, spec, until
 
 # CPU tests have `captures` in place of the driver's graphs; that a real one gives the same, only a GPU shows
@@ -34,7 +36,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
         found.append(step)
         return step
 
-    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: True)
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: True)
     monkeypatch.setattr(graphs, "capture", capture)
     return found
 
@@ -43,20 +45,20 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 def test_a_replayed_step_is_the_step(
     fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch, captures: list[Callable[[], None]]
 ) -> None:
-    replayed = pretrain_layer(spec(**fit), Run(), data=vectors)
+    replayed = pretrain_layer(spec(**fit), Context(), data=vectors)
     assert len(captures) == 1
-    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
-    assert same(replayed, pretrain_layer(spec(**fit), Run(), data=vectors))
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: False)
+    assert same(replayed, pretrain_layer(spec(**fit), Context(), data=vectors))
 
 
 def test_a_replayed_fit_goes_on_from_its_checkpoint(
     vectors: Arrays, tmp_path: Path, captures: list[Callable[[], None]]
 ) -> None:
-    unbroken = pretrain_layer(spec(), Run(), data=vectors)
+    unbroken = pretrain_layer(spec(), Context(), data=vectors)
     place = Checkpoints(str(tmp_path), seconds=0)
     with pytest.raises(KilledError):
-        pretrain_layer(spec(), Run(report=until(5, []), checkpoints=place), data=vectors)
-    assert same(unbroken, pretrain_layer(spec(), Run(checkpoints=place), data=vectors))
+        pretrain_layer(spec(), Context(report=until(5, []), checkpoints=place), data=vectors)
+    assert same(unbroken, pretrain_layer(spec(), Context(checkpoints=place), data=vectors))
     assert len(captures) == 3
 
 
@@ -71,10 +73,7 @@ def test_a_short_batch_is_not_replayed(monkeypatch: pytest.MonkeyPatch, captures
     monkeypatch.setattr(Replayed, "__call__", counted)
     model = torch.nn.Linear(2, 2)
     rows = (torch.randn(70, 2),)
-    loop.fit(
-        model, lambda x: {"r": (model(x) - x).square().mean()}, rows, rows, Fit(epochs=2, batch_size=16), seed=0,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    fit_model(model, lambda x: {"r": (model(x) - x).square().mean()}, rows, rows, Fit(epochs=2, batch_size=16))
     assert sizes == [16] * 8 and len(captures) == 1
 
 
@@ -92,21 +91,41 @@ def test_what_cannot_be_captured_is_called_after_one_warning(
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    eager = pretrain_layer(spec(), Run(), data=vectors)
-    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: True)
+    eager = pretrain_layer(spec(), Context(), data=vectors)
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: True)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as warned:
-        assert same(eager, pretrain_layer(spec(), Run(), data=vectors))
+        assert same(eager, pretrain_layer(spec(), Context(), data=vectors))
     assert len(warned) == 1
 
 
 def test_only_what_gains_by_it_is_captured() -> None:
-    rows, gpu, cpu = (torch.zeros(1),), torch.device("cuda"), torch.device("cpu")
-    assert loop._can_be_captured(rows, gpu, "fp32", False, ALONE)
-    assert not loop._can_be_captured(rows, cpu, "fp32", False, ALONE)
-    assert not loop._can_be_captured(rows, gpu, "bf16", False, ALONE)
-    assert not loop._can_be_captured(rows, gpu, "fp32", True, ALONE)
-    assert not loop._can_be_captured(rows, gpu, "fp32", False, Team(0, 2))
+    rows, model = (torch.zeros(1),), torch.nn.Linear(1, 1)
+    captured = job(model, lambda x: {"r": model(x).sum()}, rows, rows, Fit(), device=torch.device("cuda"))
+    assert graphs.can_be_captured(captured) and graphs.can_be_captured(replace(captured, precision="tf32"))
+    others: list[dict[str, Any]] = [{"device": CPU}, {"precision": "bf16"}, {"compile": True}, {"team": Team(0, 2)}]
+    assert not any(graphs.can_be_captured(replace(captured, **other)) for other in others)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_out_of_memory_in_a_capture_cuts_batches_in_two(
+    hidden: bool, vectors: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        lacking = torch.OutOfMemoryError("CUDA out of memory")
+        if not hidden:
+            raise lacking
+        try:
+            raise lacking
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")  # as torch's own end does
+
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.warns(UserWarning, match="out of memory with batches of 64 rows: cut in two") as warned:
+        result = pretrain_layer(spec(), Context(), data=vectors)
+    assert len(warned) == 1 and result.config["history"][0]["parts"] == 2
 
 
 @cuda
@@ -114,9 +133,9 @@ def test_only_what_gains_by_it_is_captured() -> None:
 def test_on_a_gpu_the_graph_gives_the_losses_of_eager_steps(
     fit: dict[str, Any], vectors: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(torch.device("cuda"))
+    run = Context(device=torch.device("cuda"))
     replayed = pretrain_layer(spec(**fit), run, data=vectors)
-    monkeypatch.setattr(loop, "_can_be_captured", lambda *args: False)
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: False)
     eager = pretrain_layer(spec(**fit), run, data=vectors)
     for one, two in zip(replayed.config["history"], eager.config["history"], strict=True):
         assert one["train/loss"] == pytest.approx(two["train/loss"], rel=1e-6)
@@ -139,12 +158,27 @@ def test_on_a_gpu_noise_differs_from_replay_to_replay() -> None:
 
 
 @cuda
-def test_on_a_gpu_a_fit_goes_on_from_its_checkpoint(vectors: Arrays, tmp_path: Path) -> None:
-    run = Run(torch.device("cuda"))
+def test_on_a_gpu_a_fit_goes_on_after_a_capture_that_fails() -> None:
+    model, rows = torch.nn.Linear(4, 4).cuda(), (torch.randn(256, 4, device="cuda"),)
+
+    def terms(x: Tensor) -> Terms:
+        noise = torch.randn_like(x)
+        error = (model(x + noise) - x).square().mean()
+        return {"r": error if float(error.detach()) > 0 else 2 * error}  # waits for the device, as no capture may
+
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"):
+        spec = Fit(epochs=3, batch_size=32)
+        history = fit_model(model, terms, rows, rows, spec, device=torch.device("cuda")).history
+    assert history[-1]["val/loss"] < history[0]["val/loss"]
+
+
+@cuda
+def test_on_a_gpu_a_fit_goes_on_from_from_its_checkpoint(vectors: Arrays, tmp_path: Path) -> None:
+    run = Context(device=torch.device("cuda"))
     unbroken = pretrain_layer(spec(), run, data=vectors)
     place = Checkpoints(str(tmp_path), seconds=0)
     with pytest.raises(KilledError):
-        pretrain_layer(spec(), run._replace(report=until(5, []), checkpoints=place), data=vectors)
-    resumed = pretrain_layer(spec(), run._replace(checkpoints=place), data=vectors)
+        pretrain_layer(spec(), replace(run, report=until(5, []), checkpoints=place), data=vectors)
+    resumed = pretrain_layer(spec(), replace(run, checkpoints=place), data=vectors)
     for one, two in zip(unbroken.config["history"], resumed.config["history"], strict=True):
         assert one["val/loss"] == pytest.approx(two["val/loss"], rel=1e-6)

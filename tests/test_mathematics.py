@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from aecore.core.errors import InputError
 from aecore.core.types import Activation, Noise
 from aecore.models import generation, likelihood
-from aecore.models import products as kernels
 from aecore.models.corruption import corrupt, draw_noise
 from aecore.models.divergences import kl_to_prior, kl_to_rate
 from aecore.models.jacobian import squared_norm
@@ -347,96 +344,3 @@ def test_walks_start_and_end_where_they_say() -> None:
     assert torch.allclose(plane[0], stack.mean(upper_left[None])[0], atol=1e-6)
     assert generation.traversals(stack, x).shape == (2 * generation.STEPS, 6)
     assert torch.equal(generation.samples(stack, 3), generation.samples(stack, 3))
-
-
-@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(64, 784, 256), (1, 512, 512), (27, 300, 401), (4, 20, 10)])
-def test_the_fast_linear_is_linear(batch: int, inputs: int, outputs: int) -> None:
-    torch.manual_seed(0)
-    tensors = [torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(outputs)]
-    results = []
-    for function in (kernels.linear, F.linear):
-        x, weight, bias = (t.clone().requires_grad_() for t in tensors)
-        out = function(x, weight, bias)
-        out.square().sum().backward()
-        results.append([out.detach(), x.grad, weight.grad, bias.grad])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours is not None and theirs is not None
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
-
-
-def test_turned_weights_give_the_same_numbers_and_gradients_that_lie_like_them() -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Linear(256, 784), torch.randn(64, 256, requires_grad=True)
-    found = []
-    for rows in (64, 0):
-        kernels.arrange(layer, rows)
-        assert layer.weight.is_contiguous() == (rows == 0)
-        layer.zero_grad()
-        x.grad = None
-        out = kernels.linear(x, layer.weight, layer.bias)
-        out.square().sum().backward()
-        assert layer.weight.grad is not None and layer.weight.grad.stride() == layer.weight.stride()
-        found.append([out.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad])
-    for turned, straight in zip(*found, strict=True):
-        assert turned is not None and straight is not None
-        assert float((turned - straight).norm() / straight.norm()) < 1e-6
-    kernels.arrange(layer, 3)  # too little work
-    assert layer.weight.is_contiguous()
-
-
-def test_the_fast_linear_refuses_to_be_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, bias = torch.randn(16, 512), torch.randn(512, 512, requires_grad=True), torch.zeros(512)
-
-    def twice() -> None:
-        out = kernels.linear(x, weight, bias)
-        torch.autograd.grad(out.square().sum(), weight, create_graph=True)[0].sum().backward()
-
-    if kernels._ONEDNN is not None:
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            twice()
-    # torch's own, which stands in where torch has no oneDNN, allows it
-    monkeypatch.setattr(kernels, "_ONEDNN", None)
-    twice()
-    assert weight.grad is not None and weight.grad.isfinite().all()
-
-
-_FORGETFUL = """
-import ctypes, re, time, torch
-from pathlib import Path
-from aecore import kernels
-
-torch.set_num_threads(1)
-x = torch.rand(64, 784)
-functions = [torch.log1p, torch.expm1, torch.sigmoid, torch.nn.functional.softplus]
-
-def forget():
-    '''As if torch's file had not been read since the system started: of its pages, those that are as they lie there.'''
-    maps = Path("/proc/self/smaps")  # which Linux has; elsewhere nothing is forgotten
-    for part in maps.read_text().split("VmFlags") if maps.exists() else ():
-        found = re.search("^([0-9a-f]+)-([0-9a-f]+) r--p .*/libtorch_cpu.so$", part, re.MULTILINE)
-        if found and re.search(r"Private_Dirty:\\s+0 kB", part):
-            start, end = (int(each, 16) for each in found.groups())
-            assert ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4) == 0  # DONTNEED
-
-def least(function):
-    times = []
-    for _ in range(50):
-        began = time.perf_counter()
-        function(x)
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-for function in functions:
-    kernels.map_constants()
-    before = least(function)
-    forget()
-    kernels.map_constants()
-    print(least(function) / before)
-"""
-
-
-def test_exponentials_and_logarithms_are_as_quick_where_no_page_of_torch_is_in_memory() -> None:
-    # with AVX-512 and without the call 20 to 40 times as long
-    run = subprocess.run([sys.executable, "-c", _FORGETFUL], capture_output=True, text=True, check=True)
-    times = [float(line) for line in run.stdout.split()]
-    assert len(times) == 4 and max(times) < 5

@@ -15,10 +15,10 @@ from aecore.models.rebuild import build_autoencoder, build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.serving.model import Model
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.evaluate import evaluate
-from aecore.stages.finetune import _reference, finetune
-from aecore.stages.rows import prepared
+from aecore.stages.finetune import finetune, reference_rows
+from aecore.stages.rows import preprocessing
 from aecore.variants import Variational
 from tests.test_stages import pretrain, tuning
 
@@ -30,7 +30,7 @@ def trained(digits: tuple[Facts, Arrays]) -> dict[str, Any]:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, Variational(), epochs=2)
-    run = Run()
+    run = Context()
     return {
         "layers": layers,
         "classify": finetune(tuning(specs), run, data=arrays, layers=layers),
@@ -55,7 +55,7 @@ def test_a_classifier_keeps_the_autoencoder_that_it_was_finetuned_from(
     # the error of serving is the error of the report
     spec = EvaluateSpec(task="classify", classes=facts.classes, pictures=False)
     scores = evaluate(
-        spec, Run(), data=arrays, layers=trained["layers"], finetuned=result
+        spec, Context(), data=arrays, layers=trained["layers"], finetuned=result
     ).metrics  # fmt: skip
     table = Model(result).measure(arrays.test.x)
     assert table["reconstruction_mse"].mean() == pytest.approx(scores["test/reconstruction_mse"], rel=1e-5)
@@ -109,7 +109,7 @@ def test_a_large_validation_split_is_sampled_and_labels_may_lack(
     _, arrays = digits
     many = Split(np.repeat(arrays.train.x, 3, 0), None)
     stack = build_stack(trained["reconstruct"])
-    reference = _reference(stack, stack, prepared(arrays, CPU), many, CPU)
+    reference = reference_rows(stack, stack, preprocessing(arrays, CPU), many)
     assert set(reference) == {"mean", "std", "code", "error"}
     assert len(reference["error"]) == len(reference["code"]) == 2000
 

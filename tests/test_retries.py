@@ -16,7 +16,7 @@ import ray
 
 from aecore.config.experiment import Fit
 from aecore.models.storage import Result
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from pipelines.cluster.resources import Resources, Share
 from pipelines.execution.run import _execute, checkpoints_of, compute
 from pipelines.graph.stage import Stage
@@ -86,7 +86,7 @@ OTHER = Stage("other", "stages.other", Fit(epochs=3))
 
 @pytest.fixture
 def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    def train(spec: Fit, run: Run, below: Result | None = None) -> Result:
+    def train(spec: Fit, run: Context, below: Result | None = None) -> Result:
         run.report(1, {"train/loss": 1.0, "seconds": 0.1, "time": 1.0, "parts": run.parts})
         return Result({}, {"w": np.arange(3.0) + (0 if below is None else below.weights["w"])}, {})
 

@@ -17,11 +17,11 @@ from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.spec import LayerSpec
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.context import Run
+from aecore.stages.context import CPU, Context
 from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
-from aecore.stages.rows import _rows, prepared
+from aecore.stages.rows import preprocessing, training_rows
 from aecore.variants import Plain, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])
@@ -39,7 +39,7 @@ def pretrain(arrays: Arrays, specs: list[LayerSpec], variant: Any, epochs: int =
             seed=seed,
             numerics=Numerics(),
         )
-        layers.append(pretrain_layer(spec, Run(), data=arrays, below=layers))
+        layers.append(pretrain_layer(spec, Context(), data=arrays, below=layers))
     return layers
 
 
@@ -102,7 +102,7 @@ def test_variants_end_to_end(problem: str, variant: Any, digits: tuple[Facts, Ar
     tuned = tuning([*specs[:-1], variant().build(specs[-1], len(specs))], "reconstruct", epochs=3)
     tuned = tuned.model_copy(update={"variant": variant()})
     for given in ([], layers):
-        result = finetune(tuned, Run(), data=arrays, layers=given)
+        result = finetune(tuned, Context(), data=arrays, layers=given)
         assert has_learned(result)
         stack = build_stack(result)
         assert [layer.log_variance is not None for layer in stack] == [False] * (len(specs) - 1) + [
@@ -115,15 +115,15 @@ def test_finetuning_starts_from_exactly_the_pretrained_weights(digits: tuple[Fac
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0]())
     still: dict[str, Any] = {"lr": 1e-30, "epochs": 1}
-    tuned = finetune(tuning(specs, **still), Run(), data=arrays, layers=layers)
-    control = finetune(tuning(specs, **still), Run(), data=arrays)
+    tuned = finetune(tuning(specs, **still), Context(), data=arrays, layers=layers)
+    control = finetune(tuning(specs, **still), Context(), data=arrays)
     for number, layer in enumerate(layers):
         weight = f"encoders.{number}.affine.weight"
         assert np.array_equal(tuned.weights[weight], layer.weights["encoder.affine.weight"])
         assert not np.array_equal(control.weights[weight], layer.weights["encoder.affine.weight"])
     # the control differs in its encoders alone
     assert np.array_equal(tuned.weights["head.weight"], control.weights["head.weight"])
-    unrolled = finetune(tuning(specs, "reconstruct", **still), Run(), data=arrays, layers=layers)
+    unrolled = finetune(tuning(specs, "reconstruct", **still), Context(), data=arrays, layers=layers)
     for number, layer in enumerate(layers):
         for name, value in layer.weights.items():
             assert np.array_equal(unrolled.weights[f"layers.{number}.{name}"], value)
@@ -133,7 +133,7 @@ def test_finetuning_frees_all_weights(digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0]())
-    tuned = finetune(tuning(specs), Run(), data=arrays, layers=layers)
+    tuned = finetune(tuning(specs), Context(), data=arrays, layers=layers)
     for number, layer in enumerate(layers):
         moved = tuned.weights[f"encoders.{number}.affine.weight"] - layer.weights["encoder.affine.weight"]
         assert np.abs(moved).max() > 0
@@ -153,7 +153,7 @@ def test_upper_layers_are_fed_clean_codes_of_frozen_lower_ones(digits: tuple[Fac
     spec = PretrainSpec.model_construct(
         number=2, layer=specs[1], variant=Spy(), fit=Fit(epochs=1, batch_size=2000), seed=0, numerics=Numerics()
     )
-    pretrain_layer(spec, Run(), data=arrays, below=lower)
+    pretrain_layer(spec, Context(), data=arrays, below=lower)
     layer = build_layer(lower[0]).eval()
     codes = layer.encode(torch.tensor(arrays.train.x).float() / 16).detach()
     assert torch.allclose(seen[0].sum(), codes.sum(), rtol=1e-4) and seen[0].shape == codes.shape
@@ -163,9 +163,9 @@ def test_evaluation_names_its_numbers(digits: tuple[Facts, Arrays]) -> None:
     facts, arrays = digits
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(arrays, specs, VARIANTS[0](), epochs=10)
-    tuned = finetune(tuning(specs, epochs=30), Run(), data=arrays, layers=layers)
+    tuned = finetune(tuning(specs, epochs=30), Context(), data=arrays, layers=layers)
     spec = EvaluateSpec(task="classify", classes=facts.classes, pictures=True)
-    result = evaluate(spec, Run(), data=arrays, layers=layers, finetuned=tuned)
+    result = evaluate(spec, Context(), data=arrays, layers=layers, finetuned=tuned)
     found = result.metrics
     assert found["test/accuracy"] == pytest.approx(1 - found["test/error"])
     assert found["test/accuracy_low"] < found["test/accuracy"] < found["test/accuracy_high"]
@@ -184,10 +184,10 @@ def test_reconstruction_without_labels(digits: tuple[Facts, Arrays]) -> None:
     })  # fmt: skip
     specs = layer_specs(Dense(widths=(24, 12)), Data(), facts)
     layers = pretrain(bare, specs, VARIANTS[0]())
-    tuned = finetune(tuning(specs, "reconstruct", epochs=20), Run(), data=bare, layers=layers)
+    tuned = finetune(tuning(specs, "reconstruct", epochs=20), Context(), data=bare, layers=layers)
     spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True)
-    unrolled = evaluate(spec, Run(), data=bare, layers=layers, finetuned=tuned)
-    before = evaluate(spec.model_copy(update={"task": None}), Run(), data=bare, layers=layers)
+    unrolled = evaluate(spec, Context(), data=bare, layers=layers, finetuned=tuned)
+    before = evaluate(spec.model_copy(update={"task": None}), Context(), data=bare, layers=layers)
     assert unrolled.metrics["test/reconstruction_mse"] < before.metrics["test/reconstruction_mse"]
     assert "probe/accuracy" not in unrolled.metrics and "confusion" not in unrolled.figures
 
@@ -200,7 +200,7 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     resident = pretrain(arrays, specs, VARIANTS[0]())
     monkeypatch.setattr("aecore.stages.rows._RESIDENT_BYTES", 0)
     monkeypatch.setattr("aecore.stages.rows._PREPARED_BYTES", 0)
-    train, _, read = _rows(arrays, prepared(arrays, torch.device("cpu")), Run(), 64, False)
+    train, _, read = training_rows(arrays, preprocessing(arrays, CPU), Context(), 64, False, "fp32")
     assert not isinstance(train, Shuffled) and train[0].dtype == torch.uint8
     assert float(read(train[0]).max()) == 1.0
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):

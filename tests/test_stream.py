@@ -16,13 +16,13 @@ from aecore.data.dataset import inspect, load
 from aecore.data.splits import SPLITS, Arrays, Split
 from aecore.data.stream import Shuffled, Stream, open_stream, read_in_turn
 from aecore.models.storage import Result
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.measure import measure
 from pipelines.graph.recipe import Stacked, build
 
 
-def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | None = None) -> Data:
-    """Write a set whose first feature is the row's number, in three files of several row groups."""
+def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | None = None, files: int = 3) -> Data:
+    """Write a set whose first feature is the row's number, by default in three files of several row groups."""
     rng = np.random.default_rng(0)
     x = np.concatenate([np.arange(rows)[:, None], rng.normal(2, 3, size=(rows, 7))], 1).astype(np.float32)
     columns = {"x": pa.FixedSizeListArray.from_arrays(x.ravel(), 8), "label": pa.array(np.arange(rows) % 3)}
@@ -30,8 +30,8 @@ def write(path: Path, rows: int = 3000, group: int = 500, marks: list[str] | Non
         columns["split"] = pa.array(marks)
     table = pa.table(columns)
     path.mkdir()
-    for n in range(3):
-        part = table.slice(n * rows // 3, (n + 1) * rows // 3 - n * rows // 3)
+    for n in range(files):
+        part = table.slice(n * rows // files, (n + 1) * rows // files - n * rows // files)
         pq.write_table(part, path / f"{n}.parquet", row_group_size=group)
     return Data(name="parquet", path=str(path), in_memory="never")
 
@@ -154,10 +154,10 @@ def images(path: Path, digits: tuple[Facts, Arrays]) -> Data:
 def run(graph: Stacked, data: Arrays | Stream) -> tuple[list[Result], Result, Result]:
     layers: list[Result] = []
     for stage in graph.layers:
-        layers.append(stage.function()(stage.spec, Run(), data=data, below=layers))
+        layers.append(stage.function()(stage.spec, Context(), data=data, below=layers))
     assert graph.finetune is not None
-    tuned = graph.finetune.function()(graph.finetune.spec, Run(), data=data, layers=layers)
-    scored = graph.evaluate.function()(graph.evaluate.spec, Run(), data=data, layers=layers, finetuned=tuned)
+    tuned = graph.finetune.function()(graph.finetune.spec, Context(), data=data, layers=layers)
+    scored = graph.evaluate.function()(graph.evaluate.spec, Context(), data=data, layers=layers, finetuned=tuned)
     return layers, tuned, scored
 
 
@@ -197,10 +197,10 @@ def test_the_same_bits_again(tmp_path: Path, digits: tuple[Facts, Arrays]) -> No
     graph = build(Experiment(data=data, pretrain=Fit(epochs=2), finetune=Finetune(epochs=1)), facts, Numerics())
     stream = open_stream(data, facts)
     layer = graph.layers[0]
-    first, again = (layer.function()(layer.spec, Run(), data=stream) for _ in range(2))
+    first, again = (layer.function()(layer.spec, Context(), data=stream) for _ in range(2))
     assert all((first.weights[name] == again.weights[name]).all() for name in first.weights)
     spec = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=False)
-    assert measure(spec, Run(), data=stream, layers=[first]).metrics["probe/accuracy"] > 0.5
+    assert measure(spec, Context(), data=stream, layers=[first]).metrics["probe/accuracy"] > 0.5
 
 
 def test_auto_streams_only_large_parquet(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class Shuffled:
 
         Args:
             size: number of rows of a batch, over all workers.
-            least: a batch is left out if a worker's part of it has fewer rows.
+            least: a batch is left out if a worker's part of it has fewer rows, but some.
         """
         order = np.random.default_rng(seed).permutation(len(self.stream.pieces))
         rows = [int(self.stream.counts[order[r::workers], 0].sum()) for r in range(workers)]
@@ -129,7 +129,7 @@ class Shuffled:
         for step in range(max(-(-r // s) for r, s in zip(rows, sizes, strict=True) if s)):
             parts = [min(s, max(0, r - step * s)) for r, s in zip(rows, sizes, strict=True)]
             batch = next(own_batches) if parts[rank] else ()
-            if sum(parts) > 1 and min(parts) >= least:
+            if sum(parts) > 1 and all(not part or part >= least for part in parts):
                 arrays = tuple(values for values in batch[: 1 + self.labelled] if values is not None)
                 yield arrays, parts[rank] / sum(parts)
 

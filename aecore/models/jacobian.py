@@ -1,13 +1,13 @@
 """The Jacobian of an encoder: how far a code moves when its input does."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from aecore.models.activations import ACTIVATIONS
 from aecore.models.autoencoder import Autoencoder, Batch
 from aecore.models.layers import Layer
-from aecore.models.products import linear
 from aecore.models.spec import LayerSpec
 
 _CHUNK_VALUES = 2**22
@@ -29,7 +29,7 @@ def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Flo
     if isinstance(model, Layer) and _has_closed_form(model.spec):
         affine = model.encoder.affine
         assert affine.bias is not None
-        slope = ACTIVATIONS[model.spec.activation].slope(linear(x.flatten(1), affine.weight, affine.bias))
+        slope = ACTIVATIONS[model.spec.activation].slope(F.linear(x.flatten(1), affine.weight, affine.bias))
         return slope.square() @ affine.weight.square().sum(1)
     code, pull, *_ = torch.func.vjp(model.encode, x)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from aecore.models import likelihood
 from aecore.models.activations import ACTIVATIONS
 from aecore.models.autoencoder import Autoencoder, Batch
-from aecore.models.products import linear
 from aecore.models.spec import LayerSpec
 
 
@@ -30,7 +29,7 @@ def _affine(spec: LayerSpec) -> nn.Linear | nn.Conv2d:
 
 
 def _apply(affine: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    return linear(x.flatten(1), affine.weight, affine.bias) if isinstance(affine, nn.Linear) else affine(x)
+    return F.linear(x.flatten(1), affine.weight, affine.bias) if isinstance(affine, nn.Linear) else affine(x)
 
 
 def keep_largest(code: Batch, k: int) -> Batch:
@@ -84,7 +83,7 @@ class Decoder(nn.Module):
         assert weight is not None, "the decoder of a tied layer needs the weight of its encoder"
         if spec.kind == "dense":
             weight = weight.T if self.weight is None else weight
-            out = linear(code.flatten(1), weight, self.bias)
+            out = F.linear(code.flatten(1), weight, self.bias)
         else:
             # the encoder's stride may have left out the last places of each side; padding the output restores its size
             sides = [(n - 1) * spec.stride - 2 * spec.padding + spec.kernel for n in spec.code_shape[1:]]

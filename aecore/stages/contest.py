@@ -11,14 +11,14 @@ from aecore.evaluation.scoring import over_batches
 from aecore.evaluation.statistics import gain
 from aecore.models.storage import Result
 from aecore.serving.model import Model
-from aecore.stages.context import Run, all_test_rows
+from aecore.stages.context import Context, all_test_rows
 
 Scores = dict[str, np.ndarray]
 """A score of each row, (rows,), by model: `champion`, where there is one, and `challenger`."""
 
 
 def contest(
-    spec: ContestSpec, run: Run, *, data: Arrays | Stream, challenger: Result, champion: Result | None = None,
+    spec: ContestSpec, context: Context, *, data: Arrays | Stream, challenger: Result, champion: Result | None = None,
     earlier: Result | None = None,
 ) -> Result:  # fmt: skip
     """Score both models on the test rows, row by row, and compare them in pairs: on all rows, on those that were test
@@ -35,12 +35,12 @@ def contest(
         squared errors per feature in the champion's units of the input; their difference is a share of the champion's
         error.
     """
-    models = {"challenger": Model(challenger, run.device)}
+    models = {"challenger": Model(challenger, context.device)}
     if champion is not None:
-        models = {"champion": Model(champion, run.device), **models}
+        models = {"champion": Model(champion, context.device), **models}
     scale = next(iter(models.values())).prepare.scale
     ids, parts = [], []
-    for rows in all_test_rows(data, run):
+    for rows in all_test_rows(data, context):
         ids.append(content_hashes(rows.x))
         parts.append({name: _score(spec, model, rows, scale) for name, model in models.items()})
     known = np.concatenate(ids)

@@ -1,36 +1,41 @@
-"""Where a stage runs and whom it tells."""
+"""Where a stage runs, whom it tells, and where it finds rows."""
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from aecore.data.splits import Arrays, Split
 from aecore.data.stream import ReadPieces, Stream, read_in_turn
 from aecore.training.checkpoint import Checkpoints
-from aecore.training.fit import Fitted, Report, fit
+from aecore.training.job import Report, no_report
 from aecore.training.team import ALONE, Team
 
+CPU = torch.device("cpu")
 
-class Run(NamedTuple):
-    """Where a stage runs and whom it tells; nothing here reaches the numbers."""
 
-    device: torch.device = torch.device("cpu")
-    report: Report = lambda epoch, metrics: None
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Where a stage runs and whom it tells; nothing here changes the numbers."""
+
+    device: torch.device = CPU
+    report: Report = no_report
+    """Told of each epoch of training."""
     team: Team = ALONE
+    """The workers that train together."""
     checkpoints: Checkpoints | None = None
+    """Where training goes on from and writes its checkpoints to."""
     spread: ReadPieces = read_in_turn
+    """Reads the pieces of a data set that is larger than memory."""
     parts: int = 1
-    """Into how many a batch is cut whose gradients are added up, where memory lacks."""
-    fit: Callable[..., Fitted] = fit
-    """The training loop, or what has several stages go through it as one: see `aecore.fused`."""
+    """Into how many parts a batch is cut, whose gradients are added up, where a whole one does not fit into memory."""
 
 
-def held(data: Arrays | Stream) -> Arrays:
-    """The rows that lie in memory: all, or the sample of a larger set."""
+def rows_in_memory(data: Arrays | Stream) -> Arrays:
+    """Return the rows that are held in memory: all of them, or the sample of a larger set."""
     return data.sample if isinstance(data, Stream) else data
 
 
-def all_test_rows(data: Arrays | Stream, run: Run) -> Iterable[Split]:
-    """Also of a larger set, in chunks."""
-    return run.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]
+def all_test_rows(data: Arrays | Stream, context: Context) -> Iterable[Split]:
+    """Return all test rows in chunks, also those of a set that is larger than memory."""
+    return context.spread(data.reader("test"), data.pieces) if isinstance(data, Stream) else [data.test]

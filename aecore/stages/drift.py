@@ -10,12 +10,12 @@ from aecore.evaluation.figures import model as figures
 from aecore.evaluation.scoring import over_batches
 from aecore.models.storage import Result, Weights
 from aecore.serving.model import Model
-from aecore.stages.context import Run, all_test_rows
+from aecore.stages.context import Context, all_test_rows
 
 _MOST_ROWS = 20_000
 
 
-def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result, earlier: Result) -> Result:
+def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion: Result, earlier: Result) -> Result:
     """Compare the test rows that came since the champion was made with the reference of its training, that is with
     validation rows of its day; the champion was trained on neither. `evaluation.drift.drift_table` says how.
 
@@ -26,7 +26,7 @@ def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result,
         A result with `drift/...` metrics; in `config` the `table` as CSV, the findings in `words` and whether anything
         has `drifted`; and a figure.
     """
-    new = _measure_new_rows(spec, run, data, Model(champion, run.device), earlier.weights["ids"])
+    new = _measure_new_rows(spec, context, data, Model(champion, context.device), earlier.weights["ids"])
     if not new:
         metrics = {"drift/rows": 0.0, "drift/drifted": 0.0}
         config = {"table": as_csv([]), "words": "no test row has come since", "drifted": False}
@@ -49,12 +49,14 @@ def drift(spec: DriftSpec, run: Run, *, data: Arrays | Stream, champion: Result,
     return Result(config, {}, metrics, {"drift": picture})
 
 
-def _measure_new_rows(spec: DriftSpec, run: Run, data: Arrays | Stream, model: Model, seen: np.ndarray) -> Weights:
+def _measure_new_rows(
+    spec: DriftSpec, context: Context, data: Arrays | Stream, model: Model, seen: np.ndarray
+) -> Weights:
     """Measure the test rows whose ids are not among `seen`, at most the first 20,000: `code`, `x`, and where there are
     any `error` and `class`, as `drift_table` takes them. Empty where no row is new."""
     parts: list[Weights] = []
     rows = 0
-    for part in all_test_rows(data, run):
+    for part in all_test_rows(data, context):
         fresh = np.flatnonzero(~np.isin(content_hashes(part.x), seen))[: _MOST_ROWS - rows]
         if not len(fresh):
             continue

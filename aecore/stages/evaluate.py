@@ -23,16 +23,16 @@ from aecore.models.prepare import Prepare
 from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.context import Run, all_test_rows, held
+from aecore.stages.context import Context, all_test_rows, rows_in_memory
 from aecore.stages.drawings import Pen, draw_codes, draw_fits, draw_variant
-from aecore.stages.rows import prepared
+from aecore.stages.rows import preprocessing
 from aecore.variants import Variational
 
 _UNIT_ROWS = 2048
 
 
 def evaluate(
-    spec: EvaluateSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (),
+    spec: EvaluateSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
     finetuned: Result | None = None,
 ) -> Result:  # fmt: skip
     """Score the selected weights on the test split, once, and draw what they learned.
@@ -47,23 +47,23 @@ def evaluate(
     # figures are drawn while the measures are taken; scikit-learn sets the same limit now and then and restores what it
     # found, which of two threads may be what the other one has set
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as thread:
-        pen, prepare = Pen(thread), prepared(data, run.device)
+        pen, prepare = Pen(thread), preprocessing(data, context.device)
         metrics: dict[str, float] = {}
         table = None
         if finetuned is not None and spec.task == "classify":
-            table = _confusion(spec, run, prepare, data, finetuned)
+            table = _confusion(spec, context, prepare, data, finetuned)
             metrics |= accuracy_metrics(table)
         codes = None
         if (stack := _autoencoder(spec, layers, finetuned)) is not None:
-            stack = stack.to(run.device).eval()
-            scores, codes = _evaluate_autoencoder(spec, run, prepare, data, stack, pen)
+            stack = stack.to(context.device).eval()
+            scores, codes = _evaluate_autoencoder(spec, context, prepare, data, stack, pen)
             metrics |= scores
         if spec.pictures:
             if table is not None:
                 pen.draw("confusion", figures.confusion, table, spec.classes)
             draw_fits(pen, layers, finetuned)
         if codes is not None:
-            metrics |= _readout(codes, held(data))
+            metrics |= _readout(codes, rows_in_memory(data))
         return Result({}, {}, metrics, pen.figures())
 
 
@@ -83,32 +83,34 @@ def _autoencoder(spec: EvaluateSpec, layers: Sequence[Result], finetuned: Result
     return Stack([build_layer(result) for result in layers]) if layers else None
 
 
-def _confusion(spec: EvaluateSpec, run: Run, prepare: Prepare, data: Arrays | Stream, finetuned: Result) -> np.ndarray:
+def _confusion(
+    spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, finetuned: Result
+) -> np.ndarray:
     """Count true and predicted classes of all test rows, (classes, classes)."""
     table = np.zeros((len(spec.classes),) * 2, np.int64)
-    for rows in all_test_rows(data, run):
+    for rows in all_test_rows(data, context):
         assert rows.y is not None
-        table += confusion(rows.y, classify(finetuned, prepare, rows.x, run.device), len(spec.classes))
+        table += confusion(rows.y, classify(finetuned, prepare, rows.x, context.device), len(spec.classes))
     return table
 
 
 def _evaluate_autoencoder(
-    spec: EvaluateSpec, run: Run, prepare: Prepare, data: Arrays | Stream, stack: Stack, pen: Pen
+    spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, stack: Stack, pen: Pen
 ) -> tuple[dict[str, float], Codes | None]:
     """Score and draw the unsupervised model; its codes are returned where pictures are wanted."""
-    sample = held(data)
-    x = over_batches(prepare, sample.test.x, run.device)
+    sample = rows_in_memory(data)
+    x = over_batches(prepare, sample.test.x, context.device)
     mse, reconstruction = _reconstruct(stack, x)
     metrics = {"test/reconstruction_mse": mse}
     if isinstance(data, Stream):
-        metrics["test/reconstruction_mse"] = _streamed_mse(stack, prepare, data, run)
+        metrics["test/reconstruction_mse"] = _streamed_mse(stack, prepare, data, context)
     if not spec.pictures:
         return metrics, None
-    codes = encode_splits(stack, prepare, sample, run.device)
+    codes = encode_splits(stack, prepare, sample, context.device)
     draw_codes(pen, codes, sample, spec.classes)
     inputs = to_numpy(x[:SHOWN_ROWS]).copy()
     pen.draw("reconstructions", figures.reconstructions, inputs, reconstruction, metrics["test/reconstruction_mse"])
-    pen.draw("units", figures.units, unit_images(stack, prepare, sample.train.x[:_UNIT_ROWS], run.device))
+    pen.draw("units", figures.units, unit_images(stack, prepare, sample.train.x[:_UNIT_ROWS], context.device))
     draw_variant(pen, spec, stack, x, codes.test)
     if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
         metrics |= likelihood_bounds(stack, spec.variant, x)
@@ -124,13 +126,13 @@ def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:
     return reconstruction_mse(x, reconstruction), to_numpy(reconstruction[:SHOWN_ROWS]).copy()
 
 
-def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, run: Run) -> float:
+def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, context: Context) -> float:
     """Return the squared error per feature over all test rows of a set that is larger than memory."""
     total, values = 0.0, 0
     size = stack.first.spec.scoring_rows
-    for rows in all_test_rows(data, run):
+    for rows in all_test_rows(data, context):
         for start in range(0, len(rows.x), size):  # a whole chunk as floats, with its outputs, may take 100s of MB
-            x = over_batches(prepare, rows.x[start : start + size], run.device)
+            x = over_batches(prepare, rows.x[start : start + size], context.device)
             total += reconstruction_mse(x, over_prepared(stack.reconstruct, x, stack)) * x.numel()
             values += x.numel()
     return total / values

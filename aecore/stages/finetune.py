@@ -1,8 +1,7 @@
-"""Finetuning: all weights of a stack trained together, with labels or without."""
+"""Finetuning: all weights of a stack are trained together, with labels or without."""
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,118 +18,142 @@ from aecore.models.prepare import Prepare
 from aecore.models.rebuild import build_autoencoder, build_layer, build_stack, get_weights, set_weights
 from aecore.models.stack import Stack
 from aecore.models.storage import Result, Weights
-from aecore.stages.context import Run, held
-from aecore.stages.pretrain import _curves, _seeded, _summary
-from aecore.stages.rows import _rows, prepared
+from aecore.stages.context import Context, rows_in_memory
+from aecore.stages.rows import preprocessing, training_rows
+from aecore.stages.training import Training, curves, summary, train
+from aecore.training.job import Fitted, Job
 from aecore.training.objective import Objective
-
-if TYPE_CHECKING:
-    pass
-
+from aecore.training.randomness import get_random_state, own_random_state
 
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 
 
 def finetune(
-    spec: FinetuneSpec, run: Run, *, data: Arrays | Stream, layers: Sequence[Result] = (), stack: Result | None = None,
-    parent: Result | None = None,
+    spec: FinetuneSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
+    stack: Result | None = None, parent: Result | None = None,
 ) -> Result:  # fmt: skip
-    """Train all weights together, starting from exactly those of the pretrained `layers`, or of a `stack` that was
-    trained as a whole, or from those of a `parent`, finetuned another day, whose head is taken over where the classes
-    are the same; or from random ones where there are none.
+    """Train all weights together.
 
-    `classify` puts a softmax head on the code and minimises cross-entropy on its logits; the epoch with the fewest
-    validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
+    Training starts from exactly the weights of the pretrained `layers`, or of a `stack` that was trained as a whole, or
+    of a `parent`, a model that was finetuned another day, whose head is taken over if the classes are the same. Without
+    any of them it starts from random weights.
+
+    The task `classify` puts a softmax head on the code and minimises the cross-entropy of its logits; the epoch with
+    the fewest validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
 
     Returns:
-        A result with the model in `weights` and, behind `prepare.`, its preprocessing. Where it is to be served, also
+        A result with the model in `weights` and its preprocessing behind `prepare.`. A result that is to be served also
+        has
 
-        - `autoencoder.*`, its layers in the config's `autoencoder`: what a classifier was finetuned from, since it has
-          no decoder of its own;
-        - `reference.*` of at most 2,000 validation rows, what new data are compared with: `error` (rows,) of
-          reconstruction, squared, a feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,) of
-          what the first layer reads.
+        - `autoencoder.*`, with its layers in the config's `autoencoder`: what a classifier was finetuned from, since a
+          classifier has no decoder;
+        - `reference.*` of at most 2,000 validation rows, with which new data are compared: `error` (rows,), the squared
+          error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
+          of what the first layer reads.
     """
+    return train(prepare(spec, context, data=data, layers=layers, stack=stack, parent=parent))
+
+
+def prepare(
+    spec: FinetuneSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
+    stack: Result | None = None, parent: Result | None = None,
+) -> Training:  # fmt: skip
+    """Return what `finetune` fits, and how it makes its result."""
     if spec.labels is not None:
-        data = _labelled(held(data), spec.labels, spec.seed, spec.fit.batch_size)
-    prepare = prepared(data, run.device)
-    supervised = spec.task == "classify"
-    train, validation, read = _rows(data, prepare, run, prod(spec.layers[0].in_shape), labelled=supervised)
+        data = few_labels(rows_in_memory(data), spec.labels, spec.seed, spec.fit.batch_size)
+    device, precision, supervised = context.device, spec.numerics.precision, spec.task == "classify"
+    prepare = preprocessing(data, device)
+    rows = training_rows(data, prepare, context, prod(spec.layers[0].in_shape), supervised, precision)
     seed = derive_seed(spec.seed, "finetune")
-    with _seeded(seed):
-        # drawn before any trained weights are read: the control's head is the same as the pretrained net's
-        net = Stack([Layer(layer) for layer in spec.layers])
-        head = Classifier([layer.encoder for layer in net], len(spec.classes)) if spec.task == "classify" else None
-        for layer, result in zip(net, layers, strict=True) if layers else ():
-            set_weights(layer, result.weights)
-        if stack is not None:
-            set_weights(net, stack.weights)
-        model = head or net
-        if parent is not None:
-            own, same = model.state_dict(), parent.config["classes"] == list(spec.classes)
-            given = {name: torch.tensor(value) for name, value in parent.weights.items() if name in own}
-            model.load_state_dict(own | {n: v for n, v in given.items() if same or not n.startswith("head.")})
-        model = model.to(run.device)
+    with own_random_state(device, seed):
+        net, model = _build(spec, layers, stack, parent)
+        model = model.to(device)
+        random = get_random_state(device)
+    arrays = rows_in_memory(data)
+    # where a result is not served, the rows need not wait for its end
+    validation, example = (arrays.validation, arrays.train.x[:4]) if spec.served else (None, None)
 
-        objective = Objective(model, read, None if supervised else spec.variant)
-        fitted = run.fit(
-            model, objective, train, validation, spec.fit, seed=seed, device=run.device,
-            scored=objective.scored,
-            monitor="error" if supervised else "loss",
-            precision=spec.numerics.precision, compile=spec.numerics.compile, report=run.report,
-            scoring_rows=spec.layers[0].scoring_rows, team=run.team, checkpoints=run.checkpoints,
-            parts=run.parts,
-        )  # fmt: skip
-    config = {
-        "task": spec.task,
-        "classes": list(spec.classes),
-        "layers": [layer.model_dump(mode="json") for layer in spec.layers],
-        **_curves(fitted),
-    }
-    summary = _summary(fitted)
-    if supervised:
-        summary["best/accuracy"] = 1 - summary["best/error"]
-    weights = get_weights(model) | {f"prepare.{name}": value for name, value in get_weights(prepare).items()}
-    config["autoencoder"] = None
-    if not spec.served:
-        return Result(config, weights, summary)
-    autoencoder: Stack | None = net
-    if supervised:
-        if parent is not None:
-            autoencoder = build_autoencoder(parent)
-        else:
-            before = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
-            autoencoder = Stack(before) if before else None
-        autoencoder = autoencoder and autoencoder.to(run.device)
-    if supervised and autoencoder is not None:
-        config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
-        weights |= {f"autoencoder.{name}": value for name, value in get_weights(autoencoder).items()}
-    found = _reference(model, autoencoder, prepare, held(data).validation, run.device)
-    weights |= {f"reference.{name}": value for name, value in found.items()}
-    return Result(config, weights, summary, example=held(data).train.x[:4])
+    def finish(fitted: Fitted) -> Result:
+        config = {
+            "task": spec.task, "classes": list(spec.classes),
+            "layers": [layer.model_dump(mode="json") for layer in spec.layers], **curves(fitted), "autoencoder": None,
+        }  # fmt: skip
+        scores = summary(fitted)
+        if supervised:
+            scores["best/accuracy"] = 1 - scores["best/error"]
+        weights = get_weights(model) | {f"prepare.{name}": value for name, value in get_weights(prepare).items()}
+        if validation is None:
+            return Result(config, weights, scores)
+        autoencoder: Stack | None = net
+        if supervised:
+            autoencoder = _unsupervised(layers, stack, parent)
+            autoencoder = autoencoder and autoencoder.to(device)
+        if supervised and autoencoder is not None:
+            config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
+            weights |= {f"autoencoder.{name}": value for name, value in get_weights(autoencoder).items()}
+        reference = reference_rows(model, autoencoder, prepare, validation)
+        weights |= {f"reference.{name}": value for name, value in reference.items()}
+        return Result(config, weights, scores, example=example)
+
+    job = Job(
+        objective=Objective(model, rows.read, None if supervised else spec.variant), train=rows.train,
+        validation=rows.validation, spec=spec.fit, seed=seed, device=device, precision=precision,
+        compile=spec.numerics.compile, monitor="error" if supervised else "loss",
+        scoring_rows=spec.layers[0].scoring_rows, report=context.report, team=context.team,
+        checkpoints=context.checkpoints, parts=context.parts, random=random,
+    )  # fmt: skip
+    return Training(job, finish)
 
 
-def _reference(
-    model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split, device: torch.device
-) -> Weights:
-    """What a model makes of some of the rows that it was chosen by."""
-    drawn = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
-    x = over_batches(prepare, rows.x[drawn], device)
+def _build(
+    spec: FinetuneSpec, layers: Sequence[Result], stack: Result | None, parent: Result | None
+) -> tuple[Stack, Stack | Classifier]:
+    """Return the autoencoder and the model that is trained: the autoencoder, or a classifier with its encoders."""
+    # drawn before any trained weights are read: the control's head is the same as the pretrained net's
+    net = Stack([Layer(layer) for layer in spec.layers])
+    head = Classifier([layer.encoder for layer in net], len(spec.classes)) if spec.task == "classify" else None
+    for layer, result in zip(net, layers, strict=True) if layers else ():
+        set_weights(layer, result.weights)
+    if stack is not None:
+        set_weights(net, stack.weights)
+    model = head or net
+    if parent is not None:
+        own, same = model.state_dict(), parent.config["classes"] == list(spec.classes)
+        weights = {name: torch.tensor(value) for name, value in parent.weights.items() if name in own}
+        model.load_state_dict(own | {n: v for n, v in weights.items() if same or not n.startswith("head.")})
+    return net, model
+
+
+def _unsupervised(layers: Sequence[Result], stack: Result | None, parent: Result | None) -> Stack | None:
+    """Return the autoencoder that a classifier was finetuned from; None if it started from random weights."""
+    if parent is not None:
+        return build_autoencoder(parent)
+    pretrained = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
+    return Stack(pretrained) if pretrained else None
+
+
+def reference_rows(model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split) -> Weights:
+    """Return what a model makes of some of the validation rows, with which new data are compared: see `finetune`."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
+    x = over_batches(prepare, rows.x[chosen], prepare.shift.device)
     model.eval()
-    found = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
+    reference = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
     with torch.no_grad():
-        found["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
+        reference["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
         if autoencoder is not None:
             autoencoder.eval()
             parts = x.split(autoencoder.first.spec.scoring_rows)
-            found["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part)) for part in parts])
-    label = {} if rows.y is None else {"label": rows.y[drawn]}
-    return {name: value.cpu().numpy() for name, value in found.items()} | label
+            reference["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part)) for part in parts])
+    label = {} if rows.y is None else {"label": rows.y[chosen]}
+    return {name: value.cpu().numpy() for name, value in reference.items()} | label
 
 
-def _labelled(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
-    """`count` training rows, stratified by label, repeated until an epoch has some 20 batches: a few labels get as many
-    steps and as few looks at validation as many do."""
+def few_labels(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
+    """Return the data with `count` training rows, stratified by label.
+
+    They are repeated until an epoch has some 20 batches: a few labels get as many steps as many labels do, and as few
+    scores on validation.
+    """
     x, y = data.train
     rows = split_off(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))
     rows = np.tile(rows, max(1, 20 * batch_size // len(rows)))

@@ -20,14 +20,14 @@ from aecore.evaluation.units import unit_activity
 from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.context import Run, held
-from aecore.stages.rows import prepared
+from aecore.stages.context import Context, rows_in_memory
+from aecore.stages.rows import preprocessing
 from aecore.variants import Variational
 
 
 def measure(
-    spec: MeasureSpec, run: Run, *, data: Arrays | Stream, stack: Result | None = None, layers: Sequence[Result] = (),
-    classifiers: Sequence[Result] = (), judge: Result | None = None,
+    spec: MeasureSpec, context: Context, *, data: Arrays | Stream, stack: Result | None = None,
+    layers: Sequence[Result] = (), classifiers: Sequence[Result] = (), judge: Result | None = None,
 ) -> Result:  # fmt: skip
     """Measure one trained autoencoder on the test split; nothing is chosen by what is found there.
 
@@ -45,12 +45,12 @@ def measure(
         more rows and all units, to be shown in a plane, `map` with `map_labels`; and of a variational model `samples`
         and `manifold`.
     """
-    prepare = prepared(data, run.device)
-    sample = held(data)
+    prepare = preprocessing(data, context.device)
+    sample = rows_in_memory(data)
     net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
-    net = net.to(run.device).eval()
-    x = over_batches(prepare, sample.test.x, run.device)
-    codes = encode_splits(net, prepare, sample, run.device)
+    net = net.to(context.device).eval()
+    x = over_batches(prepare, sample.test.x, context.device)
+    codes = encode_splits(net, prepare, sample, context.device)
     labels = labels_of(sample)
 
     metrics, errors = reconstruction_errors(net, prepare, sample, x)
@@ -59,7 +59,7 @@ def measure(
     probe = None
     if labels is not None:
         probe = linear_probe((codes.train, labels.train), (codes.validation, labels.validation))
-        predictions = [classify(result, prepare, sample.test.x, run.device) for result in classifiers]
+        predictions = [classify(result, prepare, sample.test.x, context.device) for result in classifiers]
         correct = _correct(probe, predictions, codes, labels)
         metrics["val/probe_accuracy"] = float((probe.predict(codes.validation) == labels.validation).mean())
         agreement = cluster_agreement(codes.train, (codes.test, labels.test), len(spec.classes))
@@ -75,7 +75,7 @@ def measure(
     if isinstance(spec.variant, Variational):
         metrics |= likelihood_bounds(net, spec.variant, x)
         if judge is not None:
-            metrics |= sample_distance(net, judge, prepare, sample, run.device)
+            metrics |= sample_distance(net, judge, prepare, sample, context.device)
     if spec.pictures:
         arrays |= study_arrays(net, x, codes.test, sample.test.y, isinstance(spec.variant, Variational))
     return Result(curves, arrays, metrics)

@@ -1,7 +1,6 @@
 """The references that a trained autoencoder must beat: PCA and random weights."""
 
 from math import prod
-from typing import TYPE_CHECKING
 
 from aecore.config.specs import ReferenceSpec
 from aecore.core.fingerprint import derive_seed
@@ -12,25 +11,23 @@ from aecore.models.layers import Layer
 from aecore.models.rebuild import get_weights
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.context import Run, held
-from aecore.stages.pretrain import _seeded
-from aecore.stages.rows import prepared
-
-if TYPE_CHECKING:
-    pass
+from aecore.stages.context import Context, rows_in_memory
+from aecore.stages.rows import preprocessing
+from aecore.training.randomness import own_random_state
 
 
-def reference(spec: ReferenceSpec, run: Run, *, data: Arrays | Stream) -> Result:
-    """What a trained autoencoder must beat: PCA (as one linear layer), or the same stack with random weights."""
-    seed = derive_seed(spec.seed, "finetune")  # the weights that training from scratch starts from
-    with _seeded(seed):
+def reference(spec: ReferenceSpec, context: Context, *, data: Arrays | Stream) -> Result:
+    """Return PCA as one linear layer, or the same stack with random weights."""
+    seed = derive_seed(spec.seed, "finetune")  # random weights are those from which training from scratch starts
+    with own_random_state(context.device, seed):
         stack = Stack([Layer(layer) for layer in spec.layers])
     weights = get_weights(stack)
     if spec.kind == "pca":
         from sklearn.decomposition import PCA
 
-        prepare = prepared(data, run.device)
-        x = over_batches(prepare, held(data).train.x, run.device).flatten(1).cpu().numpy()
+        prepare = preprocessing(data, context.device)
+        rows = rows_in_memory(data).train.x
+        x = over_batches(prepare, rows, context.device).flatten(1).cpu().numpy()
         pca = PCA(prod(spec.layers[0].code_shape), svd_solver="covariance_eigh").fit(x)
         axes, centre = pca.components_, pca.mean_
         weights = {

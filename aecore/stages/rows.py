@@ -1,69 +1,93 @@
-"""The rows that a stage trains on, and where they lie while it does."""
+"""The rows that a stage trains on, and where they lie meanwhile."""
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aecore.core.types import Precision
 from aecore.data.splits import Arrays, Split
 from aecore.data.stream import Shuffled, Stream
 from aecore.evaluation.scoring import over_batches
 from aecore.models.layers import Encoder
 from aecore.models.prepare import Prepare
-from aecore.stages.context import Run, held
+from aecore.stages.context import Context, rows_in_memory
+from aecore.training.memory import free_memory
+from aecore.training.precision import numerics
 
 _RESIDENT_BYTES = 2**30
-"""Largest set kept on the device as the floats that a layer reads."""
+"""On a CPU, the largest set that is kept as the floats that a layer reads."""
 _PREPARED_BYTES = 2**26
-"""The same on a CPU where only the preprocessing is spared, which costs a step next to nothing."""
+"""The same where only the preprocessing is spared, which costs a step next to nothing."""
 
 
-def prepared(data: Arrays | Stream, device: torch.device) -> Prepare:
-    """The preprocessing of a data set, on `device`."""
+class TrainingRows(NamedTuple):
+    """Training and validation rows to cut batches from."""
+
+    train: tuple[Tensor, ...] | Shuffled
+    validation: tuple[Tensor, ...]
+    read: nn.Module
+    """Turns the rows of a batch into what the trained layer reads."""
+
+
+def preprocessing(data: Arrays | Stream, device: torch.device) -> Prepare:
+    """Return the preprocessing of a data set, on `device`."""
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
-def _rows(
-    data: Arrays | Stream, read: nn.Module, run: Run, features: int, labelled: bool
-) -> tuple[tuple[Tensor, ...] | Shuffled, tuple[Tensor, ...], nn.Module]:
-    """Training and validation rows to cut batches from, and what makes of a batch what the trained layer reads.
+def training_rows(
+    data: Arrays | Stream, read: nn.Module, context: Context, features: int, labelled: bool, precision: Precision
+) -> TrainingRows:
+    """Put the training and validation rows where batches can be cut from them.
 
-    A small set lies on the device as `read` makes it, `features` floats a row, once for all epochs. A larger one lies
-    there as it came (uint8 stays uint8; on a CPU, where it came) and is read batch by batch; one that takes more than
-    half of the device's free memory stays in pinned host memory; one that is larger than memory is streamed, but for
-    the validation rows.
+    A small set lies on the device as `read` turns it into `features` floats per row, once for all epochs, with the
+    numbers that `read` gives inside a fit of the same precision. A larger one lies there as it came (uint8 stays uint8;
+    on a CPU it stays where it came) and is read batch by batch. If that takes more than half of a GPU's free memory,
+    it stays in the host's memory. A set that is larger than memory is streamed, except for the validation rows.
     """
+    device, arrays = context.device, rows_in_memory(data)
     read.eval()
-    coded = any(isinstance(module, Encoder) for module in read.modules())
-    here = held(data)
 
-    def beside(x: Tensor, split: Split) -> tuple[Tensor, ...]:
-        """The labels, where they are used, beside the rows, so that one index cuts both."""
+    def with_labels(x: Tensor, split: Split) -> tuple[Tensor, ...]:
+        """Put the labels, where they are used, beside the rows, so that one index cuts both."""
         return (x, torch.tensor(split.y, device=x.device)) if labelled else (x,)
 
-    needed = 4 * features * (len(here.train.x) + len(here.validation.x))
-    if run.device.type == "cuda":
-        room = torch.cuda.mem_get_info(run.device)[0] // 2
-    else:
-        room = _RESIDENT_BYTES if coded else _PREPARED_BYTES
     if isinstance(data, Stream):
-        validation = torch.tensor(here.validation.x).to(run.device)
-        return Shuffled(data, labelled, run.spread), beside(validation, here.validation), read
-    if needed <= min(room, _RESIDENT_BYTES):
-        train, validation = (over_batches(read, split.x, run.device) for split in (here.train, here.validation))
+        validation = torch.tensor(arrays.validation.x).to(device)
+        return TrainingRows(
+            Shuffled(data, labelled, context.spread), with_labels(validation, arrays.validation), read
+        )  # fmt: skip
+    if device.type == "cuda":
+        room = free_memory(device) // 2
+    else:
+        coded = any(isinstance(module, Encoder) for module in read.modules())
+        room = _RESIDENT_BYTES if coded else _PREPARED_BYTES
+    splits = arrays.train, arrays.validation
+    if 4 * features * sum(len(split.x) for split in splits) <= room:
+        train, validation = (_read_once(read, split.x, device, precision) for split in splits)
         read = nn.Identity()
     else:
-        train, validation = _in_place(here.train.x), _in_place(here.validation.x)
-        if run.device.type == "cuda" and train.nbytes + validation.nbytes > room:
-            train, validation = train.pin_memory(), validation.pin_memory()
-        else:
-            train, validation = train.to(run.device), validation.to(run.device)
-    return beside(train, here.train), beside(validation, here.validation), read
+        train, validation = (_in_place(split.x) for split in splits)
+        if device.type != "cuda" or train.nbytes + validation.nbytes <= room:
+            train, validation = train.to(device), validation.to(device)
+    return TrainingRows(with_labels(train, arrays.train), with_labels(validation, arrays.validation), read)
+
+
+def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:
+    """Return what `read` makes of all rows, by the arithmetic that it has inside a fit."""
+    with numerics(precision, device) as autocast:
+
+        def floats(x: Tensor) -> Tensor:
+            with autocast():
+                return read(x).float()
+
+        return over_batches(floats, rows, device)
 
 
 def _in_place(rows: np.ndarray) -> Tensor:
-    """A tensor of the same memory, which may be the object store's, read by others: nothing may write to it."""
+    """Return a tensor of the same memory, which may be the object store's, read by others: nothing may write to it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an array that cannot be written to
+        warnings.simplefilter("ignore")  # torch warns of an array that cannot be written to
         return torch.from_numpy(rows)

@@ -1,9 +1,8 @@
 """What a user chooses of the cluster, and what each stage gets of it."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -80,5 +79,3 @@ class Share(NamedTuple):
     """Many short stages for a comparison: without Ray Train's start-up."""
     halved: frozenset[str] = frozenset()
     """Keys of stages that ran out of their node's memory: their batches are cut in two."""
-    fit: Callable[..., Any] | None = None
-    """Trains in place of `aecore.fit.fit`: see `aecore.fused`. It never leaves its process."""

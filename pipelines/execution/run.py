@@ -356,7 +356,7 @@ def _execute(
         with fast_imports():
             import torch
 
-            from aecore.stages.context import Run
+            from aecore.stages.context import Context
 
         torch.set_num_threads(share.cpus)
         device = torch.device("cuda" if share.gpus and torch.cuda.is_available() else "cpu")
@@ -367,9 +367,10 @@ def _execute(
         else:
             with _Recorder(stage, store, parent, tell) as recorder:
                 parts = 2 if stage.key in share.halved else 1
-                run = Run(device, recorder.report, checkpoints=checkpoints, spread=_spread_of(share), parts=parts)
-                if share.fit is not None:
-                    run = run._replace(fit=share.fit)
+                run = Context(
+                    device=device, report=recorder.report, checkpoints=checkpoints, spread=_spread_of(share),
+                    parts=parts,
+                )  # fmt: skip
                 whole = stage.fn == "stages.finetune" and not share.study
                 result = _in_ray_train(partial(fn, run)) if whole else fn(run)
             record = Record(result, None, recorder.points, recorder.began, recorder.run_id, checkpoints, _where())
@@ -573,14 +574,14 @@ def _work(
     team = Team(context.get_world_rank(), context.get_world_size())
     inputs = _by_parameter(stage, ray.get(list(references)))
     checkpoints = checkpoints_of(stage, store[0], share)
-    from aecore.stages.context import Run
+    from aecore.stages.context import Context
 
-    run = Run(get_device(), team=team, checkpoints=checkpoints, spread=_spread_of(share))
+    run = Context(device=get_device(), team=team, checkpoints=checkpoints, spread=_spread_of(share))
     if team.rank:
         stage.function()(stage.spec, run, **inputs)
         return None
     with _Recorder(stage, store, parent, None) as recorder:
-        result = stage.function()(stage.spec, run._replace(report=recorder.report), **inputs)
+        result = stage.function()(stage.spec, replace(run, report=recorder.report), **inputs)
     return Record(result, None, recorder.points, recorder.began, recorder.run_id, run.checkpoints, _where())
 
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -357,14 +356,14 @@ def run_as_one(
     """
     import torch
 
-    from aecore.training.fused import together
-
-    def work(m: TrialPlan, fit: Callable[..., Any]) -> Result:
-        return run_trial(m.stage, tracker, parent, m.tags(), share._replace(fit=fit), dict(done), tell)
-
     torch.set_num_threads(share.cpus)
     with redirect_stdout(sys.stderr):  # as each does for itself, and not in turn
-        ended = together([partial(work, m) for m in members], everywhere)
+        ended: list[Result | Exception] = []
+        for m in members:
+            try:
+                ended.append(run_trial(m.stage, tracker, parent, m.tags(), share, dict(done), tell))
+            except Exception as error:  # it is this trial's alone
+                ended.append(error)
     return {m.stage.key: one for m, one in zip(members, ended, strict=True)}
 
 

@@ -11,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays, Split
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
-from aecore.stages.context import Run
+from aecore.stages.context import Context
 from aecore.stages.finetune import finetune
-from aecore.stages.pretrain import pretrain_layer
-from aecore.training import fit as loop
-from aecore.training import fused
+from aecore.stages.pretrain import prepare, pretrain_layer
+from aecore.stages.training import train, train_as_one
+from aecore.training import graphs
 from aecore.variants import Plain
 from tests.benchmarks.tables import last, show
 
@@ -56,19 +55,20 @@ def layers(widths: Sequence[int]) -> list[LayerSpec]:
     return layer_specs(Dense(widths=tuple(widths), activation="relu"), Data(likelihood="gaussian"), facts)
 
 
-def pretrain(
-    data: Arrays, specs: Sequence[LayerSpec], epochs: int, seed: int, fit: Callable[..., Any] = loop.fit,
-    device: str = "cuda",
-) -> list[Result]:  # fmt: skip
-    """Layer upon layer."""
+def pretrain(data: Arrays, specs: Sequence[LayerSpec], epochs: int, seed: int, device: str = "cuda") -> list[Result]:
+    """Train layer upon layer."""
     below: list[Result] = []
     for number, layer in enumerate(specs, 1):
-        spec = PretrainSpec(
-            number=number, layer=layer, variant=Plain(), fit=Fit(epochs=epochs, batch_size=BATCH), seed=seed,
-            numerics=Numerics(),
-        )  # fmt: skip
-        below.append(pretrain_layer(spec, Run(torch.device(device), fit=fit), data=data, below=below))
+        context = Context(device=torch.device(device))
+        below.append(train(prepare(pretraining(layer, number, epochs, seed), context, data=data, below=below)))
     return below
+
+
+def pretraining(layer: LayerSpec, number: int, epochs: int, seed: int) -> PretrainSpec:
+    return PretrainSpec(
+        number=number, layer=layer, variant=Plain(), fit=Fit(epochs=epochs, batch_size=BATCH), seed=seed,
+        numerics=Numerics(),
+    )  # fmt: skip
 
 
 def pipeline(data: Arrays, epochs: tuple[int, int], device: str = "cuda") -> float:
@@ -79,7 +79,7 @@ def pipeline(data: Arrays, epochs: tuple[int, int], device: str = "cuda") -> flo
         layers=tuple(specs), task="classify", classes=CLASSES, variant=None,
         fit=Fit(epochs=epochs[1], batch_size=BATCH, lr=5e-4), seed=0, numerics=Numerics(), served=False,
     )  # fmt: skip
-    tuned = finetune(spec, Run(torch.device(device)), data=data, layers=below)
+    tuned = finetune(spec, Context(device=torch.device(device)), data=data, layers=below)
     return sum(epoch["seconds"] for result in (*below, tuned) for epoch in result.config["history"])
 
 
@@ -124,25 +124,24 @@ def wall(act: Callable[[], Any]) -> float:
 
 def measure(root: Path | None, epochs: tuple[int, int] = (10, 15), seeds: int = 32) -> dict[str, Any]:
     """Print the tables; what stands in them."""
-    data = rows(root)
+    data, device = rows(root), torch.device("cuda")
     pipeline(data, (1, 1))  # libraries load, memory is taken
     replayed = pipeline(data, epochs)
-    captured = loop._can_be_captured
-    loop._can_be_captured = lambda *_: False
+    captured = graphs.can_be_captured
+    graphs.can_be_captured = lambda job: False
     try:
         eager = pipeline(data, epochs)
     finally:
-        loop._can_be_captured = captured
+        graphs.can_be_captured = captured
     least = floors(data, epochs)
     found = [{"45 epochs": "replayed", "s": replayed}, {"45 epochs": "step by step", "s": eager}] + [
         {"45 epochs": f"floor of {name}", "s": s, "share of replayed": s / replayed} for name, s in least.items()
     ]
     show(torch.cuda.get_device_name(), found)
-    specs = layers((64,))
-    works = [partial(pretrain, data, specs, 2, seed) for seed in range(seeds)]
-    one_by_one = wall(lambda: [work() for work in works])
-    together(works[:2])  # torch.func imports a second's worth at its first use
-    as_one = wall(lambda: together(works))
+    specs = [pretraining(layers((64,))[0], 1, 2, seed) for seed in range(seeds)]
+    one_by_one = wall(lambda: [pretrain_layer(spec, Context(device=device), data=data) for spec in specs])
+    as_one_of(specs[:2], data, device)  # torch.func imports a second's worth at its first use
+    as_one = wall(lambda: as_one_of(specs, data, device))
     fits = [
         {f"{seeds} seeds of 784-64": "one after another", "s": one_by_one},
         {f"{seeds} seeds of 784-64": "as one", "s": as_one, "times quicker": one_by_one / as_one},
@@ -151,17 +150,12 @@ def measure(root: Path | None, epochs: tuple[int, int] = (10, 15), seeds: int = 
     return {"device": torch.cuda.get_device_name(), "pipeline": found, "fused": fits}
 
 
-def together(works: Sequence[Callable[..., list[Result]]]) -> list[list[Result]]:
-    """What each makes of the data, trained as one; what one of them raises."""
-
-    def given(work: Callable[..., list[Result]]) -> Callable[[Any], list[Result]]:
-        return lambda fit: work(fit=fit)
-
-    ended = fused.together([given(work) for work in works])
-    for one in ended:
-        if isinstance(one, Exception):  # would be quick, and no training
-            raise one
-    return [one for one in ended if not isinstance(one, Exception)]
+def as_one_of(specs: Sequence[PretrainSpec], data: Arrays, device: torch.device) -> None:
+    """Train stages as one; raise what one of them raises, which would be quick, and no training."""
+    context = Context(device=device)
+    for result in train_as_one(prepare(spec, context, data=data) for spec in specs):
+        if isinstance(result, Exception):
+            raise result
 
 
 def main() -> None:

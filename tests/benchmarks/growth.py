@@ -36,7 +36,6 @@ from aecore.models.layers import Layer
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.training.fit import fit
 from pipelines.cluster.resources import Resources, Share
 from pipelines.execution.run import compute, run_here
 from pipelines.graph.recipe import Stacked, build
@@ -49,6 +48,7 @@ from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.trials import _Job
 from tests.benchmarks.tables import last, show
+from tests.fits import fit_model
 
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
 RUNS, TRIALS = (10, 100, 1_000, 10_000), (32, 125, 500)
@@ -68,7 +68,7 @@ def epoch(data: Arrays, facts: Facts, experiment: Experiment, repeats: int) -> f
         return {"reconstruction": torch.nn.functional.mse_loss(net.reconstruct(x), x)}
 
     spec = Fit(epochs=repeats, batch_size=BATCH)
-    fitted = fit(net, terms, (train,), (validation,), spec, seed=0, device=torch.device("cpu"))
+    fitted = fit_model(net, terms, (train,), (validation,), spec)
     return median(found["seconds"] for found in fitted.history)
 
 

@@ -1,9 +1,9 @@
 """python -m tests.benchmarks.training --root FOLDER [--repeats 5] [--batch 64 256 1024] [--network dense wide conv]
 
 Samples a second of `fit` against what a user would write instead, and against floors: the matrix products (or
-convolutions) of its steps alone, by torch's own operator and by the quicker kernels that `fit` uses, and these with
-AdamW's updates. All in one process, one after the other, so that ratios hold on a machine that others use too; peak
-memory (RSS) in a process for each. FOLDER holds MNIST/raw. Lightning and Pythae take part where they are installed:
+convolutions) of its steps alone, and these with AdamW's updates. All run in one process, one after the other, so that
+ratios hold on a machine that others use too; peak memory (RSS) is measured in a process for each. FOLDER holds
+MNIST/raw. Lightning and Pythae take part where they are installed:
 
     uv run --extra benchmarks python -m tests.benchmarks.training --root FOLDER
 """
@@ -57,7 +57,7 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     from aecore.models.layers import Layer
     from aecore.models.prepare import Prepare
     from aecore.models.stack import Stack
-    from aecore.training.fit import fit
+    from tests.fits import fit_model
 
     data = Experiment(data=Data(name="mnist", root=root)).data.model_copy(update={"likelihood": "bernoulli"})
     facts = inspect(data)
@@ -68,7 +68,7 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
     specs = layer_specs(kind(widths=network.widths, activation="relu"), data, facts, None)
     torch.manual_seed(0)
     net = Stack([Layer(spec) for spec in specs])
-    prepare, device = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale)), torch.device("cpu")
+    prepare = Prepare(torch.tensor(arrays.shift), torch.tensor(arrays.scale))
     x, seen = torch.from_numpy(train.x), torch.from_numpy(arrays.test.x[:VALIDATION])  # bytes, as stages keep them
     del arrays  # of whose training rows stages have no second copy
 
@@ -76,8 +76,7 @@ def ours(root: Path, network: Network, batch: int, rows: int) -> float:
         x = prepare(raw)
         return {"reconstruction": F.mse_loss(net.reconstruct(x), x)}
 
-    fitted = fit(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch), seed=0, device=device)
-    return fitted.history[0]["seconds"]
+    return fit_model(net, terms, (x,), (seen,), Fit(epochs=1, batch_size=batch)).history[0]["seconds"]
 
 
 def halves(network: Network) -> tuple[nn.Sequential, nn.Sequential]:
@@ -194,24 +193,19 @@ def pythae(root: Path, network: Network, batch: int, rows: int) -> float:
         return time.perf_counter() - began
 
 
-def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False, plain: bool = False) -> float:
+def floor(root: Path, network: Network, batch: int, rows: int, update: bool = False) -> float:
     """The products of an epoch's steps alone, in the order of a step: all of the way up, then all of the way back.
 
     Args:
         update: and AdamW's update of each weight, right after its gradient, which no such training is spared.
-        plain: products by torch's own operator, not by the kernels that `fit` uses.
     """
     modules = nn.ModuleList(module for half in halves(network) for module in half if hasattr(module, "weight"))
-    if not plain:
-        from aecore.models.products import arrange
-
-        arrange(modules, batch)
     x = torch.rand(batch, 1, 28, 28) if network.conv else torch.rand(batch, 784)
     up: list[Callable[[], object]] = []
     back: list[Callable[[], object]] = []
     for number, module in enumerate(cast(Sequence[Any], modules)):
         out = module(x).detach()
-        timed = _convolutions if network.conv else partial(_products, plain)
+        timed = _convolutions if network.conv else _products
         forward, gradient = timed(module, x, out, number > 0)
         up.append(forward)
         back.append(_updated(module.weight.detach(), gradient) if update else gradient)
@@ -225,24 +219,16 @@ def floor(root: Path, network: Network, batch: int, rows: int, update: bool = Fa
     return time.perf_counter() - began
 
 
-def _products(
-    plain: bool, module: Any, x: Tensor, grad: Tensor, deep: bool
-) -> tuple[Callable[[], object], Callable[[], Tensor]]:
+def _products(module: Any, x: Tensor, grad: Tensor, deep: bool) -> tuple[Callable[[], object], Callable[[], Tensor]]:
     """A dense layer's one way up and, of its weight's gradient and its input's, the other."""
-    from aecore.models import products as kernels
-
-    linear: Any = F.linear if plain else kernels.linear
     weight, bias = module.weight.detach(), module.bias.detach()
-    of_inputs, of_outputs = torch.zeros(weight.shape[1]), torch.zeros(weight.shape[0])
 
     def gradient() -> Tensor:
         if deep:
-            linear(grad, weight.t(), of_inputs)
-        if weight.is_contiguous():
-            return linear(grad.t(), x.t(), of_inputs)
-        return linear(x.t(), grad.t(), of_outputs).t()
+            torch.mm(grad, weight)
+        return torch.mm(grad.t(), x)
 
-    return partial(linear, x, weight, bias), gradient
+    return partial(F.linear, x, weight, bias), gradient
 
 
 def _convolutions(
@@ -259,23 +245,22 @@ def _convolutions(
 
 
 def _updated(weight: Tensor, gradient: Callable[[], Tensor]) -> Callable[[], None]:
-    turned = weight.ndim == 2 and not weight.is_contiguous()  # AdamW's kernel is given what lies in order
-    own = weight.t() if turned else weight
-    mean, square, count = torch.zeros_like(own), torch.zeros_like(own), torch.ones(())
-    numbers: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+    from aecore.training.optimizer import AdamW
+
+    optimizer = AdamW([weight], 0.0)
 
     def both() -> None:
-        grad = gradient().t() if turned else gradient()
-        torch._fused_adamw_([own], [grad], [mean], [square], [], [count], amsgrad=False, maximize=False, **numbers)
+        weight.grad = gradient()
+        optimizer.step(1e-3)
 
     return both
 
 
 CONTESTANTS: dict[str, Callable[[Path, Network, int, int], float]] = {
-    "fit": ours, "torch's products": partial(floor, plain=True), "products": floor,
+    "fit": ours, "products": floor,
     "and AdamW": partial(floor, update=True), "tutorial": tutorial, "lightning": lightning, "pythae": pythae,
 }  # fmt: skip
-FLOORS = ("torch's products", "products", "and AdamW")
+FLOORS = ("products", "and AdamW")
 
 
 def peak(root: Path, contestant: str, network: str, batch: int, rows: int) -> float:

@@ -1,0 +1,152 @@
+"""Which fits are trained as one, and how many at once."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aecore.data.stream import Shuffled
+from aecore.training.fit import fit
+from aecore.training.fused import ObjectiveModules, Outcome, fit_as_one, real_fields
+from aecore.training.job import Job
+from aecore.training.memory import free_memory, is_out_of_memory, peak_memory
+from aecore.training.precision import numerics
+from aecore.training.randomness import own_random_state
+
+_MEMORY_SHARE = 0.5
+"""Share of the device's free memory that fits trained as one may take by estimate."""
+_STATES = 8
+"""Copies of the weights in the course of a fit: gradients, means, squares, updates, the best ones, some to spare."""
+
+
+def fit_all(jobs: Iterable[Job], everywhere: bool = False) -> list[Outcome]:
+    """Return what the `fit` of each job returns or raises; jobs that differ only in numbers are trained as one.
+
+    The jobs may be made one after another, as they are asked for: of rows that several have in common only one copy
+    is kept. What fails when fits are trained as one is trained one by one, after a warning.
+
+    Args:
+        everywhere: train as one on a CPU, too, where it gains nothing; for tests.
+    """
+    shared: list[Job] = []
+    for job in jobs:
+        shared.append(_share_rows(job, shared[0]) if shared else job)
+    groups: dict[str, list[int]] = {}
+    for number, job in enumerate(shared):
+        groups.setdefault(group_key(job, everywhere) or f"{number}", []).append(number)
+    outcomes: dict[int, Outcome] = {}
+    for numbers in groups.values():
+        outcomes |= dict(zip(numbers, _fit_group([shared[number] for number in numbers]), strict=True))
+    return [outcomes[number] for number in range(len(shared))]
+
+
+def group_key(job: Job, everywhere: bool = False) -> str:
+    """Return what fits must have in common to be trained as one; nothing for a fit that is trained alone."""
+    rows, variant = job.train, job.objective.variant
+    if isinstance(rows, Shuffled):
+        return ""
+    fusible = (
+        (everywhere or job.device.type == "cuda")
+        and all(tensor.device.type == job.device.type for tensor in (*rows, *job.validation))
+        and job.team.size == 1
+        and job.parts == 1
+        and not job.compile
+        and job.precision != "bf16"
+    )
+    if not fusible:
+        return ""
+    fields = {} if variant is None else variant.model_dump()
+    # a weight of 0 leaves its term out
+    fields |= {name: bool(fields[name]) for name in real_fields(variant)}
+    modules = [
+        (name, type(module), {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"})
+        for name, module in ObjectiveModules(job.objective).named_modules()
+    ]
+    shapes = [(tensor.shape, tensor.dtype) for tensor in (*rows, *job.validation)]
+    chosen = job.monitor, job.precision, job.scoring_rows, job.spec.batch_size
+    # the optimiser's kernel counts the steps of all fits as one
+    checkpoint = job.checkpoints.load() if job.checkpoints is not None else None
+    epochs = len(checkpoint[0]["history"]) if checkpoint else 0
+    return repr((job.device, type(variant), fields, modules, shapes, chosen, epochs))
+
+
+def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
+    """Train jobs of one group, as many as one as memory holds."""
+    if len(jobs) == 1:
+        return [_fit_alone(jobs[0])]
+    try:
+        most = how_many_fit(jobs)
+        if most >= len(jobs):
+            return fit_as_one(jobs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            reason = " ".join(str(error).split())[:160]
+            warnings.warn(f"{len(jobs)} fits cannot be trained as one ({reason}): one after the other", stacklevel=2)
+            return [_fit_alone(job) for job in jobs]
+        torch.cuda.empty_cache()
+        most = len(jobs) // 2
+    return [one for start in range(0, len(jobs), most) for one in _fit_group(jobs[start : start + most])]
+
+
+def _fit_alone(job: Job) -> Outcome:
+    try:
+        return fit(job)
+    except Exception as error:
+        return error
+
+
+def _share_rows(job: Job, other: Job) -> Job:
+    """Let a fit read the tensors of another one where their rows are equal."""
+    if isinstance(job.train, Shuffled) or isinstance(other.train, Shuffled):
+        return job
+    train = tuple(map(_shared, job.train, other.train)) if len(job.train) == len(other.train) else job.train
+    same = len(job.validation) == len(other.validation)
+    validation = tuple(map(_shared, job.validation, other.validation)) if same else job.validation
+    return replace(job, train=train, validation=validation)
+
+
+def _shared(mine: Tensor, theirs: Tensor) -> Tensor:
+    alike = mine.shape == theirs.shape and mine.dtype == theirs.dtype and mine.device == theirs.device
+    return theirs if alike and torch.equal(mine, theirs) else mine
+
+
+def how_many_fit(jobs: Sequence[Job]) -> int:
+    """Return how many of these fits the GPU's free memory holds by estimate; on a CPU, all."""
+    device = jobs[0].device
+    if device.type != "cuda":
+        return len(jobs)
+    return max(1, int(_MEMORY_SHARE * free_memory(device) / memory_of_one(jobs)))
+
+
+def memory_of_one(jobs: Sequence[Job]) -> int:
+    """Return the bytes that each of these fits takes where they are trained as one.
+
+    What a step and a batch of validation take is measured on the GPU with the first fit's model, in eval mode, where
+    nothing changes that is trained.
+    """
+    first, device = jobs[0], jobs[0].device
+    assert not isinstance(first.train, Shuffled)
+    batch = [tensor[: first.spec.batch_size] for tensor in first.train]
+    held = [tensor[: first.scoring_rows] for tensor in first.validation]
+
+    def step() -> None:
+        torch.stack(list(first.objective(*batch).values())).sum().backward()
+
+    def score() -> None:
+        with torch.no_grad():
+            first.objective.scored(*held)
+
+    first.model.eval()
+    with own_random_state(device), numerics(first.precision, device):
+        # a captured step has its memory for itself, beside what the steps before it took
+        needed = 2 * peak_memory(step, device) + peak_memory(score, device)
+    first.model.zero_grad()
+    modules = ObjectiveModules(first.objective)
+    needed += _STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
+    rows = [(*job.train, *job.validation) for job in jobs if not isinstance(job.train, Shuffled)]
+    for same in zip(*rows, strict=True):
+        if any(other is not same[0] for other in same):
+            needed += same[0].nbytes  # stacked, beside each fit's own
+    return needed

@@ -1,0 +1,76 @@
+"""What a fit is given, and what it leaves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aecore.config.experiment import Fit
+from aecore.core.types import Precision
+from aecore.data.stream import Shuffled
+from aecore.training.checkpoint import Checkpoints
+from aecore.training.objective import Objective
+from aecore.training.randomness import RandomState
+from aecore.training.team import ALONE, Team
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called once per epoch with its number, from 1, and its metrics."""
+
+
+def no_report(epoch: int, metrics: dict[str, float]) -> None:
+    """Tell nobody of an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """All that a fit is given."""
+
+    objective: Objective
+    """What is minimised, with the model that is trained."""
+    train: tuple[Tensor, ...] | Shuffled
+    """Tensors of equal length, cut into batches together, or the rows of a stream."""
+    validation: tuple[Tensor, ...]
+    """The same for the validation rows."""
+    spec: Fit
+    seed: int
+    """Decides the order of the rows and the noise of validation."""
+    device: torch.device
+    precision: Precision = "fp32"
+    compile: bool = False
+    """Whether the loss is compiled by `torch.compile`."""
+    monitor: str = "loss"
+    """The validation metric by which the best epoch is chosen: `loss`, or the name of a term or sum of the objective.
+    Smaller is better; the loss breaks ties."""
+    scoring_rows: int = 2048
+    """Rows of a batch of validation."""
+    report: Report = no_report
+    """Told of each epoch; in a team, of the first worker only."""
+    team: Team = ALONE
+    """The workers that train this model together, each with all rows."""
+    checkpoints: Checkpoints | None = None
+    """Where to go on from and where to write to: after an epoch when one is due, and after the last one in any case."""
+    parts: int = 1
+    """Into how many parts a batch is cut from the start, so that it fits into memory."""
+    random: RandomState | None = None
+    """The random state in which training begins; None for the present one."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self.objective.model
+
+    @property
+    def rows(self) -> int:
+        """The number of training rows."""
+        return len(self.train) if isinstance(self.train, Shuffled) else len(self.train[0])
+
+
+class Fitted(NamedTuple):
+    """What `fit` leaves beside the trained model."""
+
+    history: list[dict[str, float]]
+    """The metrics of each epoch."""
+    best_epoch: int
+    """The epoch, from 1, whose weights the model has."""

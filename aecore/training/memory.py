@@ -1,0 +1,58 @@
+"""What is known of memory: how much is free, what some work takes, and how it shows that it was not enough."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or an error that it arose from, says that memory was not enough.
+
+    A CUDA graph whose capture runs out of memory ends in an error of its own, which hides the first one.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        # torch reports a CPU's lack of memory as a plain RuntimeError
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_be_cut: bool = True) -> int:
+    """Return into how many parts batches are cut after `error`: two, after a warning.
+
+    Args:
+        error: what a batch ended in; it is raised again if memory was not what it lacked.
+        parts: into how many the batch was cut.
+        rows: the rows of the whole batch.
+        kind: what the rows are called in messages.
+        advice: what to do where even halves do not fit.
+        can_be_cut: whether halves have enough rows.
+
+    Raises:
+        MemoryError: the batch was cut already, or cannot be cut.
+    """
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if capturing or not is_out_of_memory(error):
+        raise error
+    if parts > 1 or not can_be_cut:
+        raise MemoryError(f"out of memory with {rows // parts} {kind} at once; {advice}") from error
+    torch.cuda.empty_cache()
+    warnings.warn(f"out of memory with batches of {rows} {kind}: cut in two from here on", stacklevel=3)
+    return 2
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that are free, those included that torch holds in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes of a GPU that `work` needs at most beside what is allocated before it."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before

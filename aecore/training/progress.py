@@ -1,0 +1,202 @@
+"""How far a fit has come: its history, best weights, learning rate and end, and its checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aecore.config.experiment import Fit
+from aecore.training.checkpoint import Tensors
+from aecore.training.job import Fitted, Job
+from aecore.training.optimizer import AdamW
+from aecore.training.randomness import RandomState, get_random_state, set_random_state
+from aecore.training.totals import check_finite
+
+_PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
+"""After so many epochs without a better loss, the schedule `plateau` multiplies the learning rate by the factor."""
+
+
+def schedule(spec: Fit, epochs: float) -> float:
+    """Return the share of the peak learning rate after a number of epochs, fractions of one included."""
+    if epochs < spec.warmup:
+        # the very first step already moves: it is taken a thousandth of an epoch after the foot of the ramp
+        return max(epochs, 1e-3) / spec.warmup
+    if spec.schedule != "cosine":
+        return 1.0
+    done = (epochs - spec.warmup) / max(spec.epochs - spec.warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Plateau(NamedTuple):
+    """The state of the schedule `plateau`."""
+
+    scale: float = 1.0
+    """What the learning rate is multiplied by."""
+    best: float = float("inf")
+    """The lowest validation loss."""
+    bad: int = 0
+    """Epochs since then, or since the rate was lowered."""
+
+    def after(self, loss: float) -> "Plateau":
+        """Return the state after an epoch with this validation loss."""
+        if loss < self.best:
+            return Plateau(self.scale, loss)
+        if self.bad + 1 < _PLATEAU_EPOCHS:
+            return Plateau(self.scale, self.best, self.bad + 1)
+        return Plateau(self.scale * _PLATEAU_FACTOR, self.best)
+
+
+class Snapshot(NamedTuple):
+    """All tensors of a fit; they are not copies."""
+
+    weights: Mapping[str, Tensor]
+    """The model's, by the names of its `state_dict`."""
+    optimizer: Mapping[str, Tensor]
+
+
+class Epoch(NamedTuple):
+    """What one epoch gave."""
+
+    losses: Mapping[str, float]
+    """Terms of the objective, means over the training rows."""
+    scores: Mapping[str, float]
+    """Terms of the objective, means over the validation rows."""
+    sums: Mapping[str, float]
+    """Further measures of the validation rows."""
+    rate: float
+    """The learning rate of the last step."""
+    seconds: float
+    parts: int = 1
+    """Into how many parts batches were cut."""
+
+
+class Progress:
+    """How far one fit has come, and what follows: the rate of a step, the best weights, when to stop.
+
+    It goes on from the newest checkpoint, if there is one, and reports the epochs before it again.
+
+    Args:
+        optimizer: the optimiser of the job's model, which goes on from the checkpoint as well.
+    """
+
+    def __init__(self, job: Job, optimizer: AdamW) -> None:
+        self.job = job
+        model = job.model  # the function below must not keep this object alive
+        self.snapshot: Callable[[], Snapshot] = lambda: Snapshot(model.state_dict(), optimizer.state_dict())
+        self.shuffle = torch.Generator().manual_seed(job.seed)
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[float, float] | None = None
+        self.best_epoch, self.best_weights, self.plateau = 0, dict[str, Tensor](), Plateau()
+        self.parts = job.parts
+        self.saved = ""
+        """What error messages say of the newest checkpoint."""
+        self._resume(optimizer)
+        writes = job.checkpoints is not None and job.team.rank == 0
+        self._due = job.checkpoints.clock() if job.checkpoints is not None and writes else repeat(False)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch to come, from 1."""
+        return len(self.history) + 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or the validation score has not improved for `patience` epochs."""
+        done, patience = len(self.history), self.job.spec.patience
+        return done >= self.job.spec.epochs or (patience is not None and done - self.best_epoch >= patience)
+
+    def rate(self, share: float) -> float:
+        """Return the learning rate after a share of the epoch to come."""
+        spec = self.job.spec
+        return spec.lr * schedule(spec, self.epoch - 1 + min(share, 1)) * self.plateau.scale
+
+    def end_epoch(self, result: Epoch) -> None:
+        """Report an epoch, keep its weights if they are the best, and write a checkpoint if one is due.
+
+        Raises:
+            DivergenceError: a number is not finite.
+        """
+        epoch = self.epoch
+        metrics = {f"train/{name}": value for name, value in result.losses.items()}
+        metrics["train/loss"] = sum(metrics.values())
+        scores = {**result.scores, "loss": sum(result.scores.values()), **result.sums}
+        metrics |= {f"val/{name}": value for name, value in scores.items()}
+        check_finite(metrics, f"in epoch {epoch}", self.saved)
+        if result.parts > 1:
+            metrics["parts"] = result.parts
+        metrics["lr"], metrics["seconds"], metrics["time"] = result.rate, result.seconds, time.time()
+        self.history.append(metrics)
+        self.job.report(epoch, metrics)
+
+        score = (scores[self.job.monitor], scores["loss"])
+        if self.best is None or score < self.best:
+            self.best, self.best_epoch = score, epoch
+            self.best_weights = {name: value.detach().clone() for name, value in self.snapshot().weights.items()}
+        if self.job.spec.schedule == "plateau":
+            self.plateau = self.plateau.after(scores["loss"])
+        # the one after the last epoch serves a result that is lost on its way to where results are kept
+        if next(self._due) or (self.is_over and self.job.team.rank == 0):
+            self._save(result.parts)
+
+    def end(self) -> Fitted:
+        """Leave the model with its best weights, in eval mode."""
+        self.job.model.load_state_dict(self.best_weights)
+        self.job.model.eval()
+        return Fitted(self.history, self.best_epoch)
+
+    def _save(self, parts: int) -> None:
+        """Write a checkpoint: everything that the next epoch depends on."""
+        checkpoints, epoch = self.job.checkpoints, len(self.history)
+        if checkpoints is None:
+            return
+        weights, optimizer = self.snapshot()
+        random = get_random_state(self.job.device)
+        tensors = {"rng.shuffle": self.shuffle.get_state(), "rng.torch": random.cpu}
+        if random.gpu is not None:
+            tensors["rng.cuda"] = random.gpu
+        tensors |= _prefixed("model.", weights) | _prefixed("best.", self.best_weights) | _prefixed("adam.", optimizer)
+        state = {
+            "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "plateau": self.plateau,
+            "parts": parts,
+        }  # fmt: skip
+        arrays: dict[str, np.ndarray] = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+        checkpoints.save(epoch, state, arrays)
+        self.saved = f"; epoch {epoch} is kept in {checkpoints.place}"
+
+    def _resume(self, optimizer: AdamW) -> None:
+        """Go on from the newest checkpoint and report its epochs; do nothing without one."""
+        checkpoints = self.job.checkpoints
+        checkpoint = checkpoints.load() if checkpoints is not None else None
+        if checkpoints is None or checkpoint is None:
+            return
+        state, arrays = checkpoint
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
+        self.best, self.plateau = (state["best"][0], state["best"][1]), Plateau(*state["plateau"])
+        self.parts = max(self.parts, state["parts"])
+        self._load(arrays, optimizer)
+        self.saved = f"; epoch {len(self.history)} is kept in {checkpoints.place}"
+        for number, metrics in enumerate(self.history, 1):
+            self.job.report(number, metrics)
+
+    def _load(self, arrays: Tensors, optimizer: AdamW) -> None:
+        """Put the tensors of a checkpoint in their places."""
+        tensors, device = {name: torch.tensor(value) for name, value in arrays.items()}, self.job.device
+        self.job.model.load_state_dict(_without("model.", tensors))
+        optimizer.load_state_dict(_without("adam.", tensors))
+        self.best_weights = {name: value.to(device) for name, value in _without("best.", tensors).items()}
+        self.shuffle.set_state(tensors["rng.shuffle"])
+        gpu = tensors.get("rng.cuda") if device.type == "cuda" else None
+        set_random_state(RandomState(tensors["rng.torch"], gpu), device)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
