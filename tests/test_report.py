@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from aecore.evaluation.figures import comparisons
+from aecore.evaluation.figures import codes, curves, images, settings
+from aecore.evaluation.figures.trials import COLOURS, looks
 from pipelines.reporting.report import MEASURES, write
 from pipelines.study.trial import Trial
 
@@ -230,23 +231,19 @@ def test_where_smaller_is_better_the_smallest_is_chosen(tmp_path: Path) -> None:
 
 
 def test_colours_stay_with_their_rows(study: list[Trial]) -> None:
-    looks = comparisons.looks(study)
-    assert len(set(map(str, looks.values()))) == len(ROWS)
-    assert all(looks[kind].colour == colour for kind, colour in comparisons.COLOURS.items() if kind in looks)
+    found = looks(study)
+    assert len(set(map(str, found.values()))) == len(ROWS)
+    assert all(found[kind].colour == colour for kind, colour in COLOURS.items() if kind in found)
     # the row that is named like its kind has its colour, wherever it stands
-    assert comparisons.looks(study[::-1])["plain"].colour == comparisons.COLOURS["plain"]
+    assert looks(study[::-1])["plain"].colour == COLOURS["plain"]
 
 
 def test_figures_without_their_data_are_left_out() -> None:
     bare = [trial("plain", 0)._replace(metrics={}, history=(), curves={}, arrays={})]
-    assert (
-        comparisons.learning_curves(bare) is comparisons.label_efficiency(bare) is comparisons.robustness(bare) is None
-    )
-    assert (
-        comparisons.contraction(bare) is comparisons.codes_maps(bare, {}, CLASSES) is comparisons.samples(bare) is None
-    )
-    assert comparisons.reconstructions(bare) is comparisons.triptychs(bare) is comparisons.activations(bare) is None
-    assert comparisons.identity_risk(bare) is comparisons.importance(bare, "probe/accuracy") is None
+    assert curves.learning_curves(bare) is curves.label_efficiency(bare) is curves.robustness(bare) is None
+    assert curves.contraction(bare) is codes.codes_maps(bare, {}, CLASSES) is images.samples(bare) is None
+    assert images.reconstructions(bare) is images.triptychs(bare) is codes.activations(bare) is None
+    assert images.identity_risk(bare) is settings.importance(bare, "probe/accuracy") is None
 
 
 def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,14 +253,14 @@ def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.Monk
         titles.append(title)
         return Figure()
 
-    monkeypatch.setattr(comparisons, "titled", figure)
+    monkeypatch.setattr(settings, "titled", figure)
     rng = np.random.default_rng(0)
     trials = [
         trial("plain", seed, settings={"lr": float(lr), "batch": batch})._replace(metrics={"val/loss": lr})
         for seed, lr in enumerate(rng.random(12))
         for batch in (32, 64)
     ]
-    assert comparisons.importance(trials, "val/loss")
+    assert settings.importance(trials, "val/loss")
     assert re.fullmatch(r"lr explains (8\d|9\d) % of the variance of val/loss", titles[0])
 
 

@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from aecore.evaluation.classification import accuracy_interval, confusion
 from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.figures import model as figures
+from aecore.evaluation.figures.look import legible
 from aecore.evaluation.generative import frechet
 from aecore.evaluation.probes import linear_probe, nearest
 from aecore.evaluation.scoring import over_batches
@@ -163,7 +164,7 @@ HOSTILE = ("$\\frac$", "$", "a\nb", "\x1b[31m", "\u202e", "<script>", "x" * 500,
 def test_names_of_classes_are_text_in_figures() -> None:
     assert min(size(figures.confusion(np.eye(8, dtype=np.int64) * 90 + 1, HOSTILE))) > 500
     assert min(size(figures.codes_map(RNG.normal(size=(60, 2)), np.arange(60) % 8, HOSTILE, "test"))) > 500
-    assert [figures.legible(name) for name in HOSTILE[:4]] == [r"\$\frac\$", r"\$", r"a\nb", r"\x1b[31m"]
+    assert [legible(name) for name in HOSTILE[:4]] == [r"\$\frac\$", r"\$", r"a\nb", r"\x1b[31m"]
 
 
 @pytest.mark.parametrize("codes", [RNG.normal(size=(64, 300)), np.zeros((64, 5)), np.eye(64)])

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from aecore.evaluation.figures import comparisons
+from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.statistics import Pair, compare, judge, resolution
 from pipelines.study.trial import REFERENCES, Trial
 
@@ -95,21 +95,21 @@ def write(
     compared = [trial for trial in trials if _key(trial.settings) == _key(chosen[trial.row])]
     stopped = [t for t in trials if t.status == "stopped" and _key(t.settings) != _key(chosen[t.row])]
     with ThreadPoolExecutor(1) as aside:
-        maps = aside.submit(comparisons.planes, compared)  # as long as all the rest, which goes on beside it
+        maps = aside.submit(codes.planes, compared)  # as long as all the rest, which goes on beside it
         measures = _measures(compared, list(chosen))
         drawn = {
-            "learning_curves": comparisons.learning_curves([*compared, *stopped]),
-            "label_efficiency": comparisons.label_efficiency(compared),
-            "robustness": comparisons.robustness(compared),
-            "contraction": comparisons.contraction(compared),
-            "reconstructions": comparisons.reconstructions(compared),
-            "triptychs": comparisons.triptychs(compared),
-            "activations": comparisons.activations(compared),
-            "identity_risk": comparisons.identity_risk(compared),
-            "samples": comparisons.samples(compared),
-            "importance": comparisons.importance(trials, choose),
+            "learning_curves": curves.learning_curves([*compared, *stopped]),
+            "label_efficiency": curves.label_efficiency(compared),
+            "robustness": curves.robustness(compared),
+            "contraction": curves.contraction(compared),
+            "reconstructions": images.reconstructions(compared),
+            "triptychs": images.triptychs(compared),
+            "activations": codes.activations(compared),
+            "identity_risk": images.identity_risk(compared),
+            "samples": images.samples(compared),
+            "importance": settings.importance(trials, choose),
         }
-        drawn["codes_maps"] = comparisons.codes_maps(compared, maps.result(), classes)
+        drawn["codes_maps"] = codes.codes_maps(compared, maps.result(), classes)
     figures = {name: png for name in CAPTIONS if (png := drawn[name])}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = [folder / "report.html", folder / "results.parquet", folder / "results.csv"]

@@ -1,0 +1,111 @@
+"""What all figures of a study share: the trials they read, a colour per row, and one seed or a band of seeds.
+
+A row is one variant under the name that the study gives it; it has a trial per seed. Every figure of a study takes all
+trials that are compared, so that a row has the same colour everywhere, and returns PNG bytes, or None where the trials
+lack what is to be drawn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from aecore.evaluation.figures.look import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+
+COLOURS = {
+    "plain": BLACK,
+    "sparse": ORANGE,
+    "denoising": BLUE,
+    "contractive": GREEN,
+    "variational": PINK,
+    "pca": "#7A7A7A",
+    "random": "#ABABAB",
+}
+"""Okabe & Ito's colours by kind; the references are grey."""
+_SPARE = ((RED, "-"), (SKY, "-"))
+_DASHES = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+FONT = 10
+"""Size of most type, in points."""
+WIDTH = 5.4
+"""Width of most figures in inches: on a phone the type is still legible."""
+
+
+class StudyTrial(Protocol):
+    """What the figures read of a trial, see `pipelines.study.trial.Trial`."""
+
+    @property
+    def row(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def history(self) -> Sequence[Mapping[str, float]]: ...
+    @property
+    def curves(self) -> Mapping[str, Any]: ...
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]: ...
+
+
+class Look(NamedTuple):
+    """How a row is drawn."""
+
+    colour: str
+    style: Any
+    """A line style, in matplotlib's words."""
+
+
+def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
+    """Choose a look per row.
+
+    The first row of a kind, or the row that is named like the kind, has the kind's colour. Further rows of that kind
+    take the colours that the palette has left, and when these are used up, the kind's colour with dashes.
+    """
+    kinds = {trial.row: trial.kind for trial in trials}
+    first = {kind: kind if kinds.get(kind) == kind else row for row, kind in reversed(kinds.items())}
+    rows = {row: Look(COLOURS.get(kind, BLACK), "-") for row, kind in kinds.items()}
+    for number, row in enumerate(row for row, kind in kinds.items() if first[kind] != row):
+        if number < len(_SPARE):
+            rows[row] = Look(*_SPARE[number])
+        else:
+            rows[row] = rows[row]._replace(style=_DASHES[number % len(_DASHES)])
+    return rows
+
+
+def by_row(
+    trials: Sequence[StudyTrial], has: Callable[[StudyTrial], Any] = lambda _: True
+) -> dict[str, list[StudyTrial]]:
+    """Return the finished trials for which `has` holds, by row and in the order of their seeds."""
+    rows: dict[str, list[StudyTrial]] = {}
+    for trial in trials:
+        if trial.status == "finished" and has(trial):
+            rows.setdefault(trial.row, []).append(trial)
+    return {row: sorted(members, key=lambda trial: trial.seed) for row, members in rows.items()}
+
+
+def lowest_seeds(trials: Sequence[StudyTrial], *names: str) -> dict[str, StudyTrial]:
+    """Return the trial with the lowest seed of each row, among those that have all the arrays `names`."""
+    rows = by_row(trials, lambda trial: all(name in trial.arrays for name in names))
+    return {row: members[0] for row, members in rows.items()}
+
+
+def finite(trials: Sequence[StudyTrial], metric: str) -> np.ndarray:
+    """Return the finite values of a metric, (trials that have one,)."""
+    values = np.array([trial.metrics.get(metric, np.nan) for trial in trials], np.float64)
+    return values[np.isfinite(values)]
+
+
+def best_row(means: Mapping[str, float], higher: bool) -> str:
+    """Return the row with the highest or the lowest mean."""
+    return (max if higher else min)(means, key=lambda row: means[row])
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, with one decimal."""
+    return f"{100 * share:.1f} %"
