@@ -296,13 +296,41 @@ def test_a_driver_that_lost_its_lease_is_woken_and_commits_nothing(memory: Memor
     assert memory.runs[top].info.status == "RUNNING"  # it is the other driver's now
 
 
+@pytest.mark.parametrize("commits", [False, True])
 def test_whose_lease_was_lost_meanwhile_is_told_before_the_commit(
-    memory: MemoryClient, monkeypatch: pytest.MonkeyPatch
+    commits: bool, memory: MemoryClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_lease, "BEAT_SECONDS", 60.0)
     with pytest.raises(TakenOverError), TRACKER.job_run("test", "late", {}, {}) as top:
+        run = TRACKER.open_run(Stage("stage", "stages.stage", Fit()), top)
         delete_all(memory)
-    assert memory.runs[top].info.status == "RUNNING"
+        if commits:
+            run.commit(Result({}, {}, {}))
+    assert memory.runs[top].info.status == memory.runs[run.run_id].info.status == "RUNNING"
+
+
+def test_a_lease_that_was_deleted_while_its_taker_was_paused_is_not_held(
+    memory: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Lease._create
+
+    def create_and_pause(lease: Lease) -> None:
+        create(lease)
+        delete_all(memory)  # by a driver that came, heard nothing, worked and went
+
+    monkeypatch.setattr(Lease, "_create", create_and_pause)
+    with pytest.raises(TakenOverError):
+        Lease(TRACKER, "paused", "test").take()
+    assert not held_leases()
+
+
+def test_the_loss_of_another_lease_ends_a_job_as_failed(memory: MemoryClient) -> None:
+    with pytest.raises(TakenOverError), TRACKER.job_run("test", "outer", {}, {}) as top:
+        (outer,) = held_leases()
+        with TRACKER.lease("inner", "promotion") as check_inner:
+            memory.delete_run(*(set(held_leases()) - {outer}))
+            check_inner()
+    assert memory.runs[top].info.status == "FAILED" and not existing_leases(TRACKER)
 
 
 def test_a_worker_commits_only_as_long_as_its_drivers_lease_is_held(memory: MemoryClient) -> None:

@@ -5,12 +5,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.system_metrics.metrics import gpu_monitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from aecore.config.experiment import Data, Experiment, Finetune, Fit
 from aecore.config.facts import Facts
@@ -21,6 +27,7 @@ from aecore.models.storage import Result
 from pipelines.execution.run import Record, _fail, _keep, run_here
 from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
+from pipelines.store import system_metrics
 from pipelines.store.connection import connect
 from pipelines.store.errors import LostResultError
 from pipelines.store.lease import held_leases
@@ -207,6 +214,56 @@ def test_system_metrics_are_logged(tracker: Tracker, monkeypatch: pytest.MonkeyP
     logged = tracker.client.get_run(run_id).data.metrics
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= set(logged)
     assert not [name for name in tracker.metrics(run_id) if name.startswith("system/")]
+    before = len(history(tracker, run_id, "system/disk_usage_percentage"))
+    with tracker.job_run("test", "system", {}, {}):
+        time.sleep(1)
+    steps = [step for step, _ in history(tracker, run_id, "system/disk_usage_percentage")]
+    assert steps == list(range(len(steps))) and len(steps) > before
+
+
+def test_system_metrics_have_the_names_that_mlflow_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        NVMLError = RuntimeError
+
+        def __getattr__(self, name: str) -> Any:
+            values = {
+                "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=2e9, total=8e9), "nvmlDeviceGetPowerUsage": 70_000,
+                "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=50), "nvmlDeviceGetEnforcedPowerLimit": 350_000,
+                "nvmlDeviceGetCount": 1,
+            }  # fmt: skip
+            return lambda *args: values.get(name)
+
+    for module in (system_metrics, gpu_monitor):
+        monkeypatch.setattr(module, "pynvml", Nvml())
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor(), gpu_monitor.GPUMonitor()]
+    for monitor in monitors:
+        monitor.collect_metrics()
+    theirs = {name: value for monitor in monitors for name, value in monitor.aggregate_metrics().items()}
+    (gpu,) = system_metrics._gpus()
+    gpu_load = {f"gpu_0_{name}": value for name, value in system_metrics._gpu(gpu).items()}
+    assert system_metrics._machine(psutil.net_io_counters()).keys() | gpu_load.keys() == theirs.keys()
+    assert gpu_load.items() <= theirs.items()
+
+
+def test_a_run_whose_creation_was_not_answered_is_the_first_attempt(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top, create, lost = parent(tracker, "lost answer"), MlflowClient.create_run, [True]
+
+    def lose_answer(self: MlflowClient, *args: Any, **kwargs: Any) -> Run:
+        run = create(self, *args, **kwargs)
+        if lost[0]:
+            lost[0] = False
+            raise ConnectionError("reset")
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", lose_answer)
+    monkeypatch.setattr("pipelines.store.patience.FIRST_WAIT", 0.01)
+    opened = tracker._replace(patience=5.0).open_run(stage(12), top)
+    (only,) = runs(tracker, stage(12).key)
+    assert (
+        only.info.run_id == opened.run_id and only.data.tags["attempts"] == "1" and only.data.params["epochs"] == "12"
+    )
 
 
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:

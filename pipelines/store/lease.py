@@ -57,6 +57,7 @@ class Lease:
         self.name = ""
         """Id of the lease's run; empty while there is none."""
         self.is_lost = False
+        """Whether it is known that another driver has taken the lease over."""
         self._token = ""
         self._experiment_id = ""
         self._stopped = threading.Event()
@@ -87,11 +88,13 @@ class Lease:
 
     def check(self) -> None:
         """Raise a TakenOverError if another driver has taken the lease over."""
-        try:
-            check_leases(self.store, [self.name])
-        except TakenOverError:
-            self.is_lost = True
-            raise
+        check_leases(self.store, [self.name])
+
+    def is_taken_over(self) -> bool:
+        """Return whether another driver has taken the lease over, as far as MLflow answers; see `is_lost`."""
+        with suppress(Exception):
+            self.is_lost = self.is_lost or not _exists(self.store.direct, self.name)
+        return self.is_lost
 
     def stop(self) -> None:
         """End the heartbeat: even if `remove` fails, the lease will count as a dead driver's."""
@@ -117,13 +120,14 @@ class Lease:
         if rivals:
             self.store.wait_for(self.remove)
             self.name = ""
+        else:
+            self.check()  # if this process was paused meanwhile, a driver that came and went has deleted the lease
         return rivals
 
     def _create(self) -> None:
         self._token = f"{_PROCESS}.{uuid.uuid4().hex}"
         _held[self._token] = self
-        owner = me()
-        tags = {"mlflow.runName": self.purpose, _KEY: self.key, _TOKEN: self._token, _OWNER: owner, _BEAT: "0"}
+        tags = {"mlflow.runName": self.purpose, _KEY: self.key, _TOKEN: self._token, _OWNER: me(), _BEAT: "0"}
         # if an answer is lost there are two runs with this token; `_look` deletes the one that has no name here
         self.name = self.store.client.create_run(self._experiment_id, tags=tags).info.run_id
 
@@ -170,16 +174,10 @@ class Lease:
                 if self._unheard and self._look(hasty)[1] and self.on_removal:
                     self.on_removal()
             except Exception:  # in an outage nobody is heard, and nobody takes a lease over
-                if self._is_gone() and not self._stopped.is_set():
-                    self.is_lost = True
+                if not self._stopped.is_set() and self.is_taken_over():
                     # wakes the main thread, wherever it waits
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
-
-    def _is_gone(self) -> bool:
-        with suppress(Exception):
-            return not _exists(self.store.direct, self.name)
-        return False
 
 
 def held_leases() -> tuple[str, ...]:

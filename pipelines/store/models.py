@@ -111,14 +111,8 @@ class Models(NamedTuple):
         Raises:
             InputError: There is no such model, it was altered, or Diabolo did not make it.
         """
-        match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
-        if not match:
-            raise InputError(
-                f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
-            )
-        name, alias, number = match.groups()
-        found = self._find(uri, name, alias, number)
-        exact = f"models:/{name}/{found.version}"
+        found = self._find(uri)
+        exact = f"models:/{found.name}/{found.version}"
         try:
             digest, result = self._download(uri, exact)
         except (OSError, ValueError, KeyError, MlflowException, yaml.YAMLError) as error:
@@ -129,8 +123,13 @@ class Models(NamedTuple):
         model_id = source.removeprefix("models:/") if source.startswith("models:/m-") else None
         return Registered(exact, digest, result, model_id)
 
-    def _find(self, uri: str, name: str, alias: str | None, number: str) -> ModelVersion:
-        client = self.store.client
+    def _find(self, uri: str) -> ModelVersion:
+        match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+        if not match:
+            raise InputError(
+                f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
+            )
+        (name, alias, number), client = match.groups(), self.store.client
         try:
             return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
         except MlflowException as error:

@@ -128,7 +128,7 @@ class Tracker(Store):
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
             lease.stop()
-            if lease.is_lost:
+            if lease.is_lost or (isinstance(error, TakenOverError) and lease.is_taken_over()):
                 raise TakenOverError(taken_over(job)) from error
             is_interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "KILLED" if is_interrupted else "FAILED"

@@ -111,12 +111,19 @@ def download_result(store: Store, run_id: str) -> tuple[dict[str, Any], Weights]
         LostResultError: Its artifacts are missing or were altered.
         OutageError: MLflow does not answer.
     """
-    client = store.client
-    if not client.list_artifacts(run_id, _RESULT):
-        raise LostResultError(f"run {run_id} has no {_RESULT}/")
+
+    def download(folder: Path) -> Path:
+        client = store.direct
+        try:
+            return Path(client.download_artifacts(run_id, _RESULT, str(folder)))
+        except Exception:  # what a folder that is not there raises differs from store to store
+            if not client.list_artifacts(run_id, _RESULT):
+                raise LostResultError(f"run {run_id} has no {_RESULT}/") from None
+            raise
+
     with scratch() as folder:
         try:
-            return load_weights(Path(client.download_artifacts(run_id, _RESULT, str(folder))))
+            return load_weights(store.wait_for(partial(download, folder)))
         except (FileNotFoundError, ValueError) as error:
             raise LostResultError(one_line(error, 200)) from error
 

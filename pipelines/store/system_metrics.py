@@ -1,7 +1,7 @@
 """The load of this machine, logged to a run while it is at work.
 
-MLflow's own monitor can be started without private classes only for the active run of its fluent interface, whose end
-would set the run's status. This one logs under the same names, and one request per sample instead of two.
+MLflow starts its own monitor only for the active run of its fluent interface, whose end would set the run's status, or
+through a class that it does not document. This monitor logs under the same names, with one request per sample for two.
 """
 
 import os
@@ -21,7 +21,6 @@ from pipelines.store.patience import HURRY_SECONDS
 SAMPLE_SECONDS = 5.0
 """Seconds between two samples, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
 PREFIX = "system/"
-_MEGABYTE = 1e6
 
 
 @contextmanager
@@ -41,54 +40,42 @@ def system_metrics(uri: str, run_id: str) -> Iterator[None]:
 
 def _log_until(ended: threading.Event, client: MlflowClient, run_id: str) -> None:
     seconds = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SAMPLE_SECONDS)
-    gpus = _gpus()
-    network = psutil.net_io_counters()
+    gpus, traffic = _gpus(), psutil.net_io_counters()
     psutil.cpu_percent()  # each call gives the mean since the call before
     step: int | None = None
     while not ended.wait(seconds):
-        sample = {**_machine(), **_traffic_since(network)}
+        sample = _machine(traffic)
         for number, gpu in enumerate(gpus):
             sample |= {f"gpu_{number}_{name}": value for name, value in _gpu(gpu).items()}
-        with suppress(Exception):  # whatever fails, the load is not worth a failure of the run or a line of warning
-            if step is None:
-                step = _next_step(client, run_id)
-            now, this_step, step = round(1000 * time.time()), step, step + 1
-            client.log_batch(run_id, [Metric(PREFIX + name, value, now, this_step) for name, value in sample.items()])
+        with suppress(Exception):  # whatever fails, a sample is not worth a failed run
+            if step is None:  # after the last one that an earlier attempt has logged
+                history = client.get_metric_history(run_id, f"{PREFIX}cpu_utilization_percentage")
+                step = max((point.step for point in history), default=-1)
+            step, now = step + 1, round(1000 * time.time())
+            client.log_batch(run_id, [Metric(PREFIX + name, value, now, step) for name, value in sample.items()])
 
 
-def _next_step(client: MlflowClient, run_id: str) -> int:
-    """Return the step after the last one that an earlier attempt has logged."""
-    history = client.get_metric_history(run_id, f"{PREFIX}cpu_utilization_percentage")
-    return max((point.step for point in history), default=-1) + 1
-
-
-def _machine() -> dict[str, float]:
-    memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.sep)
+def _machine(traffic: Any) -> dict[str, float]:
+    """Return the load of processors, memory, disk and network, the last since `traffic` was counted."""
+    memory, disk, now = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_megabytes": round(memory.used / _MEGABYTE, 1),
+        "system_memory_usage_megabytes": round(memory.used / 1e6, 1),
         "system_memory_usage_percentage": round(100 * memory.used / memory.total, 1),
         "disk_usage_percentage": disk.percent,
-        "disk_usage_megabytes": round(disk.used / _MEGABYTE, 1),
-        "disk_available_megabytes": round(disk.free / _MEGABYTE, 1),
-    }
-
-
-def _traffic_since(begin: Any) -> dict[str, float]:
-    now = psutil.net_io_counters()
-    return {
-        "network_receive_megabytes": (now.bytes_recv - begin.bytes_recv) / _MEGABYTE,
-        "network_transmit_megabytes": (now.bytes_sent - begin.bytes_sent) / _MEGABYTE,
+        "disk_usage_megabytes": round(disk.used / 1e6, 1),
+        "disk_available_megabytes": round(disk.free / 1e6, 1),
+        "network_receive_megabytes": (now.bytes_recv - traffic.bytes_recv) / 1e6,
+        "network_transmit_megabytes": (now.bytes_sent - traffic.bytes_sent) / 1e6,
     }
 
 
 def _gpus() -> list[Any]:
     """Return NVML's handles of this machine's GPUs; none where there is no NVIDIA driver."""
-    try:
+    with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
+    return []
 
 
 def _gpu(handle: Any) -> dict[str, float]:
@@ -97,12 +84,11 @@ def _gpu(handle: Any) -> dict[str, float]:
     with suppress(pynvml.NVMLError):
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         sample["memory_usage_percentage"] = round(100 * memory.used / memory.total, 1)
-        sample["memory_usage_megabytes"] = round(memory.used / _MEGABYTE, 1)
+        sample["memory_usage_megabytes"] = round(memory.used / 1e6, 1)
     with suppress(pynvml.NVMLError):
         sample["utilization_percentage"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
     with suppress(pynvml.NVMLError):
-        milliwatts = pynvml.nvmlDeviceGetPowerUsage(handle)
+        milliwatts, limit = pynvml.nvmlDeviceGetPowerUsage(handle), pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
         sample["power_usage_watts"] = round(milliwatts / 1000, 1)
-        limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
         sample["power_usage_percentage"] = round(100 * milliwatts / limit, 1)
     return sample
