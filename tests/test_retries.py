@@ -179,7 +179,8 @@ def test_epochs_are_logged_whole(tracker: Tracker, monkeypatch: pytest.MonkeyPat
     with tracker.job_run("test", "whole", {}, {}) as top:
         run = tracker.open_run(Stage("whole", "stages.whole", Fit()), top)
     sizes: list[int] = []
-    monkeypatch.setattr(run, "client", SimpleNamespace(log_batch=lambda run_id, metrics: sizes.append(len(metrics))))
+    client = SimpleNamespace(log_batch=lambda run_id, metrics: sizes.append(len(metrics)))
+    monkeypatch.setattr("pipelines.store.client.MlflowClient", lambda tracking_uri: client)
     run.log([(epoch, epoch, {name: 0.0 for name in "abcdefg"}) for epoch in range(1, 301)])
     assert sizes == [994, 994, 112]  # of at most 1000
 
