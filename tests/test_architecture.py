@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         "aecore.stages", "pipelines.host", "pipelines.graph", "pipelines.store", "pipelines.cluster",
     },
     "pipelines.study": {
-        "aecore.core", "aecore.models", "aecore.config", "aecore.training", "pipelines.host", "pipelines.graph",
+        "aecore.core", "aecore.models", "aecore.config", "pipelines.host", "pipelines.graph",
         "pipelines.store", "pipelines.cluster", "pipelines.execution",
     },
     "pipelines.retraining": {

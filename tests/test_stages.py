@@ -11,6 +11,7 @@ from aecore.config.experiment import Conv, Data, Dense, Fit
 from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import EvaluateSpec, FinetuneSpec, Numerics, PretrainSpec
+from aecore.core.types import Precision
 from aecore.data.splits import Arrays
 from aecore.data.stream import Shuffled
 from aecore.models.rebuild import build_layer, build_stack
@@ -22,6 +23,8 @@ from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.rows import preprocessing, training_rows
+from aecore.training.objective import Objective
+from aecore.training.precision import numerics
 from aecore.variants import Plain, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])
@@ -206,3 +209,21 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):
         # products of batches of another size may round otherwise
         assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-5) for name in one.weights)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_codes_that_are_computed_once_have_the_numbers_of_a_step(
+    precision: Precision, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, arrays = digits
+    layer = pretrain(arrays, layer_specs(Dense(widths=(24, 12)), Data(), facts)[:1], VARIANTS[0]())[0]
+    read = torch.nn.Sequential(preprocessing(arrays, CPU), build_layer(layer).encoder).requires_grad_(False)
+    once = training_rows(arrays, read, Context(), 24, False, precision).train
+    monkeypatch.setattr("aecore.stages.rows._RESIDENT_BYTES", 0)
+    rows = training_rows(arrays, read, Context(), 24, False, precision)
+    assert not isinstance(rows.train, Shuffled) and not isinstance(once, Shuffled)
+    with numerics(precision, CPU) as autocast, autocast():
+        codes = Objective(build_layer(layer), rows.read, Plain()).inputs(rows.train[0])
+    assert codes.dtype == once[0].dtype == torch.float32 and torch.equal(codes, once[0])
+    exact = read(torch.tensor(arrays.train.x))
+    assert torch.equal(exact, once[0]) == (precision == "fp32")
