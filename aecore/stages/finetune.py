@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +29,8 @@ from aecore.training.randomness import get_random_state, own_random_state
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 
 
-def finetune(
-    spec: FinetuneSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
-    stack: Result | None = None, parent: Result | None = None,
-) -> Result:  # fmt: skip
-    """Train all weights together.
-
-    Training starts from exactly the weights of the pretrained `layers`, or of a `stack` that was trained as a whole, or
-    of a `parent`, a model that was finetuned another day, whose head is taken over if the classes are the same. Without
-    any of them it starts from random weights.
+def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
+    """Train all weights together, from those that `prepare` finds in the inputs.
 
     The task `classify` puts a softmax head on the code and minimises the cross-entropy of its logits; the epoch with
     the fewest validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
@@ -51,14 +45,19 @@ def finetune(
           error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
           of what the first layer reads.
     """
-    return train(prepare(spec, context, data=data, layers=layers, stack=stack, parent=parent))
+    return train(prepare(spec, context, **inputs))
 
 
 def prepare(
     spec: FinetuneSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
     stack: Result | None = None, parent: Result | None = None,
 ) -> Training:  # fmt: skip
-    """Return what `finetune` fits, and how it makes its result."""
+    """Return what `finetune` fits, and how it makes its result.
+
+    Training starts from exactly the weights of the pretrained `layers`, or of a `stack` that was trained as a whole, or
+    of a `parent`, a model that was finetuned another day, whose head is taken over if the classes are the same. Without
+    any of them it starts from random weights.
+    """
     if spec.labels is not None:
         data = few_labels(rows_in_memory(data), spec.labels, spec.seed, spec.fit.batch_size)
     device, precision, supervised = context.device, spec.numerics.precision, spec.task == "classify"

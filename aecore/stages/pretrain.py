@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -20,11 +21,13 @@ from aecore.training.objective import Objective
 from aecore.training.randomness import get_random_state, own_random_state
 
 
-def pretrain_layer(
-    spec: PretrainSpec, context: Context, *, data: Arrays | Stream, below: Sequence[Result] = ()
-) -> Result:
-    """Train one layer by its variant's loss on the codes of the frozen layers below (Bengio et al. 2006)."""
-    return train(prepare(spec, context, data=data, below=below))
+def pretrain_layer(spec: PretrainSpec, context: Context, **inputs: Any) -> Result:
+    """Train one layer by its variant's loss on the codes of the frozen layers below (Bengio et al. 2006).
+
+    Args:
+        inputs: those of `prepare`.
+    """
+    return train(prepare(spec, context, **inputs))
 
 
 def prepare(spec: PretrainSpec, context: Context, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Training:

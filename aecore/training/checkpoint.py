@@ -1,4 +1,4 @@
-"""How far a fit has come, kept outside of the process that may die: safetensors and JSON, never a pickle."""
+"""Checkpoints: how far a fit has come, kept outside of the process that may die, as safetensors and JSON."""
 
 import hashlib
 import json
@@ -11,14 +11,16 @@ import numpy as np
 from pyarrow import fs
 from safetensors.numpy import load, save
 
+from aecore.data.files import filesystem_of, short_reason
+
 Tensors = Mapping[str, np.ndarray]
 
 
 class Checkpoints(NamedTuple):
-    """The place of one stage's checkpoints: numbered pairs of files, of which the newest whole one counts.
+    """The place of one stage's checkpoints: numbered pairs of files, of which the newest complete pair counts.
 
-    The weights are written first, the JSON with their checksum after them: what has a JSON that fits is whole, on
-    object stores too, which cannot rename.
+    The tensors are written first and the JSON with their checksum after them, so a pair whose JSON has the right
+    checksum is complete. This holds on object stores too, which cannot rename files.
     """
 
     place: str
@@ -27,8 +29,8 @@ class Checkpoints(NamedTuple):
     """Least time between two checkpoints."""
 
     def load(self) -> tuple[dict[str, Any], Tensors] | None:
-        """State and tensors of the newest whole checkpoint, or None. A damaged one is told and passed over."""
-        files, path = self._open()
+        """Return state and tensors of the newest complete checkpoint, or None; warn of damaged ones, and skip them."""
+        files, path = filesystem_of(self.place)
         for number in sorted(self._numbers(), reverse=True):
             try:
                 with files.open_input_stream(f"{path}/{number:06}.json") as stream:
@@ -39,13 +41,14 @@ class Checkpoints(NamedTuple):
                     return state, load(data)
                 reason = "checksum differs"
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = " ".join(str(error).split())[:100]
-            warnings.warn(f"checkpoint {number} in {self.place} is damaged ({reason}): passed over", stacklevel=2)
+                reason = short_reason(error)
+            warnings.warn(f"checkpoint {number} in {self.place} is damaged ({reason}): skipped", stacklevel=2)
         return None
 
     def save(self, number: int, state: Mapping[str, Any], tensors: Tensors) -> None:
-        """Write checkpoint `number`, then remove the older ones. What cannot be written is told; training goes on."""
-        files, path = self._open()
+        """Write checkpoint `number` and remove the older ones; warn if it cannot be written, so that training goes
+        on."""
+        files, path = filesystem_of(self.place)
         data = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
         try:
             files.create_dir(path, recursive=True)
@@ -58,33 +61,28 @@ class Checkpoints(NamedTuple):
                     files.delete_file(f"{path}/{old:06}.json")
                     files.delete_file(f"{path}/{old:06}.safetensors")
         except OSError as error:
-            reason = " ".join(str(error).split())[:120]
-            warnings.warn(f"no checkpoint in {self.place} ({reason}): a crash now starts over", stacklevel=2)
+            message = f"no checkpoint can be written to {self.place} ({short_reason(error)}): a crash now starts over"
+            warnings.warn(message, stacklevel=2)
 
     def clear(self) -> None:
-        """Remove them all: the stage is finished. What cannot be removed is told, and stays."""
-        files, path = self._open()
+        """Remove all checkpoints, since the stage is finished; warn if they cannot be removed."""
+        files, path = filesystem_of(self.place)
         try:
             if files.get_file_info(path).type != fs.FileType.NotFound:
                 files.delete_dir(path)
         except OSError as error:
-            reason = " ".join(str(error).split())[:120]
-            warnings.warn(f"checkpoints stay in {self.place} ({reason}): they may be deleted", stacklevel=2)
+            message = f"checkpoints stay in {self.place} ({short_reason(error)}): they may be deleted"
+            warnings.warn(message, stacklevel=2)
 
     def clock(self) -> Iterator[bool]:
-        """Whether a checkpoint is due, asked once an epoch."""
+        """Yield whether a checkpoint is due; to be asked once per epoch."""
         last = time.monotonic()
         while True:
             due = time.monotonic() - last >= self.seconds
             last = time.monotonic() if due else last
             yield due
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
-        if "://" in self.place:
-            return fs.FileSystem.from_uri(self.place)
-        return fs.LocalFileSystem(), self.place
-
     def _numbers(self) -> list[int]:
-        files, path = self._open()
-        found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return [int(file.base_name[:-5]) for file in found if file.extension == "json"]
+        files, path = filesystem_of(self.place)
+        infos = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return [int(info.base_name[:-5]) for info in infos if info.extension == "json"]

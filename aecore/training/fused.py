@@ -24,6 +24,7 @@ from aecore.training import graphs
 from aecore.training.batches import permutation
 from aecore.training.fit import train
 from aecore.training.job import Fitted, Job
+from aecore.training.memory import is_out_of_memory
 from aecore.training.objective import Objective
 from aecore.training.optimizer import AdamW, trained_parameters
 from aecore.training.precision import Autocast, numerics
@@ -48,14 +49,14 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
     device = jobs[0].device
     outcomes: dict[int, Outcome] = {}
     with own_random_state(device), numerics(jobs[0].precision, device) as autocast:
+        if jobs[0].random is not None:
+            set_random_state(jobs[0].random, device)
         progresses: dict[int, Progress] = {}
         for number, job in enumerate(jobs):
             try:
                 progresses[number] = Progress(job, AdamW(trained_parameters(job.model), job.spec.weight_decay))
             except Exception as error:  # raised by a report of earlier epochs, for example: it is this fit's alone
                 outcomes[number] = error
-        if jobs[0].random is not None:
-            set_random_state(jobs[0].random, device)
         if progresses:
             stack = _StackedFits(list(progresses.values()), autocast)
             train(stack, device)
@@ -164,6 +165,8 @@ class _StackedFits:
             try:
                 progress.end_epoch(Epoch(losses, held, beside, rate, seconds))
             except Exception as error:  # raised by a report, for example: it is this fit's alone
+                if is_out_of_memory(error):
+                    raise
                 self.failures[i] = error
 
     def end(self) -> list[Outcome]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aecore.data.files import short_reason
 from aecore.data.stream import Shuffled
 from aecore.training.job import Job
 from aecore.training.memory import is_out_of_memory
@@ -27,14 +28,8 @@ def can_be_captured(job: Job) -> bool:
     A streamed set is limited by its reading, a team's messages and a compiled step are not captured, and bfloat16 is
     untried.
     """
-    in_memory = not isinstance(job.train, Shuffled)
-    return (
-        job.device.type == "cuda"
-        and in_memory
-        and job.team.size == 1
-        and not job.compile
-        and job.precision != "bf16"
-    )  # fmt: skip
+    plain = job.team.size == 1 and not job.compile and job.precision != "bf16"
+    return job.device.type == "cuda" and plain and not isinstance(job.train, Shuffled)
 
 
 class Replayed:
@@ -87,8 +82,8 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:160]
-        warnings.warn(f"a step cannot be captured as a CUDA graph ({reason}): trained without one", stacklevel=2)
+        message = f"a step cannot be captured as a CUDA graph ({short_reason(error)}): trained without one"
+        warnings.warn(message, stacklevel=2)
         return step
     return graph.replay
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aecore.data.files import short_reason
 from aecore.data.stream import Shuffled
 from aecore.training.fit import fit
 from aecore.training.fused import ObjectiveModules, Outcome, fit_as_one, real_fields
@@ -75,41 +76,34 @@ def group_key(job: Job, everywhere: bool = False) -> str:
 def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
     """Train jobs of one group, as many as one as memory holds."""
     if len(jobs) == 1:
-        return [_fit_alone(jobs[0])]
+        try:
+            return [fit(jobs[0])]
+        except Exception as error:
+            return [error]
     try:
         most = how_many_fit(jobs)
         if most >= len(jobs):
             return fit_as_one(jobs)
     except Exception as error:
-        if not is_out_of_memory(error):
-            reason = " ".join(str(error).split())[:160]
-            warnings.warn(f"{len(jobs)} fits cannot be trained as one ({reason}): one after the other", stacklevel=2)
-            return [_fit_alone(job) for job in jobs]
-        torch.cuda.empty_cache()
         most = len(jobs) // 2
+        if not is_out_of_memory(error):
+            most, message = 1, f"{len(jobs)} fits cannot be trained as one ({short_reason(error)}): one after the other"
+            warnings.warn(message, stacklevel=2)
+    torch.cuda.empty_cache()  # here, where nothing holds what did not fit
     return [one for start in range(0, len(jobs), most) for one in _fit_group(jobs[start : start + most])]
-
-
-def _fit_alone(job: Job) -> Outcome:
-    try:
-        return fit(job)
-    except Exception as error:
-        return error
 
 
 def _share_rows(job: Job, other: Job) -> Job:
     """Let a fit read the tensors of another one where their rows are equal."""
     if isinstance(job.train, Shuffled) or isinstance(other.train, Shuffled):
         return job
-    train = tuple(map(_shared, job.train, other.train)) if len(job.train) == len(other.train) else job.train
-    same = len(job.validation) == len(other.validation)
-    validation = tuple(map(_shared, job.validation, other.validation)) if same else job.validation
-    return replace(job, train=train, validation=validation)
+    known = (*other.train, *other.validation)
 
+    def shared(mine: Tensor) -> Tensor:
+        alike = (x for x in known if (x.shape, x.dtype, x.device) == (mine.shape, mine.dtype, mine.device))
+        return next((x for x in alike if torch.equal(x, mine)), mine)
 
-def _shared(mine: Tensor, theirs: Tensor) -> Tensor:
-    alike = mine.shape == theirs.shape and mine.dtype == theirs.dtype and mine.device == theirs.device
-    return theirs if alike and torch.equal(mine, theirs) else mine
+    return replace(job, train=tuple(map(shared, job.train)), validation=tuple(map(shared, job.validation)))
 
 
 def how_many_fit(jobs: Sequence[Job]) -> int:
