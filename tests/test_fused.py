@@ -1,5 +1,7 @@
 """Fits that train as one: the numbers of separate ones, up to rounding; here on CPU, where studies never do so."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -420,6 +422,28 @@ def test_rows_that_several_read_are_held_once(digits: tuple[Facts, Arrays], monk
     specs = [tuning(facts, Plain(), FITS[0], n) for n in range(3)]
     train_as_one(prepared(specs, arrays), everywhere=True)
     assert len({id(job.train[0]) for job in seen}) == len({id(job.validation[0]) for job in seen}) == 1
+
+
+def test_what_was_trained_as_one_is_let_go_at_once(
+    digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for Python's collector of cycles, so that a GPU's memory comes back."""
+    facts, arrays = few(digits)
+    stacks: list[weakref.ref[Any]] = []
+    end = fused._StackedFits.end
+
+    def watched(self: Any) -> Any:
+        stacks.append(weakref.ref(self))
+        return end(self)
+
+    monkeypatch.setattr(fused._StackedFits, "end", watched)
+    specs = [tuning(facts, Plain(), FITS[0], n) for n in range(2)]
+    gc.disable()
+    try:
+        assert len(train_as_one(prepared(specs, arrays), everywhere=True)) == 2
+        assert [stack() for stack in stacks] == [None]
+    finally:
+        gc.enable()
 
 
 STUDY = Study.model_validate({

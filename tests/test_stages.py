@@ -22,7 +22,7 @@ from aecore.stages.context import CPU, Context
 from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
-from aecore.stages.rows import preprocessing, training_rows
+from aecore.stages.rows import preprocessing, resident_bytes, training_rows
 from aecore.training.objective import Objective
 from aecore.training.precision import numerics
 from aecore.variants import Plain, Variant
@@ -227,3 +227,10 @@ def test_codes_that_are_computed_once_have_the_numbers_of_a_step(
     assert codes.dtype == once[0].dtype == torch.float32 and torch.equal(codes, once[0])
     exact = read(torch.tensor(arrays.train.x))
     assert torch.equal(exact, once[0]) == (precision == "fp32")
+
+
+def test_a_gpu_holds_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aecore.stages.rows.free_memory", lambda device: 60 * 2**30)
+    prepare = torch.nn.Identity()
+    assert resident_bytes(torch.device("cuda"), prepare) == 30 * 2**30
+    assert resident_bytes(CPU, prepare) == 2**26

@@ -59,12 +59,7 @@ def training_rows(
         return TrainingRows(
             Shuffled(data, labelled, context.spread), with_labels(validation, arrays.validation), read
         )  # fmt: skip
-    if device.type == "cuda":
-        room = free_memory(device) // 2
-    else:
-        coded = any(isinstance(module, Encoder) for module in read.modules())
-        room = _RESIDENT_BYTES if coded else _PREPARED_BYTES
-    splits = arrays.train, arrays.validation
+    splits, room = (arrays.train, arrays.validation), resident_bytes(device, read)
     if 4 * features * sum(len(split.x) for split in splits) <= room:
         train, validation = (_read_once(read, split.x, device, precision) for split in splits)
         read = nn.Identity()
@@ -73,6 +68,14 @@ def training_rows(
         if device.type != "cuda" or train.nbytes + validation.nbytes <= room:
             train, validation = train.to(device), validation.to(device)
     return TrainingRows(with_labels(train, arrays.train), with_labels(validation, arrays.validation), read)
+
+
+def resident_bytes(device: torch.device, read: nn.Module) -> int:
+    """Return how large a set may be to be kept on the device as the floats that `read` makes of it."""
+    if device.type == "cuda":
+        return free_memory(device) // 2
+    coded = any(isinstance(module, Encoder) for module in read.modules())
+    return _RESIDENT_BYTES if coded else _PREPARED_BYTES
 
 
 def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:

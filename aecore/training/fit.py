@@ -46,15 +46,19 @@ def fit(job: Job) -> Fitted:
         if job.random is not None:
             set_random_state(job.random, job.device)
         single = _SingleFit(job, autocast)
-        train(single, job.device)
-        return single.end()
+        try:
+            train(single, job.device)
+            return single.progress.end()
+        finally:
+            single.release()
 
 
 class Trainee(Protocol):
     """What `train` takes through its epochs: one fit, or several that are trained as one."""
 
+    @property
     def is_over(self) -> bool:
-        """Return whether no epoch is to come."""
+        """Whether no epoch is to come."""
 
     def begin_epoch(self) -> Iterable[Any]:
         """Return the batches of an epoch."""
@@ -71,7 +75,7 @@ class Trainee(Protocol):
 
 def train(trainee: Trainee, device: torch.device) -> None:
     """Train epoch by epoch until the trainee is over."""
-    while not trainee.is_over():
+    while not trainee.is_over:
         started_at = time.perf_counter()
         for step, batch in enumerate(trainee.begin_epoch()):
             trainee.learn(step, batch)
@@ -103,6 +107,7 @@ class _SingleFit:
         if graphs.can_be_captured(job):
             self.replayed = graphs.Replayed(lambda *batch: self.step(self.rate_on_device, Part(batch, 1.0)))
 
+    @property
     def is_over(self) -> bool:
         return self.progress.is_over
 
@@ -147,11 +152,10 @@ class _SingleFit:
         seconds = time.perf_counter() - started_at
         self.progress.end_epoch(Epoch(losses, scores, sums, self.rate, seconds, self.parts))
 
-    def end(self) -> Fitted:
-        """Leave the model with its best weights, and give back what the steps held."""
+    def release(self) -> None:
+        """Let go of the gradients, and of the graph, which holds this object: so a GPU's memory comes back at once."""
         self.optimizer.zero_grad()
-        self.replayed = None  # holds this object, and with it a graph's memory
-        return self.progress.end()
+        self.replayed = None
 
     def _backward(self, part: Part) -> Terms:
         """Add the gradients of a batch; where memory is not enough, batches are cut in two from then on."""

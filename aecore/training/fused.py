@@ -59,8 +59,11 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
                 outcomes[number] = error
         if progresses:
             stack = _StackedFits(list(progresses.values()), autocast)
-            train(stack, device)
-            outcomes |= dict(zip(progresses, stack.end(), strict=True))
+            try:
+                train(stack, device)
+                outcomes |= dict(zip(progresses, stack.end(), strict=True))
+            finally:
+                stack.release()
     return [outcomes[number] for number in range(len(jobs))]
 
 
@@ -109,6 +112,7 @@ class _StackedFits:
         """Return the numbers of the fits that go on."""
         return [i for i, progress in enumerate(self.progresses) if i not in self.failures and not progress.is_over]
 
+    @property
     def is_over(self) -> bool:
         return not self.live()
 
@@ -170,9 +174,14 @@ class _StackedFits:
                 self.failures[i] = error
 
     def end(self) -> list[Outcome]:
-        """Leave each model with its best weights, and give back what the steps held."""
-        self.whole_step = self.step  # a graph holds memory
+        """Leave each model with its best weights."""
         return [self.failures.get(i) or progress.end() for i, progress in enumerate(self.progresses)]
+
+    def release(self) -> None:
+        """Let go of what holds this object, so that a GPU's memory comes back at once."""
+        del self.gradients, self.whole_step
+        for progress in self.progresses:
+            del progress.snapshot
 
     def _snapshot(self, number: int) -> Snapshot:
         """Return the tensors of one fit, which are slices of the stacks."""
