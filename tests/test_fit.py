@@ -176,9 +176,7 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(vectors: Arrays) -> No
 def test_a_last_batch_of_one_row_is_left_out(vectors: Arrays) -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 8))
     rows = (torch.tensor(vectors.train.x[:65]),), (torch.tensor(vectors.validation.x),)
-    fitted = fit_model(
-        model, lambda x: {"r": (model(x) - x).square().mean()}, *rows, Fit(epochs=1, batch_size=64)
-    )
+    fitted = fit_model(model, lambda x: {"r": (model(x) - x).square().mean()}, *rows, Fit(epochs=1, batch_size=64))
     assert math.isfinite(fitted.history[0]["train/loss"])
 
 
