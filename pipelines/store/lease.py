@@ -81,8 +81,7 @@ class Lease:
                     has_told = True
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            self.stop()
-            within(HURRY_SECONDS, self.remove)
+            self.release()
             raise
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -95,6 +94,11 @@ class Lease:
         with suppress(Exception):
             self.is_lost = self.is_lost or not _exists(self.store.direct, self.name)
         return self.is_lost
+
+    def release(self) -> None:
+        """Give the lease up. If MLflow does not answer within a moment, the heart has stopped at least."""
+        self.stop()
+        within(HURRY_SECONDS, partial(self.store.wait_for, self.remove))
 
     def stop(self) -> None:
         """End the heartbeat: even if `remove` fails, the lease will count as a dead driver's."""

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +134,12 @@ class Tracker(Store):
 
             def close() -> None:
                 if run_id is not None:
-                    hasty.close_run(hasty.direct, run_id, status)
+                    hasty.close_run(run_id, status)
                 lease.remove()
 
             within(HURRY_SECONDS if is_interrupted or isinstance(error, OutageError) else CLOSE_SECONDS, close)
             raise
-        lease.stop()
-        within(HURRY_SECONDS, partial(self.wait_for, lease.remove))
+        lease.release()
 
     @contextmanager
     def lease(self, key: str, purpose: str) -> Iterator[Callable[[], None]]:
@@ -155,8 +153,7 @@ class Tracker(Store):
         try:
             yield lease.check
         finally:
-            lease.stop()
-            within(HURRY_SECONDS, partial(self.wait_for, lease.remove))
+            lease.release()
 
     def stop(self, key: str, epoch: int) -> None:
         """End the run of a trial that a scheduler stopped after this epoch."""
@@ -233,12 +230,14 @@ class Tracker(Store):
 
         return self.wait_for(look_then_create)
 
-    def close_run(self, client: MlflowClient, run_id: str, status: str) -> None:
-        """End a run and whichever runs nested in it are open."""
-        for run in self._open_runs():
-            if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == run_id:
-                self.close_run(client, run.info.run_id, status)
-        client.set_terminated(run_id, status)
+    def close_run(self, run_id: str, status: str) -> None:
+        """End a run and whichever runs nested in it are open, the innermost first."""
+        parents = {run.info.run_id: run.data.tags.get(MLFLOW_PARENT_RUN_ID) for run in self._open_runs()}
+        to_close = [run_id]
+        for outer in to_close:
+            to_close += [run for run, parent in parents.items() if parent == outer]
+        for run in reversed(to_close):
+            self.client.set_terminated(run, status)
 
     def close_abandoned(self) -> None:
         """End the runs of jobs whose driver has died and lost its lease, and the runs of stages whose job has ended."""
@@ -248,10 +247,12 @@ class Tracker(Store):
         for job in (run for run in jobs if run.data.tags[_LEASE] not in leases):
             run = client.get_run(job.info.run_id)  # it may have ended since, or have a new driver
             if run.info.status == "RUNNING" and run.data.tags[_LEASE] == job.data.tags[_LEASE]:
-                self.close_run(client, run.info.run_id, "KILLED")
-        for run in self._open_runs() if open_runs else ():
-            parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID) if "stage.fn" in run.data.tags else None
-            if parent and client.get_run(parent).info.status != "RUNNING":
+                self.close_run(run.info.run_id, "KILLED")
+        open_runs = self._open_runs() if open_runs else []
+        open_ids = {run.info.run_id for run in open_runs}
+        for run in open_runs:
+            parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID, "") if "stage.fn" in run.data.tags else ""
+            if parent and parent not in open_ids and client.get_run(parent).info.status != "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")
 
     def _open_job(self, job: str, key: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> str:
@@ -262,14 +263,14 @@ class Tracker(Store):
         run, exists = self.find_or_create(key, tags)
         if exists:
             self.client.update_run(run.info.run_id, status="RUNNING")
-        # a driver that died may have logged only some of its params
+        # a run without params is new, or its driver died early
         log_params_and_tags(self.client, run.info.run_id, config if not run.data.params else {}, tags if exists else {})
         return str(run.info.run_id)
 
     def _end(self, key: str, status: str, tag: str, value: str) -> None:
         if run := self._run_of(key, " and attributes.status = 'RUNNING'"):
             self.client.set_tag(run.info.run_id, tag, value)
-            self.close_run(self.client, run.info.run_id, status)
+            self.close_run(run.info.run_id, status)
 
     def _run_of(self, key: str, condition: str = "", client: MlflowClient | None = None) -> Run | None:
         """Return the run with this key that fulfils a further condition, if there is one."""

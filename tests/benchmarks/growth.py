@@ -156,8 +156,7 @@ def lookups(tracker: Tracker, graph: Stacked, top: str, repeats: int) -> dict[st
     def lease() -> None:
         one = Lease(tracker, "benchmark", "job")
         one.take()
-        one.stop()
-        one.remove()
+        one.release()
 
     def again() -> None:
         with tracker.job_run("train", "template", {}, {}) as run:
@@ -170,7 +169,7 @@ def lookups(tracker: Tracker, graph: Stacked, top: str, repeats: int) -> dict[st
         "open": partial(tracker.find_or_create, stages[0].key, {}),
         "trials": partial(tracker.trials, top, "plain"),
         "stopped": partial(tracker.stopped, stages[0].key),
-        "close nested": partial(tracker.close_run, tracker.client, known, "FINISHED"),
+        "close nested": partial(tracker.close_run, known, "FINISHED"),
         "close abandoned": tracker.close_abandoned,
         "lease": lease,
         f"restore a job of {len(stages)}": again,
