@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.figures.trials import COLOURS, looks
-from pipelines.reporting.report import MEASURES, write
+from pipelines.reporting.measures import MEASURES
+from pipelines.reporting.report import write
 from pipelines.study.trial import Trial
 
 CLASSES = tuple("0123456789")
@@ -136,7 +137,7 @@ def test_all_files_are_named(written: list[Path]) -> None:
 
 def test_the_winner_wins_and_ties_are_ties(written: list[Path]) -> None:
     said = text(written[0])
-    assert "Squared error a feature (lower is better): sparse wins." in said
+    assert "Squared error per feature (lower is better): sparse wins." in said
     assert "Linear probe, accuracy (higher is better): sparse wins." in said
     assert "only variational has it, -90 ± " in said
     assert "Differences of less than about 2.2 times their standard deviation over seeds are ties (pairs: 36)" in said
@@ -168,7 +169,7 @@ def test_vectors_without_labels(tmp_path: Path) -> None:
     assert not {"label_efficiency", "samples", "importance"} & drawn
     said = text(files[0])
     assert "accuracy (higher" not in said
-    assert re.search(r"Squared error a feature \(lower is better\): (\w+, \w+|\w+) and \w+ tie", said)
+    assert re.search(r"Squared error per feature \(lower is better\): (\w+, \w+|\w+) and \w+ tie", said)
 
 
 def test_failures_come_first_and_markup_is_text(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_search_compares_the_best_settings(tmp_path: Path) -> None:
     trials += [trial("plain", seed, settings={"network.widths": "narrow"}) for seed in range(2)]
     files = write(trials, "A search", {}, CLASSES, tmp_path, "val/probe_accuracy").files
     said = text(files[0])
-    assert "was chosen on validation" in said
+    assert "over its seeds were chosen on validation, and only these are compared" in said
     assert "sparse: variant.weight = 1, network.widths = [32]" in said
     assert "2 seeds in every row" in said
     assert (tmp_path / "figures" / "importance.png").exists()
@@ -227,7 +228,7 @@ def test_where_smaller_is_better_the_smallest_is_chosen(tmp_path: Path) -> None:
     trials = [trial("plain", 0, quality=q, settings={"lr": lr}) for lr, q in {0.1: 0.0, 0.2: 1.0}.items()]
     said = text(write(trials, "A search", {}, CLASSES, tmp_path, "val/reconstruction_mse").files[0])
     assert "plain: lr = 0.2" in said
-    assert "One seed a row" in said
+    assert "One seed per row" in said
 
 
 def test_colours_stay_with_their_rows(study: list[Trial]) -> None:

@@ -71,7 +71,7 @@ def activations(trials: Sequence[StudyTrial]) -> bytes | None:
         return None
     means = {row: float(np.abs(codes).mean()) for row, codes in rows.items()}
     low, high = best_row(means, higher=False), best_row(means, higher=True)
-    title = f"{low} is least active, {means[low]:.2g} a unit"
+    title = f"{low} is least active, {means[low]:.2g} per unit"
     title += f"; {high} most, {means[high]:.2g}" if high != low else ""
     limit = max(float(np.quantile(np.abs(codes), 0.995)) for codes in rows.values()) or 1.0
     signed = any((codes < 0).any() for codes in rows.values())

@@ -13,7 +13,7 @@ from aecore.evaluation.statistics import listed
 
 _BAND = "band: lowest to highest seed"
 _NOISES = {"gaussian": "Gaussian noise", "masking": "masking", "salt_and_pepper": "salt and pepper"}
-_MEASURES = {"accuracy": "accuracy", "mse": "squared error a feature"}
+_MEASURES = {"accuracy": "accuracy", "mse": "squared error per feature"}
 
 
 class Line(NamedTuple):

@@ -27,7 +27,9 @@ def reconstructions(trials: Sequence[StudyTrial]) -> bytes | None:
     truth = next(iter(rows.values())).arrays["inputs"]
     lines = {row: trial.arrays["reconstructed"] for row, trial in rows.items()}
     best, error = _closest(truth, lines)
-    title = f"Reconstructed: of these {len(truth)} test rows {best} comes closest, squared error {error:.2g} a feature"
+    title = (
+        f"Reconstructed: of these {len(truth)} test rows {best} comes closest, squared error {error:.2g} per feature"
+    )
     return _gallery(title, {"input": truth, **lines})
 
 
@@ -43,7 +45,8 @@ def triptychs(trials: Sequence[StudyTrial]) -> bytes | None:
     best, error = _closest(clean, lines)
     before = float(((corrupted - clean) ** 2).mean())
     title = (
-        f"Restored: from a squared error of {before:.2g} a feature {best} comes closest to the clean rows, {error:.2g}"
+        f"Restored: from a squared error of {before:.2g} per feature {best} comes closest to the clean rows, "
+        f"{error:.2g}"
     )
     return _gallery(title, {"clean": clean, "corrupted": corrupted, **lines})
 
@@ -78,7 +81,7 @@ def identity_risk(trials: Sequence[StudyTrial]) -> bytes | None:
     members = {row: seeds for row, seeds in by_row(trials).items() if row in _OVERCOMPLETE}
     if len(members) < 2:
         return None
-    labels = {"test/reconstruction_mse": "squared error a feature", "probe/accuracy": "probe accuracy"}
+    labels = {"test/reconstruction_mse": "squared error per feature", "probe/accuracy": "probe accuracy"}
     values = {label: {row: finite(members[row], metric) for row in _OVERCOMPLETE} for metric, label in labels.items()}
     values = {label: rows for label, rows in values.items() if all(map(len, rows.values()))}
     if not values:

@@ -31,7 +31,7 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
     Args:
         mse: the squared error per feature of all test rows, for the title.
     """
-    title = f"Reconstructed with a squared error of {mse:.4f} a feature (test rows)"
+    title = f"Reconstructed with a squared error of {mse:.4f} per feature (test rows)"
     if x.ndim > 2:
         return _lines_of_images(title, 2.0, {"input": x, "output": reconstruction})
     figure = titled(7, 4.2, title)
@@ -50,7 +50,7 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
 def triptych(clean: np.ndarray, corrupted: np.ndarray, restored: np.ndarray, noise: str) -> bytes:
     """Draw the same images clean, corrupted and restored, each (count, channels, height, width)."""
     before, after = (float(np.square(images - clean).mean()) for images in (corrupted, restored))
-    title = f"Restored from {noise}: squared error a feature {before:.3f} before, {after:.3f} after"
+    title = f"Restored from {noise}: squared error per feature {before:.3f} before, {after:.3f} after"
     return _lines_of_images(title, 2.7, {"clean": clean, "corrupted": corrupted, "restored": restored})
 
 
@@ -145,7 +145,7 @@ def loss_curves(stages: Mapping[str, Mapping[str, Any]]) -> bytes:
     figure = titled(max(7.0, 2.4 * len(stages)), 2.9, title)
     for axes, (name, stage) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
         _loss_curve(axes, name, stage["history"], stage["best_epoch"])
-    figure.axes[0].set_ylabel("loss a row")
+    figure.axes[0].set_ylabel("loss per row")
     return png(figure)
 
 
@@ -233,5 +233,5 @@ def _distributions(axes: "Axes", errors: tuple[np.ndarray, np.ndarray]) -> None:
         axes.text(0.97, height, label, transform=axes.transAxes, color=colour, fontsize=8, ha="right")
     if min(values.min() for values in errors) > 0:
         axes.set_xscale("log")
-    axes.set_xlabel("reconstruction error, squared, a feature")
+    axes.set_xlabel("squared reconstruction error per feature")
     axes.set_ylabel("share of rows below")
