@@ -1,4 +1,4 @@
-"""An MLflow that fails as it is told, and one in memory that is quick enough for hundreds of failures."""
+"""An MLflow client that fails by a schedule, and one in memory that is quick enough for hundreds of failures."""
 
 import itertools
 import random
@@ -20,10 +20,10 @@ HANG_SECONDS, NEXT_HANG_SECONDS = 0.05, 0.002
 
 
 class Schedule:
-    """Which calls fail, and how: by a seed, every n-th on average, and now and then several in a row.
+    """Draws from a seed which calls fail and how: every n-th on average, and now and then several in a row.
 
     Args:
-        least, most: bounds of n.
+        least, most: Bounds of n.
     """
 
     def __init__(self, seed: int, least: int, most: int) -> None:
@@ -31,14 +31,14 @@ class Schedule:
         self.every = self.random.randint(least, most)
         self.next_one = self.random.randint(1, 2 * self.every)
         self.kinds = self.random.sample(["refuse", "lose", "hang", "tear"], self.random.randint(1, 4))
-        self.outage = self.random.randint(1, 60), self.random.choice([0, 0, 3, 12])  # from which call on, and how many
+        self.outage = self.random.randint(1, 60), self.random.choice([0, 0, 3, 12])  # first call, and number
         self.calls = itertools.count(1)
         self.failed = 0
         self.hung = False
         self.on = True
 
     def next(self) -> str | None:
-        """What becomes of the next call."""
+        """Return how the next call fails, or None."""
         number = next(self.calls)
         begin, length = self.outage
         if not self.on:
@@ -80,7 +80,7 @@ class Faulty:
         return call
 
     def _tear(self, folder: Path) -> None:
-        """One file is cut short, and nobody is told."""
+        """Cut one file short without an error."""
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         file = self._schedule.random.choice(files)
         file.write_bytes(file.read_bytes()[: self._schedule.random.randrange(file.stat().st_size)])
@@ -93,7 +93,6 @@ class MemoryClient:
         self.root = root
         self.runs: dict[str, Any] = {}
         self.experiments: dict[str, Any] = {}
-        """By name."""
         self.lock = threading.RLock()
         self.create_experiment("Default")
         self.create_experiment("test")

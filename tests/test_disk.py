@@ -1,4 +1,4 @@
-"""A disk that is full or read-only, and temporary files that vanish: one line, and nothing that is half written."""
+"""A full or read-only disk and vanished temporary files end in one line, and leave nothing that is half written."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def vanish(folder: Path, *_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], Any]:
-    """`jobs.train` to its last line, in this process: exit code, report, stderr."""
+    """Run `jobs.train` to its last line in this process; returns exit code, report and stderr."""
 
     class Exit(BaseException):
         pass

@@ -1,4 +1,4 @@
-"""One job, one driver at a time: real processes on one store, killed in the middle; and how they end when told to."""
+"""One driver at a time works on a job: real processes on one store are killed or told to end, others take over."""
 
 import json
 import os
@@ -44,7 +44,7 @@ inside, count = Path("inside"), Path("count")
 def count_up():
     for _ in range(2):
         with tracker.job_run("test", "race", {}, {}):
-            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # nobody else is in
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails if another driver is inside
             number = int(count.read_text())
             time.sleep(0.1)
             count.write_text(str(number + 1))
@@ -132,7 +132,7 @@ def test_of_several_drivers_one_holds_the_job_at_a_time(tracker: Tracker, tmp_pa
     assert not existing_leases(tracker)
 
 
-def test_who_waits_says_so_and_takes_over_from_the_dead(tracker: Tracker, tmp_path: Path) -> None:
+def test_a_driver_that_waits_says_so_and_takes_over_when_the_other_dies(tracker: Tracker, tmp_path: Path) -> None:
     with drivers(tracker, tmp_path, "sleep") as (holder,):
         holder.wait_until_ready()
         with drivers(tracker, tmp_path, "sleep") as (waiter,):
@@ -146,7 +146,7 @@ def test_who_waits_says_so_and_takes_over_from_the_dead(tracker: Tracker, tmp_pa
             killed = time.monotonic()
             waiter.wait_until_ready()
             assert 4 < time.monotonic() - killed < 12  # after 6 s of silence, and no process is looked up
-            # what the dead one left open is closed, and what is open is the new one's
+            # the run that the killed driver left open was closed, and is open again for the new one
             assert len(existing_leases(tracker)) == 1 and status(tracker, "sleep") == "RUNNING"
             waiter.process.send_signal(signal.SIGTERM)
             assert waiter.end()["status"] == "killed"
@@ -155,7 +155,9 @@ def test_who_waits_says_so_and_takes_over_from_the_dead(tracker: Tracker, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_it_is_killed_within_two_seconds(number: signal.Signals, tracker: Tracker, tmp_path: Path) -> None:
+def test_a_driver_that_is_told_to_end_closes_its_runs_within_two_seconds(
+    number: signal.Signals, tracker: Tracker, tmp_path: Path
+) -> None:
     with drivers(tracker, tmp_path, "sleep") as (driver,):
         driver.wait_until_ready()
         time.sleep(0.5)
@@ -171,7 +173,7 @@ def test_told_to_end_it_is_killed_within_two_seconds(number: signal.Signals, tra
     assert not existing_leases(tracker)
 
 
-def test_told_to_end_it_ends_though_mlflow_hangs(
+def test_a_driver_that_is_told_to_end_ends_even_if_mlflow_hangs(
     tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with drivers(tracker, tmp_path, "hang") as (driver,):
@@ -189,7 +191,7 @@ def test_told_to_end_it_ends_though_mlflow_hangs(
         assert len(existing_leases(tracker)) == 1 and status(tracker, "another") == "RUNNING"
 
 
-def test_without_mlflow_it_fails_in_one_line_at_the_end_of_its_patience(tracker: Tracker, tmp_path: Path) -> None:
+def test_a_driver_without_mlflow_fails_in_one_line_at_the_end_of_its_patience(tracker: Tracker, tmp_path: Path) -> None:
     with drivers(tracker, tmp_path, "down") as (driver,):
         assert driver.end()["status"] == "failed" and driver.process.returncode == 1
     lines = (tmp_path / "down.err").read_text().splitlines()
@@ -212,7 +214,7 @@ TRACKER = Tracker("fake://", "0")
 
 
 def lease(memory: MemoryClient, key: str, owner: str, token: str = "theirs") -> str:
-    """Another driver's lease."""
+    """Make the lease of a driver of another process."""
     if "diabolo.leases" not in memory.experiments:
         memory.create_experiment("diabolo.leases")
     experiment = memory.experiments["diabolo.leases"].experiment_id
@@ -297,7 +299,7 @@ def test_a_driver_that_lost_its_lease_is_woken_and_commits_nothing(memory: Memor
 
 
 @pytest.mark.parametrize("commits", [False, True])
-def test_whose_lease_was_lost_meanwhile_is_told_before_the_commit(
+def test_a_driver_that_lost_its_lease_unawares_finds_out_before_the_commit(
     commits: bool, memory: MemoryClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_lease, "BEAT_SECONDS", 60.0)

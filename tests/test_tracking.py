@@ -1,4 +1,4 @@
-"""MLflow as the store: one run a stage, the status as the commit, models that load anywhere."""
+"""MLflow as the store: each stage is one run, its status is the commit, and models load anywhere."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from aecore.config.experiment import Data, Experiment, Finetune, Fit
 from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
-from aecore.core.errors import InputError
+from aecore.core.errors import InputError, OutageError
 from aecore.data.dataset import inspect
 from aecore.models.storage import Result
 from pipelines.execution.run import Record, _fail, _keep, run_here
@@ -86,7 +86,7 @@ def test_a_run_is_looked_up_by_what_has_an_index(tracker: Tracker, monkeypatch: 
     monkeypatch.setattr(MlflowClient, "search_runs", ask)
     assert tracker.find(stage(8).key) and tracker.find(stage(9).key) is None
     assert [condition.split("`")[1] for condition in asked] == [f"stage.key.{stage(n).key}" for n in (8, 9)]
-    # a store from before has runs without such a tag
+    # experiments of early versions have runs without such a tag
     old = tracker.client.create_run(tracker.experiment_id, tags={"stage.key": stage(9).key}).info.run_id
     tracker.client.set_terminated(old, "FINISHED")
     assert tracker._replace(marked=False).find(stage(9).key) == old
@@ -376,11 +376,22 @@ def test_the_graph_folds_in_process_and_restores(tracker: Tracker) -> None:
     assert second.config["task"] == "reconstruct"
 
 
-def test_an_unreachable_store_is_told_in_one_line_without_its_password(tmp_path: Path) -> None:
+def test_an_unreachable_store_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError) as error:
         connect(f"sqlite:///{tmp_path}/file/mlflow.db")
     assert "MLFLOW_TRACKING_URI" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_messages_about_the_store_hold_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    uri = "http://me:secret@host:5000"
+
+    def refuse() -> None:
+        raise ConnectionError(f"no route to {uri}")
+
+    with pytest.raises(OutageError, match=r"^MLflow at http://\*\*\*@host:5000 has not answered for") as error:
+        Tracker(uri, "1", patience=0.01).wait_for(refuse)
+    assert "secret" not in str(error.value) + capsys.readouterr().err
 
 
 def test_no_store_is_made_where_none_is_wanted(tmp_path: Path) -> None:
@@ -388,7 +399,7 @@ def test_no_store_is_made_where_none_is_wanted(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_deleted_experiment_is_told(tmp_path: Path) -> None:
+def test_a_deleted_experiment_ends_in_one_line(tmp_path: Path) -> None:
     tracker = connect(f"sqlite:///{tmp_path}/mlflow.db", "gone")
     assert tracker is not None
     tracker.client.delete_experiment(tracker.experiment_id)

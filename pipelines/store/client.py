@@ -51,11 +51,7 @@ class Store(NamedTuple):
         return MlflowClient(tracking_uri=self.uri)
 
     def wait_for(self, call: Callable[[], T]) -> T:
-        """Return what `call` returns, tried again as long as MLflow does not answer.
-
-        Raises:
-            OutageError: MLflow did not answer for as long as `patience` lasts.
-        """
+        """Return what `call` returns, tried again while MLflow does not answer; see `patience.wait_for`."""
         return wait_for(call, self.uri, self.patience)
 
     def search(self, condition: str = "", limit: int | None = None, client: MlflowClient | None = None) -> list[Run]:

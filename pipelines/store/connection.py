@@ -8,7 +8,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from aecore.core.errors import InputError, hide_secrets
+from aecore.core.errors import InputError
 from pipelines.host.environment import store_uri
 from pipelines.host.messages import one_line
 from pipelines.host.scratch import scratch
@@ -45,8 +45,7 @@ def connect(uri: str | None = None, experiment: str | None = None, create: bool 
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"MLFLOW_TRACKING_URI: cannot use {hide_secrets(uri)} ({one_line(error)}); start the server or correct the "
-            "address"
+            f"MLFLOW_TRACKING_URI: cannot use {uri} ({one_line(error)}); start the server or correct the address"
         ) from error
 
 
@@ -62,8 +61,7 @@ def _open_experiment(uri: str, name: str, path: Path | None, create: bool) -> Tr
         return _open_experiment(uri, name, path, create)
     if experiment.lifecycle_stage != "active":
         raise InputError(
-            f"MLFLOW_EXPERIMENT_NAME: experiment {name} is deleted in {hide_secrets(uri)}; restore it or choose "
-            "another name"
+            f"MLFLOW_EXPERIMENT_NAME: experiment {name} is deleted in {uri}; restore it or choose another name"
         )
     return Tracker(uri, experiment.experiment_id, marked=MARKED in experiment.tags)
 

@@ -21,7 +21,6 @@ from functools import partial
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from aecore.core.errors import TakenOverError
 from pipelines.host.messages import say
@@ -76,7 +75,7 @@ class Lease:
                 if not has_told:
                     say(
                         f"another driver ({rivals[min(rivals)]}) works on the same {self.purpose}: waiting until it "
-                        f"has ended, or was silent for {SILENT_SECONDS:g} s"
+                        f"has ended or, should it have died, for {SILENT_SECONDS:g} s without a sign of life"
                     )
                     has_told = True
                 time.sleep(POLL_SECONDS)
@@ -112,11 +111,7 @@ class Lease:
             _delete(self.store.direct, self.name)
 
     def _claim(self) -> dict[str, str]:
-        """Create the lease; delete it again if there are rivals.
-
-        Returns:
-            The rivals as `_look` gives them; empty if the lease is held now.
-        """
+        """Create the lease, and delete it again if there are rivals, which are returned as `_look` gives them."""
         self._create()
         until = time.monotonic() + POLL_SECONDS
         while (rivals := self._look(self.store)[0]) and self.name < min(rivals) and time.monotonic() < until:
@@ -214,12 +209,9 @@ def _leases(client: MlflowClient, experiment_id: str) -> list[Run]:
 
 
 def _exists(client: MlflowClient, name: str) -> bool:
-    try:
+    with ignoring("RESOURCE_DOES_NOT_EXIST"):  # `mlflow gc` has removed it for good
         return bool(client.get_run(name).info.lifecycle_stage == "active")
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
+    return False
 
 
 def _delete(client: MlflowClient, name: str) -> None:

@@ -17,11 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 
 import aecore
-from aecore.core.errors import InputError, hide_secrets
+from aecore.core.errors import InputError
 from aecore.models.storage import Result, load_weights
 from pipelines.host.messages import one_line
 from pipelines.host.scratch import scratch
 from pipelines.store.client import Store, all_pages
+from pipelines.store.patience import ignoring
 
 LOADER = "aecore.serving.model"
 """Module that loads our models in MLflow."""
@@ -91,13 +92,10 @@ class Models(NamedTuple):
 
     def version(self, name: str, alias: str) -> Version | None:
         """Return the version of a registered model that has this alias, if there is one."""
-        try:
+        with ignoring(*_MISSING):
             found = self.store.client.get_model_version_by_alias(name, alias)
-        except MlflowException as error:
-            if error.error_code in _MISSING:
-                return None
-            raise
-        return Version(str(found.version), dict(found.tags))
+            return Version(str(found.version), dict(found.tags))
+        return None
 
     def set_alias(self, name: str, alias: str, number: str) -> None:
         """Let an alias name this version, and no other version any more."""
@@ -130,15 +128,12 @@ class Models(NamedTuple):
                 f"model: {uri} names no registered model; write models:/NAME@ALIAS or models:/NAME/VERSION"
             )
         (name, alias, number), client = match.groups(), self.store.client
-        try:
+        with ignoring(*_MISSING):
             return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code not in _MISSING:
-                raise
-            raise InputError(
-                f"model: {hide_secrets(self.store.uri)} has no {uri}; jobs.train --register NAME makes a version, and "
-                "jobs.retrain a champion"
-            ) from None
+        raise InputError(
+            f"model: {self.store.uri} has no {uri}; jobs.train --register NAME makes a version, and "
+            "jobs.retrain a champion"
+        )
 
     def _download(self, uri: str, exact: str) -> tuple[str, Result]:
         """Return the digest of a registered model and the model."""

@@ -47,7 +47,7 @@ def wait_for(call: Callable[[], T], uri: str, patience: float) -> T:
         except Exception as error:
             if not may_pass(error):
                 raise
-            reason = one_line(error)
+            reason = hide_secrets(one_line(error))
             left = began + patience - time.monotonic()
             if left <= 0:
                 silence = f"has not answered for {patience:g} s" if patience else "does not answer"

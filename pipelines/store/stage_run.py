@@ -47,13 +47,9 @@ class StageRun:
         size = max(1, _MOST_METRICS // max((len(metrics) for _, _, metrics in fresh), default=1))
         for start in range(0, len(fresh), size):
             batch = fresh[start : start + size]
-            points_of_batch = [
-                Metric(name, value, milliseconds, epoch)
-                for epoch, milliseconds, metrics in batch
-                for name, value in metrics.items()
-            ]
-            self.tracker.client.log_batch(self.run_id, points_of_batch)
-            self._metrics |= {point.key: point.value for point in points_of_batch}
+            values = [Metric(name, value, when, n) for n, when, metrics in batch for name, value in metrics.items()]
+            self.tracker.client.log_batch(self.run_id, values)
+            self._metrics |= {metric.key: metric.value for metric in values}
         self.last_epoch = max([self.last_epoch, *(point[0] for point in points)])
 
     def commit(self, result: Result, served: Any = None) -> None:
