@@ -66,15 +66,10 @@ class _Sources(BaseSettings):
 
 
 def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
-    """Read the settings of a command. In rising precedence they come from the defaults, the recipe (the positional
-    argument), the environment and the command line.
+    """Read the settings of a command from, in rising precedence, the defaults, the recipe (the positional argument),
+    the environment and the command line, `args`.
 
     An override of one field keeps the other fields beside it; another `kind` replaces its whole subtree.
-
-    Args:
-        settings: class of the settings.
-        prog: name of the command in `--help`.
-        args: command line; that of this process by default.
 
     Raises:
         InputError: a key is unknown or a value does not fit. The message holds the full path of the field.
@@ -111,21 +106,17 @@ def _with_underscores(arg: str) -> str:
 
 
 class _Ending(NamedTuple):
-    """How a command ended."""
-
     code: int
     report: dict[str, Any] | None
     message: str = ""
 
 
 def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence[str] | None = None) -> NoReturn:
-    """Run a command, print its report as the last line of stdout, and exit.
+    """Run a command, print the report that `run` returns as the last line of stdout, and exit.
 
     Exit codes: 0 finished; 2 bad configuration or data, explained in one line; 1 failed; 130 interrupted.
 
     Args:
-        job: name of the command in the report.
-        run: does the work and returns the report, or None if there is none to print.
         addresses: URLs that the report is posted to. `run` fills the list while it works. If a list is passed, bad
             input makes a report too.
     """
@@ -152,11 +143,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
 
 
 def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
-    """Return exit code, report and message for the exception that ended a command.
-
-    Args:
-        with_reason: the report says why, and bad input makes a report as well.
-    """
+    """Return code, report and message for what ended a command; `with_reason` also puts the message into the report,
+    and makes one for bad input."""
     if isinstance(error, KeyboardInterrupt):
         return _Ending(130, {"status": "killed"}, "interrupted")
     cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task
@@ -178,11 +166,8 @@ def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
 def post(address: str, line: str, tries: int = 3, timeout: float = 5.0, pause: float = 1.0) -> bool:
     """POST a line of JSON to a webhook and return whether it was accepted.
 
-    A failure prints a warning. The warning does not name the address, which may hold a secret.
-
-    Args:
-        timeout: seconds to wait for each answer.
-        pause: seconds before the second try; before the third it is twice as long, and so on.
+    A failure prints a warning. The warning does not name the address, which may hold a secret. `timeout` and `pause`,
+    which grows from try to try, are in seconds.
     """
     reason = ""
     for number in range(tries):

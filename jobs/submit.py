@@ -43,11 +43,8 @@ def _connect(address: str) -> Any:
 
 
 def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
-    """Submit the command that follows `--`, follow the job, and return the exit code.
-
-    Args:
-        args: command line.
-        connect: returns a job client for the address of a dashboard.
+    """Submit the command that follows `--` with the job client that `connect` makes of an address, follow the job, and
+    return the exit code.
 
     Raises:
         InputError: nothing was submitted.
@@ -87,16 +84,10 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
 def _options(args: list[str]) -> argparse.Namespace:
     usage = "%(prog)s [options] -- jobs.train [RECIPE.yaml] [...]"
     parser = argparse.ArgumentParser("python -m jobs.submit", usage, (__doc__ or "").partition("\n\n")[2])
-    parser.add_argument(
-        "--address", help="URL of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)"
-    )
-    parser.add_argument(
-        "--name", help="submission id of the job (default: made of the command, the settings, the commit, the recipe)"
-    )
+    parser.add_argument("--address", help="URL of the dashboard (default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)")
+    parser.add_argument("--name", help="submission id (default: made of command, settings, commit and recipe)")
     parser.add_argument("--env", nargs="+", default=[], metavar="KEY", help="more of your variables for the job")
-    parser.add_argument(
-        "--once", action="store_true", help="refuse a job that has succeeded under this submission id before"
-    )
+    parser.add_argument("--once", action="store_true", help="refuse what has succeeded under this submission id before")
     return parser.parse_args(args)
 
 
@@ -123,11 +114,7 @@ def _environment(keys: list[str], address: str) -> dict[str, str]:
 
 
 def _check_shipped(recipes: list[Path]) -> None:
-    """Warn if Ray would upload a large folder.
-
-    Raises:
-        InputError: Ray would not upload a recipe.
-    """
+    """Warn if Ray would upload a large folder, and raise an InputError if it would not upload a recipe."""
     files = _shipped_files()
     for recipe in recipes:
         if Path(os.path.relpath(recipe)) not in files:
@@ -168,14 +155,10 @@ def _identity(command: list[str], recipes: list[Path], environment: dict[str, st
 
 
 def _free_id(name: str, jobs: dict[str, Any], once: bool = False) -> str:
-    """Return the first of `name`, `name-a2`, `name-a3` ... under which no job is known.
-
-    Args:
-        jobs: status of each known job by its submission id.
-        once: refuse a name under which a job has succeeded.
+    """Return the first of `name`, `name-a2`, `name-a3` ... that is not in `jobs`, the status of each known job.
 
     Raises:
-        InputError: a job under this name is still running, or has succeeded and is wanted only once.
+        InputError: a job of this name is still running, or has succeeded and is wanted only `once`.
     """
     free, attempt = name, 1
     while free in jobs:
