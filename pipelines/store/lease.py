@@ -146,6 +146,7 @@ class Lease:
         others = {run.info.run_id: run.data.tags for run in runs if run.info.run_id != self.name}
         for name, tags in others.items():
             token = tags.get(_TOKEN, "")
+            # of this process, but not held: a call made it although its answer was lost, or it could not be deleted
             is_forgotten = token.startswith(_PROCESS) and _held.get(token, self) is self
             if is_forgotten or self._silence(name, tags.get(_BEAT, ""), now) > SILENT_SECONDS:
                 store.wait_for(partial(_delete, store.direct, name))
