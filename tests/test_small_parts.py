@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from aecore.evaluation.classification import accuracy_interval, confusion
 from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.figures.look import legible
 from aecore.evaluation.generative import frechet
-from aecore.evaluation.probes import linear_probe, nearest
+from aecore.evaluation.probes import accuracy_interval, confusion, linear_probe, nearest
 from aecore.evaluation.scoring import over_batches
 from aecore.models.storage import load_weights, save_weights
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from aecore.evaluation.classification import confusion
-from aecore.evaluation.probes import Labelled
+from aecore.evaluation.probes import Labelled, confusion
 
 _FITTED_ROWS = 20_000
 

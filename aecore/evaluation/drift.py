@@ -21,7 +21,7 @@ _FEWEST, _UNKNOWN = 3, 0.01
 
 
 def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshold: float) -> list[Comparison]:
-    """Test each quantity of the new rows against the reference; drift comes first, then the largest effects.
+    """Test each quantity of the new rows against the reference; what has drifted comes first, then by effect.
 
     Reconstruction errors, of all rows and of each class, and each unit of the code are compared by the two-sample
     Kolmogorov-Smirnov test; features by Welch's t-test of their means; classes by Pearson's chi-squared test. With many
@@ -56,8 +56,7 @@ def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshol
 
 
 def cliffs_delta(new: np.ndarray, old: np.ndarray) -> float:
-    """Return Cliff's (1993) delta, from -1 to 1: how much more often a new value is larger than an old one than it is
-    smaller."""
+    """Return Cliff's (1993) delta: how much more often a new value is larger than an old one than smaller, -1 to 1."""
     return float(2 * stats.mannwhitneyu(new, old, method="asymptotic").statistic / (len(new) * len(old)) - 1)
 
 
@@ -84,20 +83,16 @@ def as_csv(table: Sequence[Comparison]) -> str:
     return buffer.getvalue()
 
 
-def _comparison(
-    quantity: str, test: str, sizes: tuple[int, int], shift: float, effect: float, p: float, group: str = "all"
-) -> Comparison:
-    """Make a line of the table, not yet judged; `sizes` are the numbers of new and of reference rows."""
-    values = (quantity, group, test, *sizes, float(shift), float(effect), float(p), float("nan"), False)
+def _comparison(names: tuple[str, str, str], sizes: tuple[int, int], *numbers: float) -> Comparison:
+    """Make a line of the table, not yet judged: quantity, class and test; new and reference rows; shift, effect, p."""
+    values = (*names, *sizes, *map(float, numbers), float("nan"), False)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def _distributions(quantity: str, old: np.ndarray, new: np.ndarray, group: str = "all") -> Comparison:
     tested = stats.ks_2samp(old, new, method="asymp")
-    sizes = len(new), len(old)
-    return _comparison(
-        quantity, "Kolmogorov-Smirnov", sizes, cliffs_delta(new, old), tested.statistic, tested.pvalue, group
-    )
+    names, sizes = (quantity, group, "Kolmogorov-Smirnov"), (len(new), len(old))
+    return _comparison(names, sizes, cliffs_delta(new, old), tested.statistic, tested.pvalue)
 
 
 def _errors(
@@ -137,7 +132,7 @@ def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
     for number in range(x.shape[1]):
         # the largest gap between two normal distribution functions whose means are so many deviations apart
         effect = erf(abs(shift[number]) / (2 * sqrt(2)))
-        yield _comparison(f"feature {number}", "Welch", (len(x), count), shift[number], effect, p[number])
+        yield _comparison((f"feature {number}", "all", "Welch"), (len(x), count), shift[number], effect, p[number])
 
 
 def _shares_of_classes(old: np.ndarray, new: np.ndarray) -> Iterator[Comparison]:
@@ -148,10 +143,11 @@ def _shares_of_classes(old: np.ndarray, new: np.ndarray) -> Iterator[Comparison]
     shares = counts / counts.sum(1, keepdims=True)
     distance = np.abs(shares[0] - shares[1]).sum() / 2
     p = stats.chi2_contingency(counts, correction=False).pvalue
-    yield _comparison("classes", "chi-squared", (len(new), len(old)), np.nan, distance, p)
+    yield _comparison(("classes", "all", "chi-squared"), (len(new), len(old)), np.nan, distance, p)
 
 
 def _unknown_classes(old: np.ndarray, new: np.ndarray, known: Sequence[str]) -> Comparison:
     unknown = ~np.isin(new, known)
-    row = _comparison("unknown classes", "share", (len(new), len(old)), np.nan, unknown.mean(), np.nan)
+    names, sizes = ("unknown classes", "all", "share"), (len(new), len(old))
+    row = _comparison(names, sizes, np.nan, unknown.mean(), np.nan)
     return row | {"drifted": bool(unknown.sum() >= _FEWEST and unknown.mean() >= _UNKNOWN)}

@@ -1,4 +1,4 @@
-"""What frozen codes tell of the classes: a linear probe, nearest neighbours, and how few labels the probe needs."""
+"""How well classes are predicted: by a linear probe of frozen codes, by nearest neighbours, and by a classifier."""
 
 from typing import Any, NamedTuple
 
@@ -6,20 +6,12 @@ import numpy as np
 
 from aecore.core.imports import fast_imports
 from aecore.data.splits import Arrays, split_off
-from aecore.evaluation.scoring import Codes
+from aecore.evaluation.scoring import BySplit
 
 Labelled = tuple[np.ndarray, np.ndarray]
 """Codes (rows, units) and class numbers (rows,)."""
 PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 """Inverse regularisation strengths that the linear probe tries; the best on validation is taken."""
-
-
-class Labels(NamedTuple):
-    """The class numbers of a data set, one array (rows,) per split."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
 
 
 class Probe(NamedTuple):
@@ -33,11 +25,11 @@ class Probe(NamedTuple):
         return self.model.predict(self.scaler.transform(codes))
 
 
-def labels_of(data: Arrays) -> Labels | None:
+def labels_of(data: Arrays) -> BySplit | None:
     """Return the labels of all splits, or None where a split has none."""
     if data.train.y is None or data.validation.y is None or data.test.y is None:
         return None
-    return Labels(data.train.y, data.validation.y, data.test.y)
+    return BySplit(data.train.y, data.validation.y, data.test.y)
 
 
 def linear_probe(train: Labelled, validation: Labelled) -> Probe:
@@ -51,8 +43,8 @@ def linear_probe(train: Labelled, validation: Labelled) -> Probe:
     x, validation_x = scaler.transform(train[0]), scaler.transform(validation[0])
     candidates = []
     for strength in PROBE_STRENGTHS:
-        # a tolerance of 1e-3 on the gradient is far below what accuracy resolves and takes a third of the default's
-        # time; the products are so narrow that two threads take up to twice as long as one
+        # a gradient of 1e-3 is far below what accuracy resolves, and takes a third of the default tolerance's time; the
+        # products are so narrow that two threads take up to twice as long as one
         with threadpool_limits(1, "blas"):
             model = LogisticRegression(C=strength, max_iter=200, tol=1e-3).fit(x, train[1])
         candidates.append((model.score(validation_x, validation[1]), model))
@@ -66,11 +58,30 @@ def nearest(train: Labelled, codes: np.ndarray, neighbours: int = 5) -> np.ndarr
     return KNeighborsClassifier(min(neighbours, len(train[0]))).fit(*train).predict(codes)
 
 
-def probe_with_few_labels(count: int, seed: int, codes: Codes, labels: Labels) -> float:
-    """Return the test accuracy of a probe that is fitted to `count` labelled training rows, fewer than there are.
-
-    They are the rows that a classifier finetuned with as many labels and the same seed is given.
-    """
+def probe_with_few_labels(count: int, seed: int, codes: BySplit, labels: BySplit) -> float:
+    """Return the test accuracy of a probe with `count` labelled training rows, fewer than there are: those that a
+    classifier finetuned with as many labels and the same seed is given."""
     rows = split_off(np.arange(len(labels.train)), labels.train, count, "labels", seed)[1]
     probe = linear_probe((codes.train[rows], labels.train[rows]), (codes.validation, labels.validation))
     return float((probe.predict(codes.test) == labels.test).mean())
+
+
+def confusion(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """Count the pairs of classes, (classes, classes): true class by row, predicted class by column."""
+    return np.bincount(truth * classes + prediction, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy_interval(accuracy: float, rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy for the sampling of `rows` test rows (Wilson 1927)."""
+    z = 1.959964
+    centre = (accuracy + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * np.sqrt(accuracy * (1 - accuracy) / rows + z * z / (4 * rows * rows))
+    return float(centre - half), float(centre + half)
+
+
+def accuracy_metrics(table: np.ndarray) -> dict[str, float]:
+    """Return accuracy and error of the test rows that `table` counts, and the accuracy's 95 % interval."""
+    accuracy = float(table.trace() / table.sum())
+    low, high = accuracy_interval(accuracy, int(table.sum()))
+    metrics = {"test/accuracy": accuracy, "test/error": 1 - accuracy}
+    return metrics | {"test/accuracy_low": low, "test/accuracy_high": high}

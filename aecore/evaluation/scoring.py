@@ -15,12 +15,11 @@ from aecore.models.stack import Stack
 from aecore.models.storage import Result
 
 CACHED_ROWS = 512
-"""Rows of a batch whose values fit into a CPU's cache. Passing over memory that is new each time takes ten times as
-long."""
+"""Rows whose values fit into a CPU's cache: passing over memory that is new each time takes ten times as long."""
 
 
-class Codes(NamedTuple):
-    """The codes of a data set, one array (rows, units) per split."""
+class BySplit(NamedTuple):
+    """An array per split: the codes (rows, units) of a data set, or its class numbers (rows,)."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -57,13 +56,13 @@ def over_prepared(fn: Callable[[Tensor], Tensor], x: Tensor, stack: Stack) -> Te
     return over_batches(fn, x, x.device, batch_rows(stack))
 
 
-def encode_splits(stack: Stack, prepare: Prepare, data: Arrays, device: torch.device) -> Codes:
+def encode_splits(stack: Stack, prepare: Prepare, data: Arrays, device: torch.device) -> BySplit:
     """Return the codes of all three splits."""
 
     def codes(split: Split) -> np.ndarray:
         return to_numpy(over_batches(lambda rows: stack.encode(prepare(rows)).flatten(1), split.x, device))
 
-    return Codes(codes(data.train), codes(data.validation), codes(data.test))
+    return BySplit(codes(data.train), codes(data.validation), codes(data.test))
 
 
 def classify(result: Result, prepare: Prepare, raw: np.ndarray, device: torch.device) -> np.ndarray:

@@ -11,21 +11,20 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05
-"""Level of significance: the chance of a false finding that is accepted."""
+"""The chance of a false finding that is accepted."""
 _BINS = 2048
 _DRAWN_VALUES = 4_000_000  # weights drawn at a time: about 100 MB
 _REPLICATES_PER_PAIR = 200  # with fewer, Holm's factor times the smallest possible p, 2 / (replicates + 1), nears LEVEL
 
 
 class Pair(NamedTuple):
-    """A comparison of two rows: `first` minus `second`, over the seeds that both have."""
+    """A comparison of two rows: `first` minus `second` over the seeds that both have, with a 95 % interval."""
 
     first: str
     second: str
     difference: float
     low: float
     high: float
-    """95 % interval of the difference, from `low` to `high`."""
     p: float
     adjusted: float
     """p after Holm's correction for all pairs of the measure."""
@@ -76,31 +75,19 @@ class Gain(NamedTuple):
     high: float
 
 
-class _Spread(NamedTuple):
-    """Standard deviation of a difference over seeds, and the degrees of freedom of its estimate."""
-
-    deviation: float
-    freedom: int
+Spread = tuple[float, int]
+"""Standard deviation of a difference over seeds, and the degrees of freedom of its estimate."""
 
 
 class _Means(NamedTuple):
-    """What all pairs of a comparison share."""
+    """Means over points, (rows, seeds), NaN where a row lacks a seed; and what else all pairs share."""
 
     by_seed: np.ndarray
-    """Means over points, (rows, seeds); NaN for a seed that a row lacks."""
     draws: np.ndarray | None
-    """The same for each draw of the points, (replicates, rows, seeds); None without points."""
+    """The means for each draw of the points, (replicates, rows, seeds); None without points."""
     noise: float
     """Differences up to this size are rounding."""
-    pooled: _Spread
-
-
-class _Test(NamedTuple):
-    difference: float
-    low: float
-    high: float
-    p: float
-    seeds: int
+    pooled: Spread
 
 
 def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bool = False) -> tuple[Pair, ...]:
@@ -144,13 +131,9 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
         raise ValueError(f"rows are paired, but their (seeds, points) differ: {sorted(shapes)}")
     table = np.stack([np.asarray(array, np.float64) for array in values.values()])
     means = _means(table, max(replicates, _REPLICATES_PER_PAIR * len(pairs)), ratios)
-    tests = [_test(means, first, second) for first, second in pairs]
-    adjusted = holm(np.array([test.p for test in tests]))
-    names = list(values)
-    return tuple(
-        Pair(names[first], names[second], *test[:4], float(p), test.seeds)
-        for (first, second), test, p in zip(pairs, tests, adjusted, strict=True)
-    )
+    tested = [_compare_two(list(values), means, *pair) for pair in pairs]
+    adjusted = holm(np.array([pair.p for pair in tested]))
+    return tuple(pair._replace(adjusted=float(p)) for pair, p in zip(tested, adjusted, strict=True))
 
 
 def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
@@ -166,31 +149,30 @@ def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
     return _Means(means, draws, noise, _pooled(means))
 
 
-def _test(means: _Means, first: int, second: int) -> _Test:
-    """Compare two rows on the seeds that both have."""
+def _compare_two(names: Sequence[str], means: _Means, first: int, second: int) -> Pair:
+    """Compare two rows, given by their numbers; p is not corrected yet."""
     a, b = means.by_seed[first], means.by_seed[second]
     common = np.flatnonzero(np.isfinite(a + b))
     gap = _without(a[common] - b[common], means.noise)
-    seeds = len(gap)
-    if seeds == 0 or (means.draws is None and seeds < 2):
-        return _Test(float(gap.mean()) if seeds else np.nan, np.nan, np.nan, 1.0, seeds)
-    spread = _spread(gap, means)
-    error = spread.deviation / np.sqrt(seeds)
-    if means.draws is None:
-        low, high, p = _t_test(gap.mean(), error, spread.freedom)
-    else:
-        drawn = means.draws[:, first, common] - means.draws[:, second, common]
-        low, high, p = _bootstrap_test(_without(drawn, means.noise).mean(1), error, spread.freedom)
-    return _Test(float(gap.mean()), float(low), float(high), float(p), seeds)
+    seeds, difference, low, high, p = len(gap), gap.mean() if len(gap) else np.nan, np.nan, np.nan, 1.0
+    if seeds > 1 or (seeds and means.draws is not None):
+        deviation, freedom = _spread(gap, means)
+        error = deviation / np.sqrt(seeds)
+        if means.draws is None:
+            low, high, p = _t_test(difference, error, freedom)
+        else:
+            drawn = means.draws[:, first, common] - means.draws[:, second, common]
+            low, high, p = _bootstrap_test(_without(drawn, means.noise).mean(1), error, freedom)
+    return Pair(names[first], names[second], float(difference), float(low), float(high), float(p), np.nan, seeds)
 
 
-def _spread(gap: np.ndarray, means: _Means) -> _Spread:
+def _spread(gap: np.ndarray, means: _Means) -> Spread:
     """Choose between a pair's own spread over seeds and the pooled one; `gap` (seeds,) holds the pair's differences."""
-    freedom, pooled = len(gap) - 1, means.pooled
+    freedom, (pooled, pooled_freedom) = len(gap) - 1, means.pooled
     own = float(_without(gap.std(ddof=1), means.noise)) if freedom else 0.0
-    if 0 < own < pooled.deviation:
-        return pooled
-    return _Spread(own, min(3 * freedom, pooled.freedom) if pooled.deviation else freedom)
+    if 0 < own < pooled:
+        return pooled, pooled_freedom
+    return own, min(3 * freedom, pooled_freedom) if pooled else freedom
 
 
 def _t_test(difference: float, error: float, freedom: int) -> tuple[float, float, float]:
@@ -201,8 +183,7 @@ def _t_test(difference: float, error: float, freedom: int) -> tuple[float, float
 
 
 def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[float, float, float]:
-    """Return the 95 % interval and p from the differences (replicates,) over draws of the points, to which the spread
-    over seeds is added."""
+    """Return the 95 % interval and p of the differences (replicates,) over draws, with the spread over seeds added."""
     if error:
         sample = sample + _draws_of_t(freedom, len(sample)) * error
     low, high = np.quantile(sample, [0.025, 0.975])
@@ -211,8 +192,7 @@ def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[flo
 
 
 def _resampled(values: np.ndarray, replicates: int) -> np.ndarray:
-    """Return means (replicates, series) of `values` (series, points) over points that are drawn with replacement, the
-    same draws for all series."""
+    """Return means (replicates, series) of `values` (series, points), over the same drawn points for all series."""
     rng = np.random.default_rng(0)
     points = values.shape[1]
     means = np.empty((replicates, len(values)))
@@ -227,21 +207,20 @@ def _resampled(values: np.ndarray, replicates: int) -> np.ndarray:
 
 
 def _draws_of_t(freedom: int, count: int) -> np.ndarray:
-    """Return values of Student's t in random order: its quantiles at equal steps, so that the tails are exact at any
-    count."""
+    """Return quantiles of Student's t at equal steps, in random order; its tails are exact at any count."""
     quantiles = stdtrit(freedom, (np.arange(count) + 0.5) / count)
     return np.random.default_rng(freedom).permutation(quantiles)
 
 
-def _pooled(means: np.ndarray) -> _Spread:
-    """Return the spread over seeds of a difference of two rows, pooled over `means` (rows, seeds): it is what rows and
-    seeds together leave unexplained. It is zero where there are too few rows or seeds to pool."""
+def _pooled(means: np.ndarray) -> Spread:
+    """Pool the spread of a difference of two rows over `means` (rows, seeds): what rows and seeds together leave
+    unexplained. It is zero where there are too few rows or seeds."""
     whole = means[np.isfinite(means).all(1)]
     freedom = (len(whole) - 1) * (means.shape[1] - 1)
     if len(whole) < 3 or freedom < 1:
-        return _Spread(0.0, 0)
+        return 0.0, 0
     rest = whole - whole.mean(1, keepdims=True) - whole.mean(0) + whole.mean()
-    return _Spread(float(np.sqrt(2 * np.square(rest).sum() / freedom)), freedom)
+    return float(np.sqrt(2 * np.square(rest).sum() / freedom)), freedom
 
 
 def _without(values: np.ndarray, noise: float) -> np.ndarray:
@@ -287,11 +266,8 @@ def judge(means: Mapping[str, float], pairs: Sequence[Pair], higher: bool, refer
 
 
 def resolution(seeds: int, rows: int) -> float:
-    """Return the smallest mean difference that holds, in units of its standard deviation over seeds (2 or more).
-
-    There is assumed to be no other spread, and the same spread in all rows. It is what Holm's correction asks of the
-    first of all pairs.
-    """
+    """Return the smallest mean difference that holds, in units of its standard deviation over seeds (2 or more), if
+    there is no other spread and all rows spread alike: it is what Holm's correction asks of the first of all pairs."""
     pairs, freedom = rows * (rows - 1) // 2, (rows - 1) * (seeds - 1)
     return float(-stdtrit(freedom, LEVEL / 2 / pairs) / np.sqrt(seeds))
 

@@ -1,9 +1,9 @@
-"""The figures of one job's model: what each shows is computed here, and drawn in a thread of its own."""
+"""The figures of one job's model: what they show is computed here, and drawn in a thread."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import ParamSpec
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,11 @@ from aecore.config.specs import EvaluateSpec
 from aecore.data.splits import Arrays
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.pictures import MAPPED_ROWS, SHOWN_ROWS
-from aecore.evaluation.scoring import Codes, fixed_noise, to_numpy
+from aecore.evaluation.scoring import BySplit, fixed_noise, to_numpy
 from aecore.models import generation
 from aecore.models.corruption import corrupt
 from aecore.models.stack import Stack
-from aecore.models.storage import Result
 from aecore.variants import Denoising, Sparse, Variational
-
-P = ParamSpec("P")
 
 
 class Pen:
@@ -30,30 +27,21 @@ class Pen:
         self._thread = thread
         self._drawings: dict[str, Future[bytes]] = {}
 
-    def draw(self, name: str, figure: Callable[P, bytes], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Start drawing; nothing may write to the arrays among the arguments any more."""
-        self._drawings[name] = self._thread.submit(figure, *args, **kwargs)
+    def draw(self, name: str, figure: Callable[..., bytes], *args: Any) -> None:
+        """Start to draw a figure; from here on nothing may write to the arrays among `args`."""
+        self._drawings[name] = self._thread.submit(figure, *args)
 
     def figures(self) -> dict[str, bytes]:
-        """Wait for all figures and return them as PNG by name."""
+        """Wait for all figures; return them as PNG by name."""
         return {name: drawing.result() for name, drawing in self._drawings.items()}
 
 
-def draw_codes(pen: Pen, codes: Codes, data: Arrays, classes: Sequence[str]) -> None:
-    """Draw the codes in a plane: those of test rows or, where the code is a plane itself, those of all training rows,
-    since they then take no time to map."""
+def draw_codes(pen: Pen, codes: BySplit, data: Arrays, classes: Sequence[str]) -> None:
+    """Draw test rows' codes in a plane; where the code is a plane itself, all training rows, which then need no map."""
     if codes.train.shape[1] == 2:
         pen.draw("codes", figures.codes_map, codes.train, data.train.y, classes, "training")
     else:
         pen.draw("codes", figures.codes_map, codes.test[:MAPPED_ROWS], data.test.y, classes, "test")
-
-
-def draw_fits(pen: Pen, layers: Sequence[Result], finetuned: Result | None) -> None:
-    """Draw the loss curves of each layer's pretraining and of finetuning."""
-    stages = {f"layer {number}": result.config for number, result in enumerate(layers, 1)}
-    if finetuned is not None:
-        stages["finetuning"] = finetuned.config
-    pen.draw("loss_curves", figures.loss_curves, stages)
 
 
 def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:

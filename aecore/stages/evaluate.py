@@ -11,20 +11,19 @@ from aecore.config.specs import EvaluateSpec
 from aecore.core.imports import fast_imports
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
-from aecore.evaluation.classification import accuracy_metrics, confusion
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.generative import likelihood_bounds
 from aecore.evaluation.pictures import SHOWN_ROWS
-from aecore.evaluation.probes import labels_of, linear_probe, nearest
+from aecore.evaluation.probes import accuracy_metrics, confusion, labels_of, linear_probe, nearest
 from aecore.evaluation.reconstruction import reconstruction_mse
-from aecore.evaluation.scoring import Codes, classify, encode_splits, over_batches, over_prepared, to_numpy
+from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches, over_prepared, to_numpy
 from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
 from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
-from aecore.stages.drawings import Pen, draw_codes, draw_fits, draw_variant
+from aecore.stages.drawings import Pen, draw_codes, draw_variant
 from aecore.stages.rows import preprocessing
 from aecore.variants import Variational
 
@@ -51,25 +50,31 @@ def evaluate(
         metrics: dict[str, float] = {}
         table = None
         if finetuned is not None and spec.task == "classify":
-            table = _confusion(spec, context, prepare, data, finetuned)
+            table = np.zeros((len(spec.classes),) * 2, np.int64)
+            for rows in all_test_rows(data, context):
+                assert rows.y is not None
+                table += confusion(rows.y, classify(finetuned, prepare, rows.x, context.device), len(spec.classes))
             metrics |= accuracy_metrics(table)
         codes = None
-        if (stack := _autoencoder(spec, layers, finetuned)) is not None:
+        whole = finetuned if spec.task == "reconstruct" else None
+        if whole or layers:
+            stack = build_stack(whole) if whole else Stack([build_layer(result) for result in layers])
             stack = stack.to(context.device).eval()
             scores, codes = _evaluate_autoencoder(spec, context, prepare, data, stack, pen)
             metrics |= scores
         if spec.pictures:
             if table is not None:
                 pen.draw("confusion", figures.confusion, table, spec.classes)
-            draw_fits(pen, layers, finetuned)
+            fits = {f"layer {number}": result.config for number, result in enumerate(layers, 1)}
+            fits |= {} if finetuned is None else {"finetuning": finetuned.config}
+            pen.draw("loss_curves", figures.loss_curves, fits)
         if codes is not None:
             metrics |= _readout(codes, rows_in_memory(data))
         return Result({}, {}, metrics, pen.figures())
 
 
 def _import_before_threads(spec: EvaluateSpec) -> None:
-    """Import what both threads use: two threads that import parts of scikit-learn at once may each find the other's
-    half made."""
+    """Import what both threads use: two that import scikit-learn at once may find each other's parts half made."""
     if spec.pictures:
         with fast_imports():
             for name in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"):
@@ -77,26 +82,9 @@ def _import_before_threads(spec: EvaluateSpec) -> None:
     importlib.import_module("scipy.linalg")  # it brings a BLAS of its own, whose threads are to be limited as well
 
 
-def _autoencoder(spec: EvaluateSpec, layers: Sequence[Result], finetuned: Result | None) -> Stack | None:
-    if finetuned is not None and spec.task == "reconstruct":
-        return build_stack(finetuned)
-    return Stack([build_layer(result) for result in layers]) if layers else None
-
-
-def _confusion(
-    spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, finetuned: Result
-) -> np.ndarray:
-    """Count true and predicted classes of all test rows, (classes, classes)."""
-    table = np.zeros((len(spec.classes),) * 2, np.int64)
-    for rows in all_test_rows(data, context):
-        assert rows.y is not None
-        table += confusion(rows.y, classify(finetuned, prepare, rows.x, context.device), len(spec.classes))
-    return table
-
-
 def _evaluate_autoencoder(
     spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, stack: Stack, pen: Pen
-) -> tuple[dict[str, float], Codes | None]:
+) -> tuple[dict[str, float], BySplit | None]:
     """Score and draw the unsupervised model; its codes are returned where pictures are wanted."""
     sample = rows_in_memory(data)
     x = over_batches(prepare, sample.test.x, context.device)
@@ -118,10 +106,8 @@ def _evaluate_autoencoder(
 
 
 def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:
-    """Return the squared error per feature of rows `x`, and the reconstructions of those that are shown.
-
-    The others are freed on return: as floats they take as much memory as `x`.
-    """
+    """Return the squared error per feature of rows `x`, and the reconstructions that are shown; the others are freed
+    on return, since they take as much memory as `x`."""
     reconstruction = over_prepared(stack.reconstruct, x, stack)
     return reconstruction_mse(x, reconstruction), to_numpy(reconstruction[:SHOWN_ROWS]).copy()
 
@@ -138,7 +124,7 @@ def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, context: Context
     return total / values
 
 
-def _readout(codes: Codes, data: Arrays) -> dict[str, float]:
+def _readout(codes: BySplit, data: Arrays) -> dict[str, float]:
     """Return the test accuracy of a linear probe and of nearest neighbours on the codes, where there are labels."""
     if (labels := labels_of(data)) is None:
         return {}

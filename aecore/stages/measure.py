@@ -12,10 +12,10 @@ from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.contraction import contraction
 from aecore.evaluation.generative import likelihood_bounds, sample_distance
 from aecore.evaluation.pictures import study_arrays
-from aecore.evaluation.probes import Labels, Probe, labels_of, linear_probe, nearest, probe_with_few_labels
+from aecore.evaluation.probes import Probe, labels_of, linear_probe, nearest, probe_with_few_labels
 from aecore.evaluation.reconstruction import reconstruction_errors
 from aecore.evaluation.robustness import mean_robustness, robustness_curves
-from aecore.evaluation.scoring import Codes, classify, encode_splits, over_batches
+from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches
 from aecore.evaluation.units import unit_activity
 from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
@@ -81,7 +81,7 @@ def measure(
     return Result(curves, arrays, metrics)
 
 
-def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: Codes, labels: Labels) -> dict[str, np.ndarray]:
+def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit) -> dict[str, np.ndarray]:
     """Whether each test row is classified right, (rows,), by the probe, by its neighbours and by the classifier that
     was finetuned last, that is with the most labels."""
     correct = {
@@ -94,7 +94,7 @@ def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: Codes, labe
 
 
 def _label_curve(
-    spec: MeasureSpec, accuracy: float, predictions: Sequence[np.ndarray], codes: Codes, labels: Labels
+    spec: MeasureSpec, accuracy: float, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit
 ) -> dict[str, list[float]]:
     """Test accuracy of the probe and of the finetuned classifiers by the number of labels.
 

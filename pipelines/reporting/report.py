@@ -4,7 +4,6 @@ import json
 from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import pandas as pd
 
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.statistics import resolution
-from pipelines.reporting.measures import Comparison, compare_measures
+from pipelines.reporting.measures import compare_measures
 from pipelines.study.trial import Trial
 
 CAPTIONS = {
@@ -46,20 +45,6 @@ class Report(NamedTuple):
     """Means over seeds of the chosen settings, by measure and row."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Selection:
-    """The trials of a study, and which of them are compared."""
-
-    trials: Sequence[Trial]
-    choose: str
-    settings: dict[str, dict[str, Any]]
-    """The chosen settings, by row."""
-    compared: list[Trial]
-    """The trials with the chosen settings of their row."""
-    stopped: list[Trial]
-    """Trials with other settings that the scheduler stopped."""
-
-
 def write(
     trials: Sequence[Trial], title: str, facts: dict[str, str], classes: Sequence[str], folder: Path, choose: str
 ) -> Report:
@@ -72,79 +57,66 @@ def write(
         choose: the validation metric by which a row's settings are chosen, where several were tried: more is better if
             the name contains `accuracy`, else less.
     """
-    selection = _select(trials, choose)
+    chosen = _choose_settings(trials, choose)
+    compared = [trial for trial in trials if _key(trial.settings) == _key(chosen[trial.row])]
+    stopped = [t for t in trials if t.status == "stopped" and _key(t.settings) != _key(chosen[t.row])]
     with ThreadPoolExecutor(1) as thread:
-        maps = thread.submit(codes.planes, selection.compared)  # takes as long as all the rest, which goes on meanwhile
-        comparisons = compare_measures(selection.compared, list(selection.settings))
-        figures = _draw(selection)
-        figures["codes_maps"] = codes.codes_maps(selection.compared, maps.result(), classes)
-    drawn = {name: png for name in CAPTIONS if (png := figures[name])}
-    page = _page(selection, title, facts, comparisons, drawn)
-    return Report(
-        _write_files(folder, page, drawn, _table(trials)),
-        {one.measure.name: one.verdict for one in comparisons if one.verdict},
-        {one.measure.name: one.means for one in comparisons},
+        maps = thread.submit(codes.planes, compared)  # takes as long as all the rest, which goes on meanwhile
+        comparisons = compare_measures(compared, list(chosen))
+        drawn = {
+            "learning_curves": curves.learning_curves([*compared, *stopped]),
+            "label_efficiency": curves.label_efficiency(compared),
+            "robustness": curves.robustness(compared),
+            "contraction": curves.contraction(compared),
+            "reconstructions": images.reconstructions(compared),
+            "triptychs": images.triptychs(compared),
+            "activations": codes.activations(compared),
+            "identity_risk": images.identity_risk(compared),
+            "samples": images.samples(compared),
+            "importance": settings.importance(trials, choose),
+        }
+        drawn["codes_maps"] = codes.codes_maps(compared, maps.result(), classes)
+    figures = {name: png for name in CAPTIONS if (png := drawn[name])}
+    page = _render(
+        title=title,
+        facts=facts,
+        unfinished=[trial for trial in trials if trial.status != "finished"],
+        rows=list(chosen),
+        comparisons=comparisons,
+        seeds=_describe_seeds(compared),
+        chosen={row: _describe(values) for row, values in chosen.items() if values},
+        choose=choose,
+        figures=[(CAPTIONS[name], name, b64encode(png).decode()) for name, png in figures.items()],
+        costs=_costs(trials),
     )
+    files = _write_files(folder, page, figures, _table(trials))
+    verdicts = {one.measure.name: one.verdict for one in comparisons if one.verdict}
+    return Report(files, verdicts, {one.measure.name: one.means for one in comparisons})
 
 
-def _select(trials: Sequence[Trial], choose: str) -> _Selection:
-    """Choose each row's settings with the best mean of `choose` over seeds; the first where no trial has it."""
+def _choose_settings(trials: Sequence[Trial], choose: str) -> dict[str, dict[str, Any]]:
+    """Return each row's settings with the best mean of `choose` over seeds; the first where no trial has it."""
     scores: dict[str, dict[str, list[float]]] = {}
     known = {_key(trial.settings): trial.settings for trial in trials}
     for trial in trials:
         seeds = scores.setdefault(trial.row, {}).setdefault(_key(trial.settings), [])
         if trial.status == "finished" and np.isfinite(trial.metrics.get(choose, np.nan)):
             seeds.append(-trial.metrics[choose] if "accuracy" in choose else trial.metrics[choose])
-    best = {row: min(keys, key=lambda key: np.mean(keys[key]) if keys[key] else np.inf) for row, keys in scores.items()}
-    return _Selection(
-        trials=trials,
-        choose=choose,
-        settings={row: known[key] for row, key in best.items()},
-        compared=[trial for trial in trials if _key(trial.settings) == best[trial.row]],
-        stopped=[t for t in trials if t.status == "stopped" and _key(t.settings) != best[t.row]],
-    )
+    return {
+        row: known[min(keys, key=lambda key: np.mean(keys[key]) if keys[key] else np.inf)]
+        for row, keys in scores.items()
+    }
 
 
 def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _draw(selection: _Selection) -> dict[str, bytes | None]:
-    """Draw all figures but the maps of codes; None where the trials lack what is to be drawn."""
-    compared = selection.compared
-    return {
-        "learning_curves": curves.learning_curves([*compared, *selection.stopped]),
-        "label_efficiency": curves.label_efficiency(compared),
-        "robustness": curves.robustness(compared),
-        "contraction": curves.contraction(compared),
-        "reconstructions": images.reconstructions(compared),
-        "triptychs": images.triptychs(compared),
-        "activations": codes.activations(compared),
-        "identity_risk": images.identity_risk(compared),
-        "samples": images.samples(compared),
-        "importance": settings.importance(selection.trials, selection.choose),
-    }
-
-
-def _page(
-    selection: _Selection, title: str, facts: dict[str, str], comparisons: Sequence[Comparison],
-    figures: dict[str, bytes],
-) -> str:  # fmt: skip
+def _render(**context: Any) -> str:
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return templates.get_template("report.html.j2").render(
-        title=title,
-        facts=facts,
-        unfinished=[trial for trial in selection.trials if trial.status != "finished"],
-        rows=list(selection.settings),
-        comparisons=comparisons,
-        seeds=_describe_seeds(selection.compared),
-        chosen={row: _describe(values) for row, values in selection.settings.items() if values},
-        choose=selection.choose,
-        figures=[(CAPTIONS[name], name, b64encode(png).decode()) for name, png in figures.items()],
-        costs=_costs(selection.trials),
-    )
+    return templates.get_template("report.html.j2").render(**context)
 
 
 def _write_files(folder: Path, page: str, figures: dict[str, bytes], table: pd.DataFrame) -> list[Path]:

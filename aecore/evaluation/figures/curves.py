@@ -28,7 +28,7 @@ class Line(NamedTuple):
         return float(self.values[:, point].mean())
 
 
-Curve = Callable[[StudyTrial], tuple[Any, Any] | None]
+Read = Callable[[StudyTrial], tuple[Any, Any] | None]
 """Reads x and values of a curve from a trial; None where it has none."""
 
 
@@ -62,16 +62,9 @@ def learning_curves(trials: Sequence[StudyTrial]) -> bytes | None:
 
 def label_efficiency(trials: Sequence[StudyTrial]) -> bytes | None:
     """Draw the test accuracy of the probe and of finetuning by the number of labels they were given."""
-
-    def panel(how: str) -> dict[str, Line]:
-        def read(trial: StudyTrial) -> tuple[Any, Any] | None:
-            labels = trial.curves.get("labels", {})
-            return (labels["counts"], labels[how]) if labels.get(how) else None
-
-        return _lines(trials, read)
-
     names = {"probe": "linear probe", "finetuned": "finetuned"}
-    panels = {names[how]: lines for how in names if (lines := panel(how))}
+    panels = {name: _lines(trials, _curve("labels", x="counts", y=how)) for how, name in names.items()}
+    panels = {name: lines for name, lines in panels.items() if lines}
     if not panels:
         return None
     first, lines = next(iter(panels.items()))
@@ -94,15 +87,11 @@ def label_efficiency(trials: Sequence[StudyTrial]) -> bytes | None:
 
 def robustness(trials: Sequence[StudyTrial]) -> bytes | None:
     """Draw accuracy, where there are labels, and squared error of corrupted test rows by the level of each noise."""
-
-    def panel(noise: str, measure: str) -> dict[str, Line]:
-        def read(trial: StudyTrial) -> tuple[Any, Any] | None:
-            curve = trial.curves.get("robustness", {}).get(noise, {})
-            return (curve["levels"], curve[measure]) if curve.get(measure) else None
-
-        return _lines(trials, read)
-
-    panels = {(noise, measure): panel(noise, measure) for noise in _NOISES for measure in _MEASURES}
+    panels = {
+        (noise, measure): _lines(trials, _curve("robustness", noise, x="levels", y=measure))
+        for noise in _NOISES
+        for measure in _MEASURES
+    }
     noises = [noise for noise in _NOISES if any(panels[noise, measure] for measure in _MEASURES)]
     measures = [measure for measure in _MEASURES if any(panels[noise, measure] for noise in noises)]
     if not noises:
@@ -122,8 +111,7 @@ def _most_robust(panels: Mapping[str, Mapping[str, Line]], measure: str) -> str:
     """Say which row is best at the strongest level of each noise."""
     winners: dict[str, list[str]] = {}
     for noise, lines in panels.items():
-        last = {row: line.mean(-1) for row, line in lines.items()}
-        if last:
+        if last := {row: line.mean(-1) for row, line in lines.items()}:
             winners.setdefault(best_row(last, higher=measure == "accuracy"), []).append(_NOISES[noise])
     verb = "keeps the highest accuracy" if measure == "accuracy" else "has the lowest squared error"
     return "At the strongest noise " + "; ".join(
@@ -133,12 +121,7 @@ def _most_robust(panels: Mapping[str, Mapping[str, Line]], measure: str) -> str:
 
 def contraction(trials: Sequence[StudyTrial]) -> bytes | None:
     """Draw how far a code moves, as a share of its input's step, by the length of that step (Rifai et al. 2011)."""
-
-    def read(trial: StudyTrial) -> tuple[Any, Any] | None:
-        curve = trial.curves.get("contraction", {})
-        return (curve["radius"], curve["ratio"]) if curve.get("ratio") else None
-
-    lines = _lines(trials, read)
+    lines = _lines(trials, _curve("contraction", x="radius", y="ratio"))
     if not lines:
         return None
     least = {row: line.mean(0) for row, line in lines.items()}
@@ -154,7 +137,19 @@ def contraction(trials: Sequence[StudyTrial]) -> bytes | None:
     return png(figure)
 
 
-def _lines(trials: Sequence[StudyTrial], read: Curve) -> dict[str, Line]:
+def _curve(*path: str, x: str, y: str) -> Read:
+    """Make a function that reads the values `x` and `y` below `path` in a trial's curves."""
+
+    def read(trial: StudyTrial) -> tuple[Any, Any] | None:
+        curve = trial.curves
+        for name in path:
+            curve = curve.get(name, {})
+        return (curve[x], curve[y]) if curve.get(y) else None
+
+    return read
+
+
+def _lines(trials: Sequence[StudyTrial], read: Read) -> dict[str, Line]:
     """Read a line per row, up to the shortest of its seeds."""
     lines = {}
     for row, members in by_row(trials, read).items():

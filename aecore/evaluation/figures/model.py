@@ -5,21 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aecore.evaluation.figures.look import (
-    BLACK,
-    BLUE,
-    ORANGE,
-    RED,
-    legible,
-    open_frame,
-    plane,
-    png,
-    scatter,
-    show_image,
-    show_values,
-    tiled,
-    titled,
-)
+from aecore.evaluation.figures import look
+from aecore.evaluation.figures.look import BLACK, BLUE, ORANGE, RED, legible, show_image, show_values, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +31,7 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
         axes.set_yticks([])
     grid[-1].set_xlabel("feature")
     figure.colorbar(shown, ax=grid, label="standardised value", shrink=0.8)
-    return png(figure)
+    return look.png(figure)
 
 
 def triptych(clean: np.ndarray, corrupted: np.ndarray, restored: np.ndarray, noise: str) -> bytes:
@@ -60,20 +47,20 @@ def _lines_of_images(title: str, height: float, lines: Mapping[str, np.ndarray])
     for axes, (name, images) in zip(figure.subplots(len(lines)), lines.items(), strict=True):
         show_image(axes, _side_by_side(images))
         axes.set_ylabel(name)
-    return png(figure)
+    return look.png(figure)
 
 
 def _side_by_side(images: np.ndarray, places: int = 0) -> np.ndarray:
     """Put images into a row that has room for at least so many, with gaps of a tenth of their width."""
-    return tiled(images, max(len(images), places), max(1, images.shape[-1] // 10))
+    return look.tiled(images, max(len(images), places), max(1, images.shape[-1] // 10))
 
 
 def image_grid(images: np.ndarray, columns: int, title: str) -> bytes:
     """Draw images (count, channels, height, width) in rows of `columns`, without gaps."""
-    sheet = tiled(images, columns)
+    sheet = look.tiled(images, columns)
     figure = titled(5.2, 5.2 * sheet.shape[1] / sheet.shape[2] + 0.5, title)
     show_image(figure.subplots(), sheet)
-    return png(figure)
+    return look.png(figure)
 
 
 def units(layers: Sequence[np.ndarray]) -> bytes:
@@ -85,7 +72,7 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
             show_values(axes, images, np.abs(images).max() or 1.0)
             axes.set_ylabel(f"layer {number}\nunit")
         axes.set_xlabel("feature")
-        return png(figure)
+        return look.png(figure)
     columns = max(len(images) for images in layers)
     height, width = layers[0].shape[-2:]
     tall = 0.56 * len(layers) * height / width + 0.6
@@ -97,7 +84,7 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
         limits = np.maximum(np.abs(images).max((1, 2, 3), keepdims=True), 0.01 * largest)
         show_image(axes, _side_by_side(images / (2 * limits) + 0.5, columns))
         axes.set_ylabel(f"layer {number}", fontsize=8)
-    return png(figure)
+    return look.png(figure)
 
 
 def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str], rows: str) -> bytes:
@@ -106,7 +93,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     Args:
         rows: which rows these are, for the title.
     """
-    points, size = plane(codes), 8 if len(codes) <= 2000 else 2
+    points, size = look.plane(codes), 8 if len(codes) <= 2000 else 2
     if codes.shape[1] <= 2:
         how, axis = "The code itself", "code"
     else:
@@ -116,11 +103,11 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, linewidths=0)
     else:
-        scatter(axes, points, labels[: len(codes)], classes, size, 13)
+        look.scatter(axes, points, labels[: len(codes)], classes, size, 13)
     axes.set_xlabel(f"{axis} 1")
     axes.set_ylabel(f"{axis} 2")
-    open_frame(axes)
-    return png(figure)
+    look.open_frame(axes)
+    return look.png(figure)
 
 
 def activations(codes: np.ndarray, most: int = 200) -> bytes:
@@ -136,7 +123,7 @@ def activations(codes: np.ndarray, most: int = 200) -> bytes:
     axes.set_xlabel("unit, the most active first")
     axes.set_ylabel("test row")
     figure.colorbar(image, ax=axes, label="activation", extend="both")
-    return png(figure)
+    return look.png(figure)
 
 
 def loss_curves(stages: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -146,7 +133,7 @@ def loss_curves(stages: Mapping[str, Mapping[str, Any]]) -> bytes:
     for axes, (name, stage) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
         _loss_curve(axes, name, stage["history"], stage["best_epoch"])
     figure.axes[0].set_ylabel("loss per row")
-    return png(figure)
+    return look.png(figure)
 
 
 def _loss_curve(axes: Any, name: str, history: Sequence[Mapping[str, float]], best: int) -> None:
@@ -194,7 +181,7 @@ def confusion(table: np.ndarray, classes: Sequence[str]) -> bytes:
     axes.set_yticks(range(len(classes)), classes, fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    return png(figure)
+    return look.png(figure)
 
 
 def drift(
@@ -221,8 +208,8 @@ def drift(
     bars.set_xlim(0, 1)
     bars.set_xlabel("effect size, the largest gap of distributions")
     for axes in (*left, bars):
-        open_frame(axes)
-    return png(figure)
+        look.open_frame(axes)
+    return look.png(figure)
 
 
 def _distributions(axes: "Axes", errors: tuple[np.ndarray, np.ndarray]) -> None:

@@ -1,8 +1,7 @@
-"""What all figures of a study share: the trials they read, a colour per row, and one seed or a band of seeds.
+"""What all figures of a study share: the trials that they read, and a colour per row.
 
-A row is one variant under the name that the study gives it; it has a trial per seed. Every figure of a study takes all
-trials that are compared, so that a row has the same colour everywhere, and returns PNG bytes, or None where the trials
-lack what is to be drawn.
+A row is one variant under the name that the study gives it; it has a trial per seed. Each figure takes all trials that
+are compared, so that a row has one colour in all figures. It returns PNG bytes, or None where the trials lack its data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +23,8 @@ COLOURS = {
 """Okabe & Ito's colours by kind; the references are grey."""
 _SPARE = ((RED, "-"), (SKY, "-"))
 _DASHES = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-FONT = 10
-"""Size of most type, in points."""
-WIDTH = 5.4
-"""Width of most figures in inches: on a phone the type is still legible."""
+FONT = 10  # points
+WIDTH = 5.4  # inches: at the width of a phone the type is still legible
 
 
 class StudyTrial(Protocol):
@@ -54,19 +51,15 @@ class StudyTrial(Protocol):
 
 
 class Look(NamedTuple):
-    """How a row is drawn."""
+    """A row's colour and line style (one of matplotlib's)."""
 
     colour: str
     style: Any
-    """A line style, in matplotlib's words."""
 
 
 def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
-    """Choose a look per row.
-
-    The first row of a kind, or the row that is named like the kind, has the kind's colour. Further rows of that kind
-    take the colours that the palette has left, and when these are used up, the kind's colour with dashes.
-    """
+    """Choose a look per row: the kind's colour for the first row of a kind (or the one named like it); for further
+    rows the colours that the palette has left, and when these are used up, the kind's colour with dashes."""
     kinds = {trial.row: trial.kind for trial in trials}
     first = {kind: kind if kinds.get(kind) == kind else row for row, kind in reversed(kinds.items())}
     rows = {row: Look(COLOURS.get(kind, BLACK), "-") for row, kind in kinds.items()}
