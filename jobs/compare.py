@@ -17,13 +17,13 @@ from aecore.core.imports import fast_imports
 from aecore.data.dataset import inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import open_store
+from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.plan import describe_plans, plan_trials
+from pipelines.study.run import run
 from pipelines.study.schema import Study
 from pipelines.study.trial import Trial
-from pipelines.study.trials import run
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report

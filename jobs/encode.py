@@ -21,7 +21,7 @@ from aecore.serving.encoding import Operation, Work, adapt_data, check_codes
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path, write_files
-from pipelines.execution.run import open_store
+from pipelines.execution.store import open_store
 from pipelines.host.environment import store_is_empty, store_uri
 from pipelines.host.messages import say
 

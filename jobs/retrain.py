@@ -15,7 +15,7 @@ from aecore.config.experiment import Data, Experiment
 from aecore.core.errors import InputError
 from jobs import cli
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import open_store
+from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.retraining.history import dates_to_decide
 from pipelines.retraining.retrain import Firing, plan, retrain, rollback

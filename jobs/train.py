@@ -17,7 +17,8 @@ from aecore.core.fingerprint import fingerprint
 from aecore.data.dataset import inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import Outcome, compute, open_store
+from pipelines.execution.chain import Outcome, compute
+from pipelines.execution.store import open_store
 from pipelines.graph.recipe import Stacked, build
 from pipelines.host.messages import say
 

@@ -10,11 +10,11 @@ import pytest
 from aecore.data.dataset import inspect
 from jobs import cli
 from jobs.train import Train
-from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
 from pipelines.store.runs import Tracker
 from tests import chaos
 from tests.chaos import DENOISING, Job, Moment, World, faults, left_over, tracker_of, truth_of
+from tests.here import run_here
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
         raise Exit(code)
 
     monkeypatch.setattr(jobs.train, "compute", compute_here)
-    monkeypatch.setattr("pipelines.execution.run.start_ray", lambda warm: None)
+    monkeypatch.setattr("pipelines.execution.store.start_ray", lambda warm: None)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.chdir(tmp_path)
 

@@ -29,10 +29,10 @@ from jobs import cli
 from jobs.encode import Encode, encode
 from pipelines.cluster.reading import Done
 from pipelines.encoding.encode import MANIFEST
-from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
 from pipelines.store.runs import Tracker
 from tests.benchmarks import encoding as bench
+from tests.here import run_here
 from tests.nodes import BIN, free_port, running, wait_for
 from tests.test_tracking import parent, small
 from tests.test_train import clean

@@ -18,14 +18,16 @@ from aecore.config.experiment import Fit
 from aecore.core.errors import OutageError
 from aecore.models.storage import Result
 from aecore.stages.context import Context
-from pipelines.cluster.resources import Share
-from pipelines.execution.run import _Recorder, run_here
+from pipelines.cluster.share import Share
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.journal import Journal
 from pipelines.graph.stage import Stage
 from pipelines.store import client as store_client
 from pipelines.store import lease, patience
 from pipelines.store import runs as store_runs
 from pipelines.store.runs import Tracker
 from tests.faults import Faulty, MemoryClient, Schedule
+from tests.here import run_here
 
 SCHEDULES = 200
 EPOCHS = 3
@@ -39,7 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(store_runs, "git_commit", lambda: "unknown")
     monkeypatch.setattr(store_runs, "system_metrics", lambda uri, run_id: nullcontext())
-    monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.0)
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
@@ -51,9 +53,9 @@ class Pipeline:
     """Two stages that train as `fit` does, only faster, and count their epochs."""
 
     def __init__(self, seed: int, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.share = Share(0, 1, 0, storage_path=str(folder))
-        self.first = Stage("first", "stages.first", Fit(epochs=EPOCHS, batch_size=seed + 1))
-        self.second = Stage("second", "stages.second", Fit(epochs=EPOCHS), {"below": self.first})
+        self.folder = str(folder)
+        self.first = Stage("first", "stages.pretrain_layer", Fit(epochs=EPOCHS, batch_size=seed + 1))
+        self.second = Stage("second", "stages.pretrain_layer", Fit(epochs=EPOCHS), {"below": self.first})
         self.trained: Counter[str] = Counter()
         patch.setattr(Stage, "function", lambda stage: self.train)
 
@@ -78,7 +80,7 @@ class Pipeline:
 
     def command(self, tracker: Tracker) -> Result:
         with tracker.job_run("test", self.keys["job"], {}, {"seed": 0}) as top:
-            result = run_here(self.second, tracker, top, self.share)
+            result = run_here(self.second, tracker, top, folder=self.folder)
             tracker.log_summary(top, {"test/error": 0.25}, {"run.second": "x"})
         return result
 
@@ -131,8 +133,7 @@ def test_schedules_of_faults(
         folder, schedule = tmp_path / str(seed), Schedule(seed, *((2, 14) if patient else (20, 90)))
         memory = MemoryClient(folder / "artifacts")
         disturb(monkeypatch, memory, schedule, memory.folder)
-        # of four: one that gives up at once, one whose stages log for themselves, and one that does both
-        monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0 if seed % 4 > 1 else 30.0)
+        # every other one gives up at once
         tracker = Tracker("fake://", "0", patience=0.05 if patient else 0.0)
         survive(Pipeline(seed, folder / "checkpoints", monkeypatch), tracker, schedule)
         failed += schedule.failed
@@ -150,7 +151,6 @@ def test_schedules_of_faults_of_a_real_store(
         return Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
 
     disturb(monkeypatch, client, schedule, folder)
-    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0 if seed > 1 else 30.0)
     survive(Pipeline(seed, tmp_path, monkeypatch), tracker._replace(patience=0.0 if seed % 2 else 1.0), schedule)
 
 
@@ -183,29 +183,31 @@ def test_points_that_cannot_be_logged_wait_and_training_does_not(
 
     class Hanging:
         def __getattr__(self, name: str) -> Any:
-            if down[0]:
-                time.sleep(0.2)
-                raise ConnectionError("timed out")
-            return getattr(memory, name)
+            def call(*args: Any, **options: Any) -> Any:
+                if down[0]:
+                    time.sleep(0.2)
+                    raise ConnectionError("timed out")
+                return getattr(memory, name)(*args, **options)
+
+            return call
 
     monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: Hanging())
     stage, tracker = Stage("slow", "stages.slow", Fit(epochs=6)), Tracker("fake://", "0")
-    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", -1.0)
-    with _Recorder(stage, (tracker.uri, tracker.experiment_id), "parent", None) as recorder:
+    with Journal(stage, Assignment(store=tuple(tracker), parent="parent", share=Share(0, 1))) as journal:
         began = time.monotonic()
         for epoch in range(1, 4):
-            recorder.report(epoch, {"train/loss": 1 / epoch, "seconds": 0.1, "time": epoch})
+            journal.report(epoch, {"train/loss": 1 / epoch, "seconds": 0.1, "time": epoch})
         assert time.monotonic() - began < 0.1
-        time.sleep(0.3)
+        time.sleep(0.5)
         down[0] = False
         deadline = time.monotonic() + 10
-        while recorder.points:
+        journal.report(4, {"train/loss": 0.25, "seconds": 0.1, "time": 4})
+        while journal.points:
             assert time.monotonic() < deadline
-            recorder.report(4, {"train/loss": 0.25, "seconds": 0.1, "time": 4})
             time.sleep(0.01)
     assert capsys.readouterr().err.count("its epochs are kept, to be logged later (MLflow at fake://") == 1
     (run,) = memory.runs.values()
-    assert recorder.run_id == run.info.run_id and recorder.points == []
+    assert journal.run_id == run.info.run_id
     history = memory.get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.timestamp) for m in history] == [(n, 1000 * n) for n in (1, 2, 3, 4)]
 

@@ -29,11 +29,15 @@ from aecore.stages.training import Training, train, train_as_one
 from aecore.training import fused, graphs, groups
 from aecore.training.checkpoint import Checkpoints
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
-from pipelines.cluster.resources import Share
+from pipelines.cluster.share import Share
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.compute import compute_graphs, load_rows
+from pipelines.execution.journal import Computed
+from pipelines.store.connection import connect
 from pipelines.store.runs import Tracker
+from pipelines.study.groups import alike
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
-from pipelines.study.trials import grouped, run_as_one
 from tests.test_checkpoint import KilledError, until
 
 FITS = (
@@ -463,7 +467,7 @@ def trials(digits: tuple[Facts, Arrays]) -> list[TrialPlan]:
 
 
 def test_a_study_groups_what_differs_in_numbers(digits: tuple[Facts, Arrays]) -> None:
-    found = grouped(trials(digits), 64)
+    found = alike(trials(digits), 64)
     named = [[m.name for m in group] for group in found]
     assert named == [
         [f"plain finetune.lr={lr} seed={seed}" for lr in ("0.001", "1e+30") for seed in (0, 1)],
@@ -471,42 +475,41 @@ def test_a_study_groups_what_differs_in_numbers(digits: tuple[Facts, Arrays]) ->
         ["sparse variant.weight=0 seed=0", "sparse variant.weight=0 seed=1"],
         [f"sparse variant.weight={weight} seed={seed}" for weight in ("0.1", "0.2") for seed in (0, 1)],
     ]
-    assert [len(group) for group in grouped(trials(digits), 3)] == [3, 1, 2, 2, 3, 1]
+    assert [len(group) for group in alike(trials(digits), 3)] == [3, 1, 2, 2, 3, 1]
 
 
-@pytest.mark.xfail(reason="until the execution of studies calls train_as_one, their trials are trained one by one")
 def test_trials_as_one_are_those_of_a_study(
     digits: tuple[Facts, Arrays], tracker: Tracker, tmp_path_factory: pytest.TempPathFactory, fusions: list[int]
 ) -> None:
     """Keys, runs and, up to rounding, numbers; what was finished is restored, and what fails fails alone."""
-    from aecore.data.dataset import load
-    from pipelines.execution.run import run_trial
-    from pipelines.store.connection import connect
-
     facts = digits[0]
     group = [m for m in trials(digits) if m.row == "plain"][:3]  # the third diverges
     other = connect(f"sqlite:///{tmp_path_factory.mktemp('alone')}/mlflow.db", "test")
     assert other is not None
-    share = Share(0, 1, 0, study=True)
     loaded = next(s for s in group[0].stages().values() if not s.kept)
-    assert isinstance(loaded.spec, LoadSpec)
-    done = {loaded.key: load(loaded.spec.data, facts)}
+    assert isinstance(loaded.spec, LoadSpec) and loaded.spec.facts == facts
+    rows = load_rows(loaded.spec)
     told: list[str] = []
 
     def tell(stage: Any, epoch: int, metrics: dict[str, float]) -> None:
         told.append(stage.name)
 
+    def compute(store: Tracker, top: str, plans: list[TrialPlan], everywhere: bool = False) -> list[Any]:
+        common = Assignment(store=tuple(store), parent=top, share=Share(0, 1), tell=tell, reads_alone=True)
+        assignments = [replace(common, tags=plan.tags()) for plan in plans]
+        return compute_graphs([plan.stage for plan in plans], assignments, {loaded.key: rows}, everywhere)
+
     with other.job_run("test", "alone", {}, {}) as top:
-        alone = [run_trial(m.stage, other, top, m.tags(), share, dict(done), tell) for m in group[:2]]
+        alone = [compute(other, top, [plan])[0].result for plan in group[:2]]
     with tracker.job_run("test", "as one", {}, {}) as top:
-        ended = run_as_one(group, tracker, top, share, done, tell, everywhere=True)
-        assert list(ended) == [m.stage.key for m in group]
+        outcomes = compute(tracker, top, group, everywhere=True)
+        ended = {plan.stage.key: outcome for plan, outcome in zip(group, outcomes, strict=True)}
         assert isinstance(ended[group[2].stage.key], DivergenceError)
         assert fusions == [3, 2]  # the whole, then the classifiers of those that are left
         found = {run.data.tags["stage.key"]: run for run in tracker.search("tags.`stage.fn` LIKE '%'", 100)}
         for m, before in zip(group, alone, strict=False):
-            after = ended[m.stage.key]
-            assert isinstance(after, Result)
+            assert isinstance(ended[m.stage.key], Computed)
+            after = ended[m.stage.key].result
             for name, value in before.metrics.items():
                 if not name.endswith("_seconds"):
                     assert after.metrics[name] == pytest.approx(value, rel=0.02, abs=0.02), name
@@ -519,7 +522,7 @@ def test_trials_as_one_are_those_of_a_study(
                 if stage.kept:
                     mine, theirs = tracker.find(key), other.find(key)
                     assert mine and theirs
-                    if hasattr(stage.spec, "fit"):
+                    if stage.trains:
                         curves = [t.metrics(r)["val/loss"] for t, r in ((tracker, mine), (other, theirs))]
                         assert curves[0] == pytest.approx(curves[1], rel=SAME)
                     if key != m.stage.key:
@@ -528,5 +531,5 @@ def test_trials_as_one_are_those_of_a_study(
         assert bad.info.status == "FAILED" and "DivergenceError" in bad.data.tags["error"]
         told.clear()
         fusions.clear()
-        again = run_as_one(group[:2], tracker, top, share, done, tell, everywhere=True)
-        assert not told and not fusions and all(isinstance(one, Result) for one in again.values())
+        again = compute(tracker, top, group[:2], everywhere=True)
+        assert not told and not fusions and all(isinstance(one, Computed) for one in again)

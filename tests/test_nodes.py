@@ -16,10 +16,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from aecore.config.experiment import Experiment, Finetune, Fit
 from aecore.config.specs import Numerics
 from aecore.data.dataset import inspect
-from pipelines.execution.run import run_here
 from pipelines.graph.recipe import build
 from pipelines.store.connection import connect
 from pipelines.store.runs import Tracker
+from tests.here import run_here
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
 
 ROOT = Path(__file__).parents[1]

@@ -1,9 +1,5 @@
 """What a stage gets of a cluster, with the cluster's answers made up."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +13,9 @@ from ray.core.generated import autoscaler_pb2
 from aecore.config.experiment import Fit
 from aecore.core.errors import InputError
 from pipelines.cluster.nodes import check_reach
-from pipelines.cluster.resources import Resources, Share
-from pipelines.cluster.share import share_of
-from pipelines.execution.run import checkpoints_of
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.share import Share, share_of
+from pipelines.execution.assignment import checkpoint_folder, checkpoints_of
 from pipelines.graph.stage import Stage
 
 PROTO: Any = autoscaler_pb2  # generated, without hints
@@ -82,16 +78,16 @@ def test_where_checkpoints_are_kept(cluster: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     stage, server = Stage("a", "stages.a", Fit()), "http://mlflow:5000"
 
-    def place(store: str, **resources: Any) -> str | None:
-        found = checkpoints_of(stage, store, share(**resources))
-        return found.place.removesuffix(f"/{stage.key}") if found else None
+    def place(store: str, storage_path: str | None = None) -> str | None:
+        return checkpoint_folder(store, storage_path)
 
     assert place("sqlite:////there/mlflow.db") == "/there/checkpoints"
     assert place(server) == f"{tmp_path}/checkpoints"
-    assert place(server, storage_path="s3://bucket/x") == "s3://bucket/x"
+    assert place(server, "s3://bucket/x") == "s3://bucket/x"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert place(server) is None
     assert place("sqlite:////there/mlflow.db") == "/there/checkpoints"
+    assert checkpoints_of(stage, "/there/checkpoints").place == f"/there/checkpoints/{stage.key}"
 
 
 def test_a_folder_that_another_node_does_not_see_is_named(
@@ -116,21 +112,3 @@ def test_a_folder_that_another_node_does_not_see_is_named(
         check_reach("http://store:5000", str(tmp_path / "checkpoints"))
     blind.clear()
     check_reach("http://store:5000", str(tmp_path / "checkpoints"))
-
-
-def test_an_embedded_ray_has_no_servers_that_nobody_asks() -> None:
-    code = """
-import json, psutil
-from ray._private.node import Node
-from pipelines.cluster.connection import start_ray
-
-before = Node.start_monitor, Node.start_api_server
-start_ray()
-lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-print(json.dumps([lines, before == (Node.start_monitor, Node.start_api_server)]))
-"""
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    lines, put_back = json.loads(done.stdout.splitlines()[-1])
-    assert put_back and any("log_monitor.py" in line for line in lines)  # which brings what workers print
-    assert not any("/monitor.py" in line or "dashboard/dashboard.py" in line for line in lines), lines

@@ -26,7 +26,7 @@ from aecore.models.storage import Result
 from jobs import cli
 from jobs.retrain import Retrain, run
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import Outcome, run_here
+from pipelines.execution.chain import Outcome
 from pipelines.graph.stage import Stage
 from pipelines.retraining import retrain, rule
 from pipelines.retraining.history import dates_to_decide
@@ -34,6 +34,7 @@ from pipelines.store.connection import connect
 from pipelines.store.lease import existing_leases
 from pipelines.store.models import Models
 from pipelines.store.runs import Tracker
+from tests.here import run_here
 from tests.test_train import Done, clean
 from tests.test_train import command as started
 

@@ -17,8 +17,11 @@ import ray
 from aecore.config.experiment import Fit
 from aecore.models.storage import Result
 from aecore.stages.context import Context
-from pipelines.cluster.resources import Resources, Share
-from pipelines.execution.run import _execute, checkpoints_of, compute
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.share import Share
+from pipelines.execution.assignment import Assignment, checkpoints_of
+from pipelines.execution.chain import _Chain, _compute_task, compute
+from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import all_temporary, me, scratch
 from pipelines.store.runs import Tracker
@@ -33,14 +36,22 @@ class Ref:
         self.value = value
 
 
+class TaskError(ray.exceptions.RayTaskError):
+    """What Ray raises for an error of a task."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
 class FakeRay:
-    """Runs each task at once; `full` names those that run out of memory, and how often."""
+    """Runs each task at once; `faults` says with what the next attempts at a task end before it begins, by its name."""
 
     exceptions = ray.exceptions
 
-    def __init__(self, full: dict[str, int]) -> None:
-        self.full = full
+    def __init__(self, faults: dict[str, list[Exception]]) -> None:
+        self.faults = faults
         self.ran: list[str] = []
+        self.cancelled = 0
 
     def is_initialized(self) -> bool:
         return False
@@ -48,110 +59,198 @@ class FakeRay:
     def get_runtime_context(self) -> Any:
         return SimpleNamespace(get_job_id=lambda: "job")
 
-    def wait(self, refs: list[Ref]) -> tuple[list[Ref], list[Ref]]:
+    def wait(self, refs: list[Ref], timeout: float | None) -> tuple[list[Ref], list[Ref]]:
         return refs[:1], refs[1:]
 
     def cancel(self, ref: Ref, force: bool) -> None:
-        pass
+        self.cancelled += 1
 
     def put(self, value: Any) -> Ref:
         return Ref(value)
 
     def get(self, ref: Ref) -> Any:
-        if isinstance(ref.value, Exception):
+        if isinstance(ref.value, BaseException):
             raise ref.value
         return ref.value
 
     def remote(self, **options: Any) -> Any:
-        return lambda fn: SimpleNamespace(remote=lambda stage, *rest: self.task(fn, stage, *rest))
+        def with_options(**more: Any) -> Any:
+            return SimpleNamespace(remote=lambda stage, *rest: self.task(fn_of[0], stage, *rest))
 
-    def task(self, fn: Any, stage: Stage, *rest: Any) -> tuple[Ref, Ref]:
+        fn_of: list[Any] = []
+
+        def wrap(fn: Any) -> Any:
+            fn_of.append(fn)
+            return SimpleNamespace(options=with_options)
+
+        return wrap
+
+    def task(self, fn: Any, stage: Stage, *rest: Any) -> Ref:
         values = [part.value if isinstance(part, Ref) else part for part in rest]
         failed = next((value for value in values if isinstance(value, Exception)), None)
-        if failed is None and self.full.get(stage.name, 0) > 0:
-            self.full[stage.name] -= 1
-            failed = ray.exceptions.OutOfMemoryError("killed")
+        if failed is None and self.faults.get(stage.name):
+            failed = self.faults[stage.name].pop(0)
         if failed is not None:
-            return Ref(failed), Ref(failed)
+            return Ref(failed)
         self.ran.append(stage.name)
-        result, record = fn(stage, *values)
-        return Ref(result), Ref(record)
+        try:
+            return Ref(fn(stage, *values))
+        except Exception as error:
+            return Ref(TaskError(error))
 
 
+FULL = ray.exceptions.OutOfMemoryError("killed")
+LOST = ray.exceptions.WorkerCrashedError()
 Job = Callable[..., tuple[FakeRay, dict[str, Any]]]
-FIRST = Stage("first", "stages.first", Fit(epochs=1))
-SECOND = Stage("second", "stages.second", Fit(epochs=2), {"below": FIRST})
-OTHER = Stage("other", "stages.other", Fit(epochs=3))
+FIRST = Stage("first", "stages.pretrain_layer", Fit(epochs=1))
+SECOND = Stage("second", "stages.pretrain_layer", Fit(epochs=2), {"below": FIRST})
+OTHER = Stage("other", "stages.pretrain_layer", Fit(epochs=3))
 
 
 @pytest.fixture
-def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    def train(spec: Fit, run: Context, below: Result | None = None) -> Result:
-        run.report(1, {"train/loss": 1.0, "seconds": 0.1, "time": 1.0, "parts": run.parts})
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses of the driver, in which no time passes."""
+    clock, pauses = [0.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(round(seconds, 3))
+        clock[0] += seconds
+
+    fake = SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0])
+    monkeypatch.setattr("pipelines.execution.chain.time", fake)
+    return pauses
+
+
+def graph_of(name: str) -> list[Stage]:
+    """Two stages on each other and one beside them, with keys of their own for each name."""
+    seed = sum(map(ord, name))
+    first, second, other = (
+        Stage(s.name, s.fn, s.spec.model_copy(update={"batch_size": seed + 1})) for s in (FIRST, SECOND, OTHER)
+    )
+    return [first, Stage(second.name, second.fn, second.spec, {"below": first}), other]
+
+
+@pytest.fixture
+def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> Job:
+    def train(spec: Fit, context: Context, below: Result | None = None) -> Result:
+        if spec.weight_decay:
+            raise ValueError("wrong")
+        context.report(1, {"train/loss": 1.0, "seconds": 0.1, "time": 1.0, "parts": context.parts})
         return Result({}, {"w": np.arange(3.0) + (0 if below is None else below.weights["w"])}, {})
 
-    def work(name: str, full: dict[str, int]) -> tuple[FakeRay, dict[str, Any]]:
-        fake = FakeRay(full)
+    def work(name: str, faults: dict[str, list[Exception]], wrong: str = "") -> tuple[FakeRay, dict[str, Any]]:
+        fake = FakeRay(faults)
         monkeypatch.setitem(sys.modules, "ray", fake)
         monkeypatch.setattr(Stage, "function", lambda stage: train)
-        monkeypatch.setattr("pipelines.execution.run.start_ray", lambda: None)
-        monkeypatch.setattr("pipelines.execution.run.check_reach", lambda store, path: None)
-        monkeypatch.setattr(
-            "pipelines.execution.run.share_of", lambda *_, **__: Share(0, 1, 3, storage_path=str(tmp_path))
-        )
-        graph = [Stage(s.name, s.fn + name, s.spec, s.inputs) for s in (FIRST, OTHER)]
-        graph.insert(1, Stage(SECOND.name, SECOND.fn + name, SECOND.spec, {"below": graph[0]}))
+        monkeypatch.setattr("pipelines.execution.chain.start_ray", lambda: None)
+        monkeypatch.setattr("pipelines.execution.chain.check_reach", lambda store, path: None)
+        monkeypatch.setattr("pipelines.execution.chain.share_of", lambda *_, **__: Share(0, 1))
+        graph = graph_of(name)
+        if wrong:
+            (spoilt,) = [stage for stage in graph if stage.name == wrong]
+            object.__setattr__(spoilt, "spec", spoilt.spec.model_copy(update={"weight_decay": 1.0}))
+        resources = Resources(storage_path=str(tmp_path))
         with tracker.job_run("test", name, {}, {}) as top:
-            found = compute(graph, tracker, top, Resources(), lambda line: None)
-        return fake, {name: tracker.client.get_run(outcome.run_id) for name, outcome in found.items()}
+            outcomes = compute(graph, tracker, top, resources, lambda line: None)
+        return fake, {name: tracker.client.get_run(outcome.run_id) for name, outcome in outcomes.items()}
 
     return work
+
+
+def statuses(tracker: Tracker, name: str) -> dict[str, str]:
+    """Status of each stage's run, by name, of the job of this name."""
+    (top,) = tracker.search(f"tags.`stage.key` = '{name}'")
+    below = tracker.search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'")
+    return {run.data.tags["mlflow.runName"]: run.info.status for run in below}
 
 
 @pytest.mark.parametrize("full", ["first", "second"])
 def test_a_stage_whose_node_runs_out_of_memory_is_tried_once_more_in_halves(
     full: str, job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake, runs = job(f"halves {full}", {full: 1})
+    fake, runs = job(f"halves {full}", {full: [FULL]})
     assert sorted(fake.ran) == ["first", "other", "second"]
     parts = {name: run.data.metrics["parts"] for name, run in runs.items()}
     assert parts == {name: 2.0 if name == full else 1.0 for name in ("first", "second", "other")}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert f"warning: {full}: its node ran out of memory; once more, with batches" in capsys.readouterr().err
+    assert f"warning: {full}: its node ran out of memory; it is tried once more with batches" in capsys.readouterr().err
 
 
 def test_then_it_fails_with_the_remedy(job: Job, tracker: Tracker) -> None:
     with pytest.raises(MemoryError, match=r"^second: its node ran out of memory with batches in halves, too; lower "):
-        job("full", {"second": 2})
-    (top,) = tracker.search("tags.`stage.key` = 'full'", 10)
-    below = tracker.search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'", 10)
-    assert {run.data.tags["mlflow.runName"]: run.info.status for run in below}["second"] == "FAILED"
+        job("full", {"second": [FULL, FULL]})
+    assert statuses(tracker, "full") == {"first": "FINISHED", "second": "FAILED", "other": "FINISHED"}
 
 
-def test_a_later_attempt_waits_longer_and_computes_nothing_that_is_kept(
+def test_the_batches_of_a_team_are_halved_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def in_team(stage: Stage, assignment: Assignment, resources: Resources, references: list[Ref]) -> Computed:
+        seen.append(assignment.parts)
+        return _compute_task(stage, assignment, *(reference.value for reference in references))
+
+    monkeypatch.setattr("pipelines.execution.chain.compute_in_team", in_team)
+    monkeypatch.setattr("pipelines.execution.chain.is_trained_by_team", lambda stage, resources: stage.name == "other")
+    _, runs = job("team", {"other": [FULL]})
+    assert seen == [2] and runs["other"].data.metrics["parts"] == 2.0
+
+
+@pytest.mark.parametrize("fault", [LOST, ray.exceptions.NodeDiedError("gone"), ConnectionError("reset")])
+def test_what_is_lost_is_tried_again_after_growing_pauses_in_the_driver(
+    fault: Exception, job: Job, slept: list[float]
+) -> None:
+    fake, runs = job(f"lost {type(fault).__name__}", {"first": [fault, fault, fault]})
+    assert sorted(fake.ran) == ["first", "other", "second"]
+    assert slept == [1.0, 2.0, 4.0]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_after_so_many_retries_it_fails_and_what_does_not_stand_on_it_is_finished(job: Job, tracker: Tracker) -> None:
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        job("lost for good", {"first": [LOST] * 4})
+    assert statuses(tracker, "lost for good") == {"first": "FAILED", "other": "FINISHED"}
+
+
+def test_what_is_wrong_is_not_tried_again_and_ends_no_unrelated_stage(
+    job: Job, tracker: Tracker, slept: list[float]
+) -> None:
+    with pytest.raises(ValueError, match=r"^wrong$"):
+        job("wrong", {}, wrong="first")
+    assert statuses(tracker, "wrong") == {"first": "FAILED", "other": "FINISHED"} and slept == []
+
+
+def test_an_interrupted_driver_cancels_its_tasks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes: list[FakeRay] = []
+
+    def interrupt(self: FakeRay, refs: list[Ref], timeout: float | None) -> Any:
+        fakes.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeRay, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        job("interrupted", {})
+    assert fakes[0].cancelled == 3
+
+
+def test_a_later_attempt_computes_nothing_that_is_finished(
     job: Job, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slept: list[float] = []
+    """A worker that is lost after its commit, before Ray has its result."""
     _, runs = job("again", {})
-    stage = Stage(FIRST.name, FIRST.fn + "again", FIRST.spec)
     before = runs["first"]
-    monkeypatch.setattr("pipelines.execution.run.time.sleep", slept.append)
-    store = tracker.uri, tracker.experiment_id
-    for attempt in (1, 2, 3, 9):
-        monkeypatch.setattr("pipelines.execution.run._attempt", lambda attempt=attempt: attempt)
-        monkeypatch.setattr(Stage, "function", lambda stage: pytest.fail("computed again"))
-        result, record = _execute(stage, store, "parent", Share(0, 1, 3))
-        assert np.array_equal(result.weights["w"], np.arange(3.0)) and record.run_id == before.info.run_id
-    assert slept == [1.0, 2.0, 4.0, 30.0]
+    stage = graph_of("again")[0]
+    chain = _Chain(tracker, Assignment(store=tuple(tracker), parent="parent", share=Share(0, 1)), Resources())
+    monkeypatch.setattr(Stage, "function", lambda stage: pytest.fail("computed again"))
+    outcomes = chain.run([stage])
+    assert outcomes[stage.key].run_id == before.info.run_id
     after = tracker.client.get_run(before.info.run_id)
     assert after.info.status == "FINISHED" and after.data.tags["attempts"] == "1"
 
 
-def test_what_a_driver_left_between_the_commit_and_the_end_goes(job: Job, tracker: Tracker, tmp_path: Path) -> None:
+def test_what_a_worker_left_between_the_commit_and_the_end_goes(job: Job, tracker: Tracker, tmp_path: Path) -> None:
     job("left", {})
-    stage, resources = Stage(FIRST.name, FIRST.fn + "left", FIRST.spec), Resources(storage_path=str(tmp_path))
-    place = checkpoints_of(stage, tracker.uri, resources)
-    assert place is not None
+    stage, resources = graph_of("left")[0], Resources(storage_path=str(tmp_path))
+    place = checkpoints_of(stage, str(tmp_path))
     place.save(1, {}, {})
     compute([stage], tracker, "parent", resources, lambda line: None)
     assert not Path(place.place).exists()
@@ -180,7 +279,7 @@ def test_epochs_are_logged_whole(tracker: Tracker, monkeypatch: pytest.MonkeyPat
         run = tracker.open_run(Stage("whole", "stages.whole", Fit()), top)
     sizes: list[int] = []
     client = SimpleNamespace(log_batch=lambda run_id, metrics: sizes.append(len(metrics)))
-    monkeypatch.setattr("pipelines.store.client.MlflowClient", lambda tracking_uri: client)
+    monkeypatch.setattr(run, "tracker", SimpleNamespace(client=client))
     run.log([(epoch, epoch, {name: 0.0 for name in "abcdefg"}) for epoch in range(1, 301)])
     assert sizes == [994, 994, 112]  # of at most 1000
 

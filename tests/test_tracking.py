@@ -24,7 +24,9 @@ from aecore.config.specs import Numerics
 from aecore.core.errors import InputError, OutageError
 from aecore.data.dataset import inspect
 from aecore.models.storage import Result
-from pipelines.execution.run import Record, _fail, _keep, run_here
+from pipelines.cluster.share import Share
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.journal import Journal
 from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
 from pipelines.store import system_metrics
@@ -32,6 +34,7 @@ from pipelines.store.connection import connect
 from pipelines.store.errors import LostResultError
 from pipelines.store.lease import held_leases
 from pipelines.store.runs import Tracker
+from tests.here import run_here
 
 ROOT = Path(__file__).parents[1]
 RESULT = Result({"layer": 1}, {"w": np.arange(6.0).reshape(2, 3)}, {"best/loss": 0.5}, {"units": b"a png"})
@@ -131,9 +134,10 @@ def test_what_another_job_has_finished_stays_as_it_is(tracker: Tracker) -> None:
     run = tracker.open_run(stage(7), parent(tracker, "one"))
     run.commit(RESULT)
     top = parent(tracker, "another")
-    record = Record(RESULT, None, [], 0, None)
-    assert _keep(stage(7), tracker, top, record).run_id == run.run_id
-    _fail(stage(7), tracker, top)
+    for outcome in (RESULT, ValueError("wrong")):
+        with Journal(stage(7), Assignment(store=tuple(tracker), parent=top, share=Share(0, 1))) as journal:
+            journal.close(outcome)
+            assert journal.run_id == run.run_id
     (only,) = runs(tracker, stage(7).key)
     assert only.info.status == "FINISHED" and only.data.tags["mlflow.parentRunId"] != top
 
@@ -267,8 +271,8 @@ def test_a_run_whose_creation_was_not_answered_is_the_first_attempt(
 
 
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.execution.run.LIVE_SECONDS", 0.0)
-    monkeypatch.setattr("pipelines.execution.run._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.journal._MONITOR_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.0)
     monkeypatch.setattr("pipelines.store.system_metrics.SAMPLE_SECONDS", 0.02)
     graph, _ = small(seed=1, epochs=40)
     assert graph.finetune is not None

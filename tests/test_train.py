@@ -20,10 +20,11 @@ from PIL import Image
 import jobs.train
 from jobs import cli
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import Outcome, run_here
+from pipelines.execution.chain import Outcome
 from pipelines.graph.stage import Stage
 from pipelines.store.connection import connect
 from pipelines.store.runs import Tracker
+from tests.here import run_here
 
 QUICK = ("--pretrain.epochs", "5", "--finetune.epochs", "10")
 
@@ -91,7 +92,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[
         return report
 
     monkeypatch.setattr(jobs.train, "compute", compute_here)
-    monkeypatch.setattr("pipelines.execution.run.start_ray", lambda warm: None)
+    monkeypatch.setattr("pipelines.execution.store.start_ray", lambda warm: None)
     monkeypatch.chdir(tmp_path)
     return run
 

@@ -1,41 +1,43 @@
-"""Which nodes there are, and whether they reach what a job writes to."""
+"""Which nodes the cluster has or may get, and whether all of them reach what a job writes to."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aecore.core.errors import InputError
 from pipelines.host.scratch import scratch
 
-if TYPE_CHECKING:
-    pass
+Node = dict[str, float]
+"""Resources of a node by Ray's names (CPU, GPU, ...); CPU is always there."""
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that is up or, if these are more, that the autoscaler may bring up."""
+def possible_nodes() -> list[Node]:
+    """Return the nodes that are up or, if these are more, those that the autoscaler may bring up."""
     import ray
 
     up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Ray has no public way to ask for the autoscaler's node groups (2.60); without them, a cluster whose GPU nodes
+    # have not started yet would look like one without GPUs. A public call in `ray.autoscaler.sdk` would replace this.
     config = ray._private.state.state.get_cluster_config()
     groups = config.node_group_configs if config else ()
-    may = [dict(group.resources) for group in groups for _ in range(group.max_count)]
-    return [{"CPU": 0, **node} for node in max(up, may, key=len)]
+    planned = [dict(group.resources) for group in groups for _ in range(group.max_count)]
+    return [{"CPU": 0, **node} for node in max(up, planned, key=len)]
 
 
 def check_reach(store: str, storage_path: str | None, field: str = "resources.storage_path") -> None:
-    """Whether all nodes of the cluster can write to the store and to where checkpoints go.
+    """Check that all nodes of the cluster can write to the MLflow store and to the folder of checkpoints.
 
     Args:
-        field: the setting that names the second, for the message.
+        store: Tracking URI of the MLflow store.
+        storage_path: Folder or URI that the nodes write to, if there is one.
+        field: The setting that names `storage_path`, for the message.
 
     Raises:
-        InputError: one of them is a file of a single machine.
+        InputError: One of them is a file or folder of a single machine.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if max(len(nodes), len(_nodes())) == 1:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if max(len(alive), len(possible_nodes())) == 1:
         return
     if store.startswith(("sqlite:", "file:", "/")):
         raise InputError(
@@ -48,18 +50,22 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with scratch(folder) as mark:
-            sees = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
-            seen = [
-                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    mark
-                )
-                for node in nodes
-            ]
-            blind = [n["NodeManagerHostname"] for n, found in zip(nodes, ray.get(seen), strict=True) if not found]
+            blind = _nodes_that_do_not_see(mark, alive)
     except OSError as error:
-        raise InputError(f"{field}: cannot write to {folder} ({error.strerror}); move it") from None
+        raise InputError(f"{field}: cannot write to {folder} ({error.strerror}); name another folder") from None
     if blind:
         raise InputError(
-            f"{field}: {folder} is another folder on {', '.join(sorted(set(blind)))}; name one on a "
+            f"{field}: {folder} is another folder on {', '.join(sorted(blind))}; name one on a "
             "file system that all nodes mount, or a URI such as s3://BUCKET/diabolo"
         )
+
+
+def _nodes_that_do_not_see(path: Path, nodes: list[dict]) -> set[str]:
+    """Return the host names of the nodes on which `path` does not exist."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    exists = ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = ray.get([exists.options(scheduling_strategy=strategy).remote(path) for strategy in there])
+    return {node["NodeManagerHostname"] for node, answer in zip(nodes, answers, strict=True) if not answer}

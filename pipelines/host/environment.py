@@ -23,6 +23,11 @@ def submission_id() -> str | None:
     return os.environ.get(SUBMISSION_ID) or config.get("metadata", {}).get("job_submission_id")
 
 
+def has_embedded_ray() -> bool:
+    """Whether this process starts a Ray of its own, because RAY_ADDRESS names no cluster."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
 def store_uri() -> str:
     """Return the address of the MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"

@@ -15,7 +15,7 @@ from aecore.config.experiment import Experiment
 from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
 from aecore.core.fingerprint import fingerprint
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import Outcome, compute
+from pipelines.execution.chain import Outcome, compute
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
 from pipelines.retraining import models

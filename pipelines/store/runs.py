@@ -53,6 +53,10 @@ class Tracker(Store):
         run = self._run_of(key, " and attributes.status = 'FINISHED'")
         return (run.info.run_id, _metrics_of(run)) if run else None
 
+    def is_known(self, key: str) -> bool:
+        """Return whether a stage or job has a run, finished or not."""
+        return self._run_of(key) is not None
+
     def metrics(self, run_id: str) -> dict[str, float]:
         """Return the last value of each metric of a run, without the load of its machine."""
         return _metrics_of(self.client.get_run(run_id))

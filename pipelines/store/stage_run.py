@@ -40,6 +40,10 @@ class StageRun:
         self.tracker, self.run_id, self.last_epoch = tracker, run_id, last_epoch
         self._metrics = dict(metrics)
 
+    def waiting_like(self, tracker: Store) -> "StageRun":
+        """Return the same run, whose calls wait for MLflow for as long as those of `tracker`."""
+        return StageRun(tracker, self.run_id, self.last_epoch, self._metrics)
+
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log epochs (number from 1, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
         fresh = [point for point in points if point[0] > self.last_epoch]

@@ -21,7 +21,7 @@ from contextlib import chdir, closing, redirect_stderr
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ from aecore.models.layers import Layer
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from pipelines.cluster.resources import Resources, Share
-from pipelines.execution.run import compute, run_here
+from pipelines.cluster.resources import Resources
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.chain import compute
 from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
 from pipelines.store.connection import connect
@@ -46,9 +47,10 @@ from pipelines.store.runs import Tracker, marker
 from pipelines.study import trials as trials_module
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
-from pipelines.study.trials import _Job
+from pipelines.study.trials import TrialRunner, choices
 from tests.benchmarks.tables import last, show
 from tests.fits import fit_model
+from tests.here import run_here
 
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
 RUNS, TRIALS = (10, 100, 1_000, 10_000), (32, 125, 500)
@@ -111,7 +113,7 @@ def template(tracker: Tracker) -> tuple[Stacked, str]:
         tracker.log_data(top, "digits", facts)
         done: dict[str, Any] = {}
         for stage in graph.kept():
-            run_here(stage, tracker, top, Share(0, 1, 0), done)
+            run_here(stage, tracker, top, done)
     with tracker.job_run("compare", "study", {}, {}) as top:
         for number in range(8):
             tags = {"row": "plain", "settings": json.dumps({"finetune.lr": number}), "seed": "0"}
@@ -208,18 +210,16 @@ def store(quick: bool, counts: Sequence[int] = RUNS) -> list[dict[str, Any]]:
 
 
 def stub(
-    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, store: Any, parent: str,
-    share: Share, data: Any,
+    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, assignment: Assignment, data: Any
 ) -> None:  # fmt: skip
     """The body of a trial that computes nothing."""
     from ray import tune
 
     from pipelines.study.plan import plan_trial
-    from pipelines.study.trials import _choices
 
-    ((row, settings, seed),) = _choices(config)
+    ((row, settings, seed),) = choices(config)
     one = plan_trial(study, row, settings, seed, facts, numerics)
-    run = Tracker(*store).open_run(one.stage, parent, tags=one.tags())
+    run = Tracker(*assignment.store).open_run(one.stage, assignment.parent, tags=one.tags())
     run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
 
@@ -227,8 +227,8 @@ def stub(
 def trials(quick: bool) -> list[dict[str, Any]]:
     """Milliseconds that a trial of nothing takes, by how many there are."""
     found: list[dict[str, Any]] = []
-    body = trials_module._trial
-    trials_module._trial = stub
+    body: Any = trials_module.compute_trial
+    trials_module.compute_trial = cast(Any, stub)
     try:
         # one folder for all: Ray's later workers start where it has started
         with tempfile.TemporaryDirectory(prefix="diabolo_growth") as folder, chdir(folder):
@@ -241,19 +241,19 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                 )
                 facts = inspect(wanted.base.data)
                 with tracker.job_run("compare", "growth", {}, {}) as top:
-                    job = _Job(wanted, facts, tracker, top, Resources())
+                    runner = TrialRunner(wanted, facts, tracker, top, Resources(cpus=1))
                     members = [m for m in plan_trials(wanted, facts, Numerics()) if m.row == "plain"]
                     if not found:
-                        job.trials(members[:4], lambda line: None)  # Ray and the first workers start
+                        runner.run(members[:4], lambda line: None)  # Ray and the first workers start
                         members = members[4:]
                     began = time.perf_counter()
-                    errors, _ = job.trials(members, lambda line: None)
+                    errors = runner.run(members, lambda line: None).errors
                     seconds = time.perf_counter() - began
                 assert not errors and len(tracker.trials(top, "plain")) == count
                 found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
                 print(found[-1], flush=True)
     finally:
-        trials_module._trial = body
+        trials_module.compute_trial = body
     return found
 
 

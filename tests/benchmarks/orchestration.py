@@ -18,7 +18,7 @@ from aecore.config.specs import ReferenceSpec
 from aecore.data.dataset import inspect
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.resources import Resources
-from pipelines.execution.run import compute
+from pipelines.execution.chain import compute
 from pipelines.graph.recipe import load_stage
 from pipelines.graph.stage import Stage
 from pipelines.store.connection import connect

@@ -24,7 +24,8 @@ IMPORTS = {
 """Modules whose import is timed, and as what."""
 CALLS = {
     "ray": {"init": "ray", "shutdown": "ray"},
-    "pipelines.execution.run": {"start_ray": "ray", "load_rows": "data"},
+    "pipelines.cluster.connection": {"start_ray": "ray"},
+    "pipelines.execution.compute": {"load_rows": "data"},
     "pipelines.store.connection": {"connect": "store", "_make_store": "store"},
     "mlflow.tracking.client": {"MlflowClient.*": "mlflow"},
     "pipelines.store.models": {"log_model": "mlflow"},

@@ -1,0 +1,241 @@
+"""Chained Ray tasks: the driver submits stages, waits for them, tries again what was lost, and tells."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aecore.config.specs import LoadSpec
+from aecore.core.errors import OutageError
+from pipelines.cluster.connection import start_ray
+from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.share import check_this_machine, share_of
+from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
+from pipelines.execution.compute import Work, compute_stages, inputs_of, load_rows, restore
+from pipelines.execution.journal import Computed
+from pipelines.execution.team import compute_in_team, is_trained_by_team
+from pipelines.graph.stage import Stage
+from pipelines.host.messages import one_line, say
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from pipelines.store.runs import Tracker
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before the second attempt at a stage, doubled before each further one, and at most."""
+
+
+class Outcome(NamedTuple):
+    """A stage that is finished."""
+
+    run_id: str
+    metrics: dict[str, float]
+    restored: bool
+
+
+def compute(
+    stages: Sequence[Stage],
+    tracker: "Tracker",
+    parent: str,
+    resources: Resources,
+    tell: Callable[[str], None],
+    in_study: bool = False,
+) -> dict[str, Outcome]:
+    """Finish every stage, restoring those that are finished already; Ray starts only if one is not, and stays up.
+
+    A stage that fails ends those that stand on it; all others go on, and then its error is raised.
+
+    Args:
+        stages: What is wanted, each after those that it stands on; what else they stand on is computed where needed.
+        parent: The MLflow run in which the runs of the stages are nested.
+        tell: Called with a line for each stage that is restored.
+        in_study: The stages belong to trials of a study.
+
+    Returns:
+        What became of each stage, by its name.
+    """
+    outcomes: dict[str, Outcome] = {}
+    folder = checkpoint_folder(tracker.uri, resources.storage_path)
+    for stage in stages:
+        if run_id := tracker.find(stage.key):
+            outcomes[stage.key] = Outcome(run_id, tracker.metrics(run_id), True)
+            if folder is not None:  # its worker may have been killed between the commit and this
+                checkpoints_of(stage, folder).clear()
+            tell(f"{stage.name}: restored")
+    missing = [stage for stage in stages if stage.key not in outcomes]
+    if missing:
+        check_this_machine(resources)
+        start_ray()
+        import ray
+
+        check_reach(tracker.uri, resources.storage_path)
+        tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
+        share = share_of(resources, streamed=any(map(_reads_from_disk, missing)))
+        chain = _Chain(tracker, assign(tracker, parent, share, resources, in_study), resources)
+        outcomes |= chain.run(missing)
+    return {stage.name: outcomes[stage.key] for stage in stages}
+
+
+def _reads_from_disk(stage: Stage) -> bool:
+    specs = [one.spec for one in (stage, *stage.parents())]
+    return any(isinstance(spec, LoadSpec) and spec.data.in_memory == "never" for spec in specs)
+
+
+class _Chain:
+    """The tasks of a job: which are submitted, which are waited for, and which are to be tried again."""
+
+    def __init__(self, tracker: "Tracker", assignment: Assignment, resources: Resources) -> None:
+        self.tracker, self.assignment, self.resources = tracker, assignment, resources
+        self.submitted: dict[str, ObjectRef] = {}
+        """References to results, by the keys of stages."""
+        self.waiting: dict[ObjectRef, Stage] = {}
+        """Stages that are wanted and run or wait for others, each after those that it stands on."""
+        self.paused: list[tuple[float, list[Stage]]] = []
+        """Stages to be submitted again, and when (monotonic seconds)."""
+        self.attempts: Counter[str] = Counter()
+        self.halved: set[str] = set()
+        """Keys of stages that ran out of their node's memory: their batches are cut in two."""
+
+    def run(self, stages: Sequence[Stage]) -> dict[str, Outcome]:
+        """Compute stages; all that do not stand on a failed one are finished before its error is raised."""
+        import ray
+
+        outcomes: dict[str, Outcome] = {}
+        errors: dict[str, Exception] = {}
+        self.paused = [(0.0, list(stages))]
+        try:
+            while self.waiting or self.paused:
+                self._submit_what_is_due()
+                pause = self._seconds_to_next()
+                if not self.waiting:
+                    time.sleep(pause or 0.0)
+                    continue
+                ready, _ = ray.wait(list(self.waiting), timeout=pause)
+                for reference in ready:  # the first that is ready, and so none before one that it stands on
+                    stage = self.waiting.pop(reference)
+                    try:
+                        run_id, result = ray.get(reference)
+                        outcomes[stage.key] = Outcome(run_id, result.metrics, False)
+                    except Exception as error:
+                        behind = [other for other in self.waiting.values() if _stands_on(other, stage)]
+                        self.waiting = {r: other for r, other in self.waiting.items() if other not in behind}
+                        if final := self._try_again([stage, *behind], _cause(error)):
+                            errors[stage.key] = final
+        except BaseException:
+            for reference in self.waiting:  # nothing may open a run any more when the job closes its runs
+                ray.cancel(reference, force=True)
+            raise
+        for failure in errors.values():
+            raise failure
+        return outcomes
+
+    def _submit_what_is_due(self) -> None:
+        now = time.monotonic()
+        due = [stages for at, stages in self.paused if at <= now]
+        self.paused = [(at, stages) for at, stages in self.paused if at > now]
+        for stage in (stage for stages in due for stage in stages):
+            self.waiting[self._submit(stage)] = stage
+
+    def _seconds_to_next(self) -> float | None:
+        """Seconds until a stage is to be submitted again; None where none is."""
+        return max(0.0, min(at for at, _ in self.paused) - time.monotonic()) if self.paused else None
+
+    def _try_again(self, stages: list[Stage], error: Exception) -> Exception | None:
+        """Have a stage that failed, and those behind it, computed again; return its error where that is of no use."""
+        first, pause = stages[0], 0.0
+        if isinstance(error, _ray_exceptions().OutOfMemoryError):
+            if first.key in self.halved or not first.trains:
+                self._fail(first, error)
+                return MemoryError(
+                    f"{first.name}: its node ran out of memory{' with batches in halves, too' * first.trains}; lower "
+                    "batch_size or the widths, or set data.in_memory never"
+                )
+            self.halved.add(first.key)
+            say(f"warning: {first.name}: its node ran out of memory; it is tried once more with batches in halves")
+        elif _may_pass(error) and self.attempts[first.key] < self.resources.retries:
+            self.attempts[first.key] += 1
+            pause = min(_FIRST_PAUSE * 2 ** (self.attempts[first.key] - 1), _LONGEST_PAUSE)
+            number = self.attempts[first.key] + 1
+            say(f"warning: {first.name}: {one_line(error, 100)}; attempt {number} begins in {pause:g} s")
+        else:
+            self._fail(first, error)
+            return error
+        running = {stage.key for stage in self.waiting.values()}
+        self.submitted = {key: reference for key, reference in self.submitted.items() if key in running}
+        self.paused.append((time.monotonic() + pause, stages))
+        return None
+
+    def _submit(self, stage: Stage) -> "ObjectRef":
+        """Start the task of a stage, and those that it waits for; returns the reference to its result."""
+        import ray
+
+        if stage.key not in self.submitted:
+            finished = self._restored(stage)
+            self.submitted[stage.key] = self._start(stage) if finished is None else ray.put(finished)
+        return self.submitted[stage.key]
+
+    def _restored(self, stage: Stage) -> Computed | None:
+        run_id = self.tracker.find(stage.key) if stage.kept else None
+        result = restore(run_id, self.tracker) if run_id else None
+        return Computed(run_id, result) if run_id and result else None
+
+    def _start(self, stage: Stage) -> "ObjectRef":
+        import ray
+
+        inputs = [self._submit(parent) for parent in stage.parents()]
+        if isinstance(stage.spec, LoadSpec):
+            return ray.remote(num_cpus=1, max_retries=0)(load_rows).options(name=stage.name).remote(stage.spec)
+        assignment = replace(self.assignment, parts=2 if stage.key in self.halved else 1)
+        share = assignment.share
+        # the driver tries again what is lost, after a pause in which the stage holds no device
+        options: dict[str, Any] = {"name": stage.name, "max_retries": 0}
+        if is_trained_by_team(stage, self.resources):  # its members get CPUs and devices of their own
+            task = ray.remote(num_cpus=0)(compute_in_team)
+            return task.options(**options).remote(stage, assignment, self.resources, inputs)
+        task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(_compute_task)
+        return task.options(**options).remote(stage, assignment, *inputs)
+
+    def _fail(self, stage: Stage, error: Exception) -> None:
+        """End the run of a stage as failed, if its worker did not live to do so, or to open it."""
+        with suppress(OutageError):  # what happened matters more than that it cannot be written down
+            hasty = self.tracker._replace(patience=0.0)
+            hasty.fail(stage.key, one_line(error, 500))
+            if not hasty.is_known(stage.key):
+                hasty.open_run(stage, self.assignment.parent).fail(error)
+
+
+def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:
+    """The body of a stage's task."""
+    (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _cause(error: Exception) -> Exception:
+    """Return what a task raised; Ray wraps it, more than once where it passed through several processes."""
+    while isinstance(error, _ray_exceptions().RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may succeed, because a worker, a node or a connection was lost. What is wrong with data,
+    mathematics or a disk stays wrong."""
+    ray = _ray_exceptions()
+    lost = ray.WorkerCrashedError, ray.RayActorError, ray.NodeDiedError, ray.LocalRayletDiedError, ray.ObjectLostError
+    return isinstance(error, (*lost, ConnectionError, TimeoutError))
+
+
+def _ray_exceptions() -> Any:
+    import ray
+
+    return ray.exceptions
+
+
+def _stands_on(stage: Stage, other: Stage) -> bool:
+    return any(parent.key == other.key or _stands_on(parent, other) for parent in stage.parents())

@@ -1,0 +1,258 @@
+"""The one way in which stages are computed: restored if they are finished, else computed, logged and committed.
+
+Whoever computes a stage goes through here: a chained task, a trial of a study, the first member of a worker group.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aecore.config.specs import LoadSpec
+from aecore.core.imports import fast_imports
+from aecore.data.dataset import load
+from aecore.data.splits import Arrays
+from aecore.data.stream import Stream, open_stream, read_in_turn
+from aecore.models.storage import Result
+from pipelines.cluster.reading import spread
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.journal import Computed, Journal
+from pipelines.graph.stage import Stage
+from pipelines.host.messages import say
+
+if TYPE_CHECKING:
+    from aecore.stages.context import Context
+    from pipelines.store.runs import Tracker
+
+Results = dict[str, Any]
+"""By the keys of stages: `Computed` of stages that are kept, rows of the data."""
+
+
+class Work(NamedTuple):
+    """A stage to be computed now."""
+
+    stage: Stage
+    assignment: Assignment
+    inputs: Mapping[str, Any]
+    """Arguments of the stage's function by parameter, see `inputs_of`."""
+
+
+def load_rows(spec: LoadSpec) -> Arrays | Stream:
+    """Read a data set as stages take it: held in memory, or opened to be read from disk each epoch."""
+    if spec.data.in_memory == "never":
+        return open_stream(spec.data, spec.facts, spread)
+    return load(spec.data, spec.facts)
+
+
+def inputs_of(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:
+    """Arrange the results of `stage.parents()` by the parameters of the stage's function."""
+    rest = iter(value.result if isinstance(value, Computed) else value for value in values)
+    return {
+        name: [next(rest) for _ in parents] if isinstance(parents, tuple) else next(rest)
+        for name, parents in stage.inputs.items()
+    }
+
+
+def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Computed | Exception]:
+    """Compute stages in this process, log their epochs and commit their results.
+
+    Training stages that differ in numbers alone are trained as one where that gains something (see
+    `aecore.training.fused`). Each stage fails for itself.
+
+    Args:
+        works: One stage or several; all have the same share of the machine.
+        everywhere: Train as one on a CPU, too.
+
+    Returns:
+        The finished stage, or the exception with which it failed, in the order of `works`.
+    """
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        journals = [stack.enter_context(Journal(work.stage, work.assignment)) for work in works]
+        outcomes = _outcomes(works, journals, everywhere)
+        return [journal.close(outcome) for journal, outcome in zip(journals, outcomes, strict=True)]
+
+
+def compute_graphs(
+    stages: Sequence[Stage], assignments: Sequence[Assignment], results: Results, everywhere: bool = False
+) -> list[Computed | Exception]:
+    """Compute stages with all that they stand on in this process, step by step side by side.
+
+    What several graphs share is computed once, and training stages at the same step are trained as one if they can be.
+    The runs of the stages that a stage stands on are nested in its own run.
+
+    Args:
+        stages: The last stage of each graph.
+        assignments: One for each graph.
+        results: Results that are there already, the data among them; those that are made here are added.
+
+    Returns:
+        The finished stage of each graph, or the exception with which it or a stage before it failed.
+    """
+    finished: list[Computed | Exception | None] = [_restored(*pair) for pair in zip(stages, assignments, strict=True)]
+    wanted = [pair for pair, one in zip(zip(stages, assignments, strict=True), finished, strict=True) if one is None]
+    failures: dict[str, Exception] = {}
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        journals = [stack.enter_context(Journal(*pair)) for pair in wanted]
+        nested = [
+            replace(assignment, parent=journal.run_id, tags={})
+            for journal, (_, assignment) in zip(journals, wanted, strict=True)
+        ]
+        for step in zip_longest(*(stages_below(stage) for stage, _ in wanted)):
+            works: dict[str, Work] = {}
+            for stage, assignment in zip(step, nested, strict=True):
+                if stage is None or stage.key in results or stage.key in failures:
+                    continue
+                if failure := _failure_below(stage, failures):
+                    failures[stage.key] = failure
+                else:
+                    works.setdefault(stage.key, Work(stage, assignment, _inputs(stage, results)))
+            for key, ending in finish(list(works.values()), everywhere).items():
+                if isinstance(ending, Exception):
+                    failures[key] = ending
+                else:
+                    results[key] = ending
+        outcomes: list[Computed | Exception] = []
+        for (stage, assignment), journal in zip(wanted, journals, strict=True):
+            outcome: Result | Exception | None = _failure_below(stage, failures)
+            if outcome is None:
+                (outcome,) = _outcomes([Work(stage, assignment, _inputs(stage, results))], [journal])
+            outcomes.append(journal.close(outcome))
+    computed = iter(outcomes)
+    return [next(computed) if one is None else one for one in finished]
+
+
+def finish(works: Sequence[Work], everywhere: bool = False) -> dict[str, Computed | Exception]:
+    """Restore the stages that are finished and compute the others in this process; returns all by key.
+
+    Args:
+        everywhere: Train as one on a CPU, too.
+    """
+    finished: dict[str, Computed | Exception] = {}
+    for work in works:
+        if restored := _restored(work.stage, work.assignment):
+            finished[work.stage.key] = restored
+    missing = [work for work in works if work.stage.key not in finished]
+    together = missing and all(work.stage.trains for work in missing)
+    for group in [missing] if together else [[work] for work in missing]:
+        outcomes = compute_stages(group, everywhere)
+        finished |= {work.stage.key: outcome for work, outcome in zip(group, outcomes, strict=True)}
+    return finished
+
+
+def train_along(work: Work) -> None:
+    """Take part in the training of a team without being its first member: nothing is logged or committed here."""
+    import torch
+
+    torch.set_num_threads(work.assignment.share.cpus)
+    work.stage.function()(work.stage.spec, _context(work, lambda epoch, metrics: None), **work.inputs)
+
+
+def stages_below(stage: Stage) -> Iterator[Stage]:
+    """Yield the stages that a stage stands on, each once and after those that it stands on itself."""
+    seen: set[str] = set()
+
+    def below(one: Stage) -> Iterator[Stage]:
+        for parent in one.parents():
+            if parent.key not in seen:
+                yield from below(parent)
+                seen.add(parent.key)
+                yield parent
+
+    return below(stage)
+
+
+def restore(run_id: str, tracker: "Tracker") -> Result | None:
+    """Return the result of a finished stage, or None where its artifacts are lost, so that it is computed again."""
+    from pipelines.store.errors import LostResultError
+
+    try:
+        return tracker.restore(run_id)
+    except LostResultError as error:
+        say(f"warning: run {run_id} is finished, but its result is lost ({error}); it will be computed again")
+        return None
+
+
+def _restored(stage: Stage, assignment: Assignment) -> Computed | None:
+    from pipelines.store.runs import Tracker
+
+    tracker = Tracker(*assignment.store)
+    run_id = tracker.find(stage.key)
+    result = restore(run_id, tracker) if run_id else None
+    return Computed(run_id, result) if run_id and result else None
+
+
+def _inputs(stage: Stage, results: Results) -> dict[str, Any]:
+    return inputs_of(stage, [results[parent.key] for parent in stage.parents()])
+
+
+def _failure_below(stage: Stage, failures: Mapping[str, Exception]) -> Exception | None:
+    return next((failures[parent.key] for parent in stage.parents() if parent.key in failures), None)
+
+
+def _outcomes(
+    works: Sequence[Work], journals: Sequence[Journal], everywhere: bool = False
+) -> list[Result | Exception]:  # fmt: skip
+    """Call the functions of stages: as one where all of several train, else one after the other."""
+    with fast_imports():
+        import torch
+
+    torch.set_num_threads(works[0].assignment.share.cpus)
+    contexts = [_context(work, journal.report) for work, journal in zip(works, journals, strict=True)]
+    if len(works) > 1 and all(work.stage.trains for work in works):
+        return _train_as_one(works, contexts, everywhere)
+    return [
+        _try(partial(work.stage.function(), work.stage.spec, context, **work.inputs))
+        for work, context in zip(works, contexts, strict=True)
+    ]
+
+
+def _train_as_one(
+    works: Sequence[Work], contexts: "Sequence[Context]", everywhere: bool
+) -> list[Result | Exception]:  # fmt: skip
+    from aecore.stages.training import Training, train_as_one
+
+    failures: dict[int, Exception] = {}
+
+    def prepared() -> "Iterator[Training]":
+        for number, (work, context) in enumerate(zip(works, contexts, strict=True)):
+            training = _try(partial(work.stage.preparation(), work.stage.spec, context, **work.inputs))
+            if isinstance(training, Exception):
+                failures[number] = training
+            else:
+                yield training
+
+    trained = iter(train_as_one(prepared(), everywhere))
+    return [failures[number] if number in failures else next(trained) for number in range(len(works))]
+
+
+def _try(call: Callable[[], Any]) -> Any:
+    """Return what `call` returns, or the exception that it raises; interruptions pass through."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def _context(work: Work, report: Callable[[int, dict[str, float]], None]) -> "Context":
+    import torch
+
+    from aecore.stages.context import Context
+    from aecore.training.team import ALONE
+
+    assignment = work.assignment
+    device = torch.device("cuda" if assignment.share.gpus and torch.cuda.is_available() else "cpu")
+    if assignment.team is not None:
+        from ray.train.torch import get_device
+
+        device = get_device()
+    return Context(
+        device=device,
+        report=report,
+        team=assignment.team or ALONE,
+        checkpoints=assignment.checkpoints(work.stage),
+        spread=read_in_turn if assignment.reads_alone else spread,
+        parts=assignment.parts,
+    )

@@ -1,0 +1,71 @@
+"""Opening the store of results at the start of a command, while Ray starts beside it where that saves time."""
+
+import importlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from aecore.core.errors import InputError
+from aecore.core.imports import fast_imports
+from pipelines.cluster.connection import import_ray, start_ray
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.share import check_this_machine
+from pipelines.host.environment import store_is_empty, submission_id
+
+if TYPE_CHECKING:
+    from pipelines.store.runs import Tracker
+
+
+def open_store(
+    resources: Resources, create: bool = True, ready: bool = True, warm: bool = True
+) -> "Tracker | None":  # fmt: skip
+    """Open the store of results that MLFLOW_TRACKING_URI names, else SQLite in the working directory.
+
+    Args:
+        create: Make the store where there is none yet.
+        ready: Also get Ray ready: a cluster is connected to before MLflow is imported; an embedded Ray starts meanwhile
+            where the store is new, so that nothing can be restored and Ray is needed for certain.
+        warm: Let a worker import what the first stage needs meanwhile.
+
+    Returns:
+        None where there is no store yet and `create` is false.
+
+    Raises:
+        InputError: The store cannot be reached, or lies in a folder that is thrown away; or an embedded Ray is about to
+            start on a machine without what `resources` ask for.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if submission_id() and (not uri or (uri.startswith("sqlite:") and not uri.startswith("sqlite:////"))):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
+            "folder; name a server in the job's env_vars, http://HOST:5000"
+        )
+    warm_up = _import_what_stages_need if warm else None
+    new = store_is_empty()
+    connecting = None
+    if create and ready and os.environ.get("RAY_ADDRESS"):
+        try:
+            start_ray(warm_up)  # takes no time, and a worker does its imports while MLflow is imported here
+        except Exception:
+            if new:
+                raise  # otherwise all may be restored, which needs no Ray; who does need it meets this error again
+    elif create and ready and new:
+        check_this_machine(resources)
+        import_ray()  # not beside MLflow's import: each might find half imported what both need
+        connecting = ThreadPoolExecutor(1).submit(_connect, create)
+        start_ray(warm_up)
+    tracker = connecting.result() if connecting else _connect(create)
+    return tracker and tracker._replace(patience=resources.mlflow_patience)
+
+
+def _import_what_stages_need() -> None:
+    with fast_imports():
+        for module in ("aecore.stages.pretrain", "aecore.stages.finetune", "pipelines.store.runs"):
+            importlib.import_module(module)
+
+
+def _connect(create: bool) -> "Tracker | None":
+    with fast_imports():
+        from pipelines.store.connection import connect  # imports MLflow, which takes seconds
+
+        return connect(create=create)

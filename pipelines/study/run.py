@@ -1,0 +1,78 @@
+"""A study from its first trial to its last: what is finished is restored, the rest runs on Ray Tune."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from aecore.config.facts import Facts
+from pipelines.cluster.resources import Resources
+from pipelines.execution.chain import compute
+from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
+from pipelines.study.results import finished_runs, trial_of
+from pipelines.study.schema import Study
+from pipelines.study.search import search
+from pipelines.study.trial import Trial
+from pipelines.study.trials import LATE, Endings, TrialRunner
+
+if TYPE_CHECKING:
+    from pipelines.store.runs import Tracker
+
+Say = Callable[[str], None]
+
+
+class Ended(NamedTuple):
+    """A study that is over."""
+
+    trials: list[Trial]
+    """All trials, the stopped and the failed ones included."""
+    computed: int
+    """Number of stages that were computed."""
+    restored: int
+    """Number of stages that were finished before."""
+
+
+def run(
+    study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources, say: Say
+) -> Ended:  # fmt: skip
+    """Finish every trial; those that are finished are restored, and Ray starts only if one is not.
+
+    Args:
+        parent: The study's MLflow run.
+    """
+    # trials side by side, each with one thread, outrun one trial with all threads
+    resources = resources if resources.cpus else resources.model_copy(update={"cpus": 1})
+    plans = plan_trials(study, facts, resources.numerics)
+    runner = TrialRunner(study, facts, tracker, parent, resources)
+    endings = Endings()
+    before = finished_runs(plans, tracker)
+    for plan in plans:
+        if plan.stage.key in before:
+            say(f"{plan.name}: restored")
+        elif study.scheduler == "asha" and (epoch := tracker.stopped(plan.stage.key)) is not None:
+            endings.stopped[plan.stage.key] = epoch
+            say(f"{plan.name}: stopped at epoch {epoch} before")
+    missing = [m for m in plans if m.stage.key not in before and m.stage.key not in endings.stopped]
+    if missing:
+        _compute_shared(missing, tracker, parent, resources, say)
+        ended = runner.run(missing, say)
+        if runner.late:
+            endings.errors |= {m.stage.key: LATE for m in missing}
+        endings.update(ended)
+    if study.search == "optuna":
+        for row in study.variants:
+            if study.space(row):
+                searched, ended = search(runner, row, say)
+                plans += searched
+                endings.update(ended)
+    after = finished_runs(plans, tracker)
+    trials = [trial_of(plan, tracker, after, study.budget.epochs, endings) for plan in plans]
+    return Ended(trials, len(after.keys() - before.keys()), len(before))
+
+
+def _compute_shared(
+    plans: Sequence[TrialPlan], tracker: "Tracker", parent: str, resources: Resources, say: Say
+) -> None:  # fmt: skip
+    """Compute the stages that several trials stand on, each once, as chained tasks."""
+    stages = shared_stages(plans)
+    if stages:
+        say(f"{len(stages)} stages that several trials share come first")
+        compute(stages, tracker, parent, resources, say, in_study=True)

@@ -1,0 +1,71 @@
+"""Optuna chooses the settings of a row with the first seed; the best settings then get the other seeds."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.study.plan import TrialPlan
+from pipelines.study.trial import trial_name
+from pipelines.study.trials import Endings, TrialRunner, config_of, settings_in
+
+Tried = dict[str, tuple[dict[str, Any], float]]
+"""Settings and the measure to choose by, by the settings' JSON."""
+
+
+def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[list[TrialPlan], Endings]:
+    """Search the settings of a row, then run the best with the other seeds.
+
+    Trials that an earlier call of the same study has finished count as tried.
+
+    Returns:
+        The trials of the row and how those ended that did not finish.
+    """
+    study, first = runner.study, runner.study.seeds[0]
+    tried: Tried = {}
+    for settings, run_id in runner.tracker.trials(runner.parent, row):
+        tried[_name(settings)] = settings, runner.tracker.metrics(run_id)[study.choose_metric]
+    endings = Endings()
+    left = study.budget.settings - len(tried)
+    if left > 0:
+        results = _fit(runner, row, tried, left)
+        endings = runner.endings(results)
+        for settings in (settings_in(result.config) for result in results if result.config):
+            finished = runner.tracker.finished(runner.plan_of(row, settings, first).stage.key)
+            if finished:
+                tried[_name(settings)] = settings, finished[1][study.choose_metric]
+            else:
+                say(f"{trial_name(row, settings, first)}: did not finish")
+    plans = [runner.plan_of(row, settings, first) for settings, _ in tried.values()]
+    if tried:
+        sign = -1 if study.choose == "probe" else 1
+        best = min(tried.values(), key=lambda one: sign * one[1])[0]
+        others = [runner.plan_of(row, best, seed) for seed in study.seeds[1:]]
+        endings.update(runner.run([m for m in others if not runner.tracker.find(m.stage.key)], say))
+        plans += others
+    return plans, endings
+
+
+def _fit(runner: TrialRunner, row: str, tried: Tried, count: int) -> Any:
+    """Let Optuna try so many settings, told of those that were tried before; returns Tune's results."""
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    study, first = runner.study, runner.study.seeds[0]
+    space = {
+        f"set:{name}": tune.choice(values)
+        if isinstance(values, list)
+        else (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
+        for name, values in study.space(row).items()
+    }
+    optuna = OptunaSearch(
+        metric="chosen",
+        mode="max" if study.choose == "probe" else "min",
+        seed=first,
+        points_to_evaluate=[config_of(settings) for settings, _ in tried.values()] or None,
+        evaluated_rewards=[score for _, score in tried.values()] or None,
+    )
+    return runner.fit({"row": row, "seed": first, **space}, optuna, count)
+
+
+def _name(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)

@@ -1,0 +1,44 @@
+"""Stages computed in the test's own process, without Ray."""
+
+from typing import Any
+
+from aecore.config.specs import LoadSpec
+from aecore.models.storage import Result
+from pipelines.cluster.share import Share
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.compute import Work, finish, inputs_of, load_rows, stages_below
+from pipelines.execution.journal import Computed
+from pipelines.graph.stage import Stage
+from pipelines.store.runs import Tracker
+
+
+def run_here(
+    stage: Stage, tracker: Tracker, parent: str, done: dict[str, Any] | None = None, folder: str | None = None
+) -> Result:  # fmt: skip
+    """The result of a stage; it and all that it stands on are restored or computed, as chained tasks would.
+
+    Args:
+        done: results by key; those made here are added.
+        folder: where checkpoints go.
+    """
+    done = {} if done is None else done
+    assignment = Assignment(store=tuple(tracker), parent=parent, share=Share(0, 1), checkpoint_folder=folder)
+    if not tracker.find(stage.key):
+        for below in stages_below(stage):
+            _compute(below, assignment, done)
+    return _compute(stage, assignment, done)
+
+
+def _compute(stage: Stage, assignment: Assignment, done: dict[str, Any]) -> Any:
+    if stage.key not in done:
+        if isinstance(stage.spec, LoadSpec):
+            done[stage.key] = load_rows(stage.spec)
+        else:
+            finished = Tracker(*assignment.store).find(stage.key)
+            inputs = {} if finished else inputs_of(stage, [done[parent.key] for parent in stage.parents()])
+            (outcome,) = finish([Work(stage, assignment, inputs)]).values()
+            if isinstance(outcome, Exception):
+                raise outcome
+            done[stage.key] = outcome
+    value = done[stage.key]
+    return value.result if isinstance(value, Computed) else value
