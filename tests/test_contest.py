@@ -1,5 +1,4 @@
-"""Champion against challenger: the scores, the interval, and how often the rule errs. Drift: what is found, and what
-is not."""
+"""Tests of contests (scores, intervals, how often the rule of promotion errs) and of what is called drift."""
 
 import csv
 import io
@@ -39,7 +38,7 @@ def signs(better: int, worse: int, rows: int) -> np.ndarray:
 
 
 def test_of_a_handful_of_rows_nothing_is_found() -> None:
-    # McNemar's exact test of n rows, all for one model: p = 2 / 2^n, below 0.05 from n = 6 on
+    # by McNemar's exact test, n rows that are all for one model have p = 2 / 2^n, below 0.05 from n = 6 on
     assert [gain(signs(n, 0, 400)).low > 0 for n in range(1, 9)] == [False] * 5 + [True] * 3
     assert gain(signs(0, 9, 400)).high < 0
     assert gain(np.zeros(100)) == (100, 0.0, 0.0, 0.0)
@@ -81,7 +80,7 @@ def test_the_rule(found: dict[str, float], promoted: bool, why: str) -> None:
 
 
 def simulated(gap: float, rng: np.random.Generator, rows: int = 10_000) -> bool:
-    """The decision on a challenger that is better by `gap` on average, at the level of the decision: no training.
+    """Decide on a simulated challenger that is better by `gap` on average; nothing is trained.
 
     As classifiers with 2.5 % test error are found to be: they differ in whether they are right on 1.2 % of the rows,
     and retrained with another seed their true accuracy varies by 0.1 points (mnist_best.yaml: by 0.03 in three).
@@ -98,7 +97,7 @@ def test_what_is_no_better_is_not_promoted_and_a_gain_of_a_point_is() -> None:
     rng = np.random.default_rng(0)
     equal = [simulated(0.0, rng) for _ in range(400)]
     better = [simulated(0.01, rng) for _ in range(200)]
-    # ten times the forty and the twenty, of which two may be and eighteen must be promoted
+    # of 40 challengers that are equal at most 2 may be promoted, of 20 that are better at least 18 must; ten times each
     assert sum(equal) <= 4 and sum(better) >= 180
     assert max(sum(equal[n : n + 40]) for n in range(0, 400, 40)) <= 2
     assert min(sum(better[n : n + 20]) for n in range(0, 200, 20)) >= 18
@@ -118,7 +117,7 @@ def made(data: Data, facts: Facts, rows: Arrays | Stream, task: str, seed: int) 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory, digits: tuple[Facts, Arrays]) -> dict[str, Any]:
-    """Digits in four shades, the last of which have come since; two models of each task."""
+    """Make digits in four shades, of which the champion did not see the last one, and two models of each task."""
     data = images(tmp_path_factory.mktemp("set") / "digits.parquet", digits).model_copy(update={"split": "content"})
     facts = inspect(data)
     rows = load(data, facts)
@@ -165,7 +164,7 @@ def test_errors_are_compared_in_the_units_of_the_champion(grown: dict[str, Any])
     assert same["champion/reconstruction"] == pytest.approx(
         float(np.mean(stages_error(one, grown["rows"].test))), rel=1e-4
     )
-    # the same model, behind features of half the scale: what it makes of them is the same, in other units
+    # the same model, but its features are scaled by half: its errors are the same in other units
     halved = Result(two.config, two.weights | {"prepare.scale": two.weights["prepare.scale"] / 2}, {})
     found = contest(spec(grown, "reconstruction"), Context(), data=grown["rows"], champion=two, challenger=halved)
     model = build_stack(two).eval()
@@ -218,7 +217,7 @@ def test_a_shade_that_the_champion_never_saw_is_drift(grown: dict[str, Any]) -> 
 def drawn(rng: np.random.Generator, rows: int, shift: float = 0.0) -> dict[str, np.ndarray]:
     x = rng.normal(shift, 1, size=(rows, 30))
     x[:, 0] = 0  # a pixel that is always black
-    x[:, 1] = np.where(rng.random(rows) < 0.002, 1.0, 0.0)  # and one that hardly ever is not
+    x[:, 1] = np.where(rng.random(rows) < 0.002, 1.0, 0.0)  # and one that is nearly always black
     return {"code": x[:, 2:12], "x": x, "error": rng.gamma(2, size=rows) * np.exp(shift)}
 
 
@@ -238,7 +237,7 @@ def test_of_rows_alike_little_is_found_and_of_others_enough() -> None:
         return any(row["drifted"] for row in drift_table(new, old, ["ash", "oak"], 0.2))
 
     assert sum(found(rows) for rows in (30, 100, 1000) for _ in range(10)) <= 1
-    # twenty thousand rows make a shift of a twentieth significant, but none that matters
+    # with 20,000 rows a shift of a twentieth is significant, but too small to matter
     assert not found(20_000, 0.05)
     assert all(found(rows, 0.8) for rows in (100, 1000) for _ in range(5))
 

@@ -1,4 +1,4 @@
-"""What a study measures: known models, known numbers."""
+"""Tests of the measures of a study, on models of which the numbers are known."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_pca_is_scikit_learns(digits: tuple[Facts, Arrays]) -> None:
     assert found.metrics["test/unexplained"] == pytest.approx(
         squares.sum() / np.square(test - x.mean(0)).sum(), rel=1e-4
     )
-    # its axes are orthonormal: ten codes, each with a Jacobian row of length 1
+    # PCA's axes are orthonormal, so the Jacobian of ten codes has ten rows of length 1
     assert found.metrics["contraction/norm"] == pytest.approx(np.sqrt(10), rel=1e-4)
     assert max(found.config["contraction"]["ratio"]) <= 1
 
@@ -184,7 +184,7 @@ def test_dead_and_saturated_units_are_counted() -> None:
     assert found["units/mean_activation"] == pytest.approx(codes.mean())
 
 
-ELSEWHERE = """
+IMPORTS_IN_THREADS = """
 import sys, threading
 
 class Watch:
@@ -214,5 +214,7 @@ print(*sorted(found.figures), "probe/accuracy" in found.metrics)
 
 
 def test_no_two_threads_import_scikit_learn() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTS_IN_THREADS], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "codes loss_curves reconstructions units True\n"

@@ -1,4 +1,4 @@
-"""The report of a study, from made-up trials."""
+"""Tests of the report of a study, which is made from invented trials."""
 
 import html
 import re
@@ -42,7 +42,7 @@ def trial(
     settings: dict[str, Any] | None = None,
     error: str = "",
 ) -> Trial:
-    """A trial whose measures are the better the higher its quality; what is not chance is the same at each call."""
+    """Invent a trial whose measures are better where `quality` is higher; the same arguments give the same trial."""
     shared, own = np.random.default_rng(0), np.random.default_rng([seed, len(row), sum(map(ord, row))])
     luck = 0.0 if kind == "pca" else 0.0005 * own.normal()
     accuracy = 0.85 + 0.1 * quality + luck
@@ -104,7 +104,7 @@ def qualities() -> dict[str, float]:
 
 
 def text(page: Path) -> str:
-    """What is read, in one line."""
+    """Return the page's text on one line, as people read it."""
     kept = re.sub(r"<style>.*?</style>|<[^>]*>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(kept).split())
 
@@ -142,7 +142,7 @@ def test_the_winner_wins_and_ties_are_ties(written: list[Path]) -> None:
     assert "only variational has it, -90 ± " in said
     assert "Differences of less than about 2.2 times their standard deviation over seeds are ties (pairs: 36)" in said
     assert "Not finished" not in said
-    # the best stand out by more than colour
+    # the best rows are marked by more than their colour
     assert re.search(r'<td class="best">[^<]*★</td>', written[0].read_text())
 
 
@@ -235,7 +235,7 @@ def test_colours_stay_with_their_rows(study: list[Trial]) -> None:
     found = looks(study)
     assert len(set(map(str, found.values()))) == len(ROWS)
     assert all(found[kind].colour == colour for kind, colour in COLOURS.items() if kind in found)
-    # the row that is named like its kind has its colour, wherever it stands
+    # the row that is named like its kind has the kind's colour, even if it comes later
     assert looks(study[::-1])["plain"].colour == COLOURS["plain"]
 
 

@@ -1,4 +1,4 @@
-"""Storage, measures, figures."""
+"""Tests of storage, of measures with known answers, and of the figures of one model."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def separable(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_probe_and_neighbours_on_known_clusters() -> None:
     train, validation, test = separable(600, 0), separable(200, 1), separable(500, 2)
-    # three unit normals 4 sqrt 2 apart: the best any classifier can do is about 99.5 %
+    # of three unit normals, 4 sqrt 2 apart, the best classifier gets about 99.5 % right
     probe = linear_probe(train, validation)
     assert (probe.predict(test[0]) == test[1]).mean() > 0.98
     scaled = (train[0] / [1, 100, 0.01], train[1])
@@ -99,7 +99,7 @@ def test_clusters_are_scored_up_to_their_names() -> None:
 
 def test_frechet_distance_of_known_gaussians() -> None:
     a, b = RNG.normal(size=(200_000, 2)), RNG.normal(size=(200_000, 2)) * [2, 3] + [1, 0]
-    # means 1 apart, standard deviations 1 against 2 and 1 against 3
+    # the means are 1 apart, the standard deviations 1 and 2, and 1 and 3
     assert frechet(a, b) == pytest.approx(1 + 1 + 4, rel=0.02)
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
 

@@ -1,4 +1,4 @@
-"""Paired comparisons: known answers, and error rates on data made up with known truth."""
+"""Tests of paired comparisons: known answers, and rates of errors on random data of which the truth is known."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from aecore.evaluation.statistics import Pair, compare, holm, judge, resolution
 def made(
     rng: np.random.Generator, shifts: tuple[float, ...], seeds: int, points: int, between: float
 ) -> dict[str, np.ndarray]:
-    """Rows that share what is hard about a point, each with seeds that differ by `between`."""
+    """Draw rows with means `shifts` that find the same points hard; their seeds spread by `between`."""
     shared = rng.normal(size=points)
     return {
         f"row{number}": shared
@@ -27,7 +27,7 @@ def means(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def test_holm_by_hand() -> None:
-    # sorted .005 .01 .03 .04: times 4, 3, 2, 1 are .02 .03 .06 .04; no smaller than the one before: .02 .03 .06 .06
+    # sorted: .005 .01 .03 .04; times 4, 3, 2, 1: .02 .03 .06 .04; none below the one before: .02 .03 .06 .06
     assert np.allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
     assert np.allclose(holm(np.array([0.6, 0.9])), [1, 1])
 
@@ -66,7 +66,7 @@ def test_intervals_hold_the_truth(seeds: int, between: float) -> None:
     for _ in range(400):
         (pair,) = compare(made(rng, (0.7, 0), seeds, 80, between), replicates=800)
         held.append(pair.low <= 0.7 <= pair.high)
-    # three standard errors of a share of .95 in 400; wider than need be where points and seeds both matter
+    # .95 less three standard errors in 400; intervals are too wide where points and seeds both matter
     assert 0.917 <= np.mean(held) <= 0.995
 
 
@@ -89,7 +89,7 @@ def test_pooling_finds_with_three_seeds_what_is_there() -> None:
         rows[0] += 6
         pairs = compare({str(n): row for n, row in enumerate(rows)})
         found += [pair.holds for pair in pairs if pair.first == "0"]
-    # the pair's own three seeds would find one in twenty
+    # with the pair's own three seeds, one in twenty would be found
     assert np.mean(found) > 0.5
 
 
@@ -125,7 +125,7 @@ def test_without_spread_over_points_it_is_the_t_test() -> None:
 @pytest.mark.parametrize("points", [(), (50,)])
 def test_no_spread_at_all(points: tuple[int, ...]) -> None:
     ones = np.ones((3, *points))
-    # a tenth three times over is not three tenths: rounding is no finding
+    # 0.1 * 3 is not 0.3 in floating point: rounding is no finding
     same, apart, _ = compare({"a": 0.1 * 3 * ones, "b": 0.3 * ones, "c": 0 * ones})
     assert (same.p, same.adjusted, same.holds) == (1, 1, False)
     assert apart.holds and (apart.low, apart.high) == pytest.approx((0.3, 0.3))

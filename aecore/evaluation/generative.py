@@ -34,11 +34,8 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor) -> dict[str
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the squared Fréchet distance between Gaussians that are fitted to two sets of features (rows, features).
-
-    It is the squared distance of their means plus tr(A + B - 2 (A B)^(1/2)) of their covariances (Heusel et al. 2017,
-    eq. 6).
-    """
+    """Return the squared Fréchet distance between Gaussians fitted to two sets of features (rows, features): that of
+    their means plus tr(A + B - 2 (A B)^(1/2)) of their covariances (Heusel et al. 2017, eq. 6)."""
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(covariance_a @ covariance_b).astype(complex)).real.sum()
     shift = np.square(a.mean(0) - b.mean(0)).sum()
@@ -48,11 +45,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def sample_distance(
     stack: Stack, judge: Result, prepare: Prepare, data: Arrays, device: torch.device
 ) -> dict[str, float]:
-    """Return the Fréchet distance of samples from test rows, and that of training rows from test rows as its floor.
-
-    Args:
-        judge: a finetuned classifier of the data; the distance is one of its codes.
-    """
+    """Return the Fréchet distance of samples from test rows in the code of `judge`, a classifier of the data, and as
+    its floor that of training rows from test rows."""
     classifier = build_classifier(judge).to(device).eval()
 
     def features(rows: Tensor) -> np.ndarray:

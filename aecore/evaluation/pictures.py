@@ -39,9 +39,8 @@ def study_arrays(
             "corrupted": to_numpy(corrupted),
             "restored": to_numpy(stack.reconstruct(corrupted)),
             "codes": codes[:64, :256],
-            "map": codes[
-                :MAPPED_ROWS
-            ],  # not yet in a plane: mapping takes seconds, and a report shows one seed per row
+            # not yet in a plane, since mapping takes seconds and a report shows only one seed per row
+            "map": codes[:MAPPED_ROWS],
         }
         if y is not None:
             arrays["map_labels"] = y[:MAPPED_ROWS]

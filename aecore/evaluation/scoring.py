@@ -80,5 +80,5 @@ def fixed_noise(device: torch.device) -> Iterator[None]:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """Copy a tensor to the host, without its graph."""
+    """Return a tensor as an array on the host; on a CPU both share their memory."""
     return x.detach().cpu().numpy()

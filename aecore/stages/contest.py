@@ -30,10 +30,10 @@ def contest(
 
     Returns:
         Metrics of both models and their `difference` with a 95 % interval, positive where the challenger is better,
-        each for all rows and again below `frozen/` and `newest/`; the `ids` (rows,) of the test rows in `weights`; and
-        in `config` what the data were like. A difference of accuracies is one of shares. Reconstruction errors are
-        squared errors per feature in the champion's units of the input; their difference is a share of the champion's
-        error.
+        each for all rows and again below `frozen/` and `newest/`; the `ids` (rows,) of the test rows in `weights`; in
+        `config` the facts of the data and how they were split. A difference of accuracies is one of shares.
+        Reconstruction errors are squared errors per feature in the champion's units of the input; their difference is a
+        share of the champion's error.
     """
     models = {"challenger": Model(challenger, context.device)}
     if champion is not None:

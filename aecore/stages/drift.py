@@ -29,7 +29,7 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
     new = _measure_new_rows(spec, context, data, Model(champion, context.device), earlier.weights["ids"])
     if not new:
         metrics = {"drift/rows": 0.0, "drift/drifted": 0.0}
-        config = {"table": as_csv([]), "words": "no test row has come since", "drifted": False}
+        config = {"table": as_csv([]), "words": "no test row is newer than the model", "drifted": False}
         return Result(config, {}, metrics)
     table = drift_table(new, champion.weights, earlier.config["facts"]["classes"], spec.threshold)
     drifted = [row for row in table if row["drifted"]]
