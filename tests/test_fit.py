@@ -18,9 +18,9 @@ from aecore.data.splits import Arrays
 from aecore.training.checkpoint import Checkpoints
 from aecore.training.fit import fit
 from aecore.training.job import Fitted
+from aecore.training.numerics import get_random_state
 from aecore.training.optimizer import AdamW
 from aecore.training.progress import schedule
-from aecore.training.randomness import get_random_state
 from aecore.training.team import Team
 from aecore.training.validation import Validation
 from tests.fits import CPU, fit_model, job
@@ -119,8 +119,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(vectors: Arrays) -> N
     losses = [epoch["val/loss"] for epoch in fitted.history]
     assert fitted.best_epoch == 1 + int(np.argmin(losses))
     assert len(losses) == fitted.best_epoch + 5 < 200
-    rows = Validation(rows=(torch.tensor(vectors.validation.x),), device=CPU)
-    kept, _ = rows.score(model, lambda x: (model.terms(x), {}))
+    rows = (torch.tensor(vectors.validation.x),)
+    kept, _ = Validation(job(model, model.terms, rows, rows, Fit())).score(lambda x: (model.terms(x), {}))
     assert kept["reconstruction"] == pytest.approx(min(losses), rel=1e-6)
 
 
@@ -280,9 +280,8 @@ def test_validation_noise_is_the_same_at_every_epoch(vectors: Arrays) -> None:
     def scored(x: Tensor) -> tuple[Terms, Terms]:
         return model.terms(x + torch.randn_like(x)), {}
 
-    noisy = [
-        Validation(rows=rows, device=CPU, seed=seed).score(model, scored)[0]["reconstruction"] for seed in (1, 1, 2)
-    ]
+    fits = [job(model, model.terms, rows, rows, Fit(), seed=seed) for seed in (1, 1, 2)]
+    noisy = [Validation(each).score(scored)[0]["reconstruction"] for each in fits]
     assert noisy[0] == noisy[1] != noisy[2]
 
 

@@ -23,8 +23,8 @@ from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.rows import preprocessing, resident_bytes, training_rows
+from aecore.training.numerics import numerics
 from aecore.training.objective import Objective
-from aecore.training.precision import numerics
 from aecore.variants import Plain, Variant
 
 VARIANTS = get_args(get_args(Variant)[0])

@@ -23,8 +23,8 @@ from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing, training_rows
 from aecore.stages.training import Training, curves, summary, train
 from aecore.training.job import Fitted, Job
+from aecore.training.numerics import get_random_state, own_random_state
 from aecore.training.objective import Objective
-from aecore.training.randomness import get_random_state, own_random_state
 
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 

@@ -13,7 +13,7 @@ from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing
-from aecore.training.randomness import own_random_state
+from aecore.training.numerics import own_random_state
 
 
 def reference(spec: ReferenceSpec, context: Context, *, data: Arrays | Stream) -> Result:

@@ -15,7 +15,7 @@ from aecore.models.layers import Encoder
 from aecore.models.prepare import Prepare
 from aecore.stages.context import Context, rows_in_memory
 from aecore.training.memory import free_memory
-from aecore.training.precision import numerics
+from aecore.training.numerics import numerics
 
 _RESIDENT_BYTES = 2**30
 """On a CPU, the largest set that is kept as the floats that a layer reads."""

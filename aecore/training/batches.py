@@ -26,14 +26,9 @@ class Part(NamedTuple):
         return len(self.tensors[0]) if self.tensors else 0
 
 
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Return whether a model normalises by statistics of a batch, for which a worker needs at least two rows."""
-    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules())
-
-
 def fewest_rows(model: nn.Module) -> int:
-    """Return how many rows a part of a batch must have to train `model`."""
-    return 2 if has_batch_statistics(model) else 1
+    """Return how many rows a part of a batch must have to train `model`: two for statistics of a batch, else one."""
+    return 2 if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()) else 1
 
 
 def check_batch_size(job: Job) -> None:
@@ -42,9 +37,8 @@ def check_batch_size(job: Job) -> None:
     Raises:
         InputError: a worker of the team has a single row of a batch.
     """
-    least = fewest_rows(job.model) * job.team.size
-    rows = min(job.spec.batch_size, job.rows)
-    if has_batch_statistics(job.model) and rows < least:
+    least, rows = fewest_rows(job.model) * job.team.size, min(job.spec.batch_size, job.rows)
+    if rows < least and least > job.team.size:
         raise InputError(
             f"batch_size: batches of {rows} rows are too small for batch normalisation, which needs two for each of "
             f"{job.team.size} workers; raise batch_size to {least}, or use network.normalization layer or none"

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any, Protocol
@@ -15,12 +16,12 @@ from aecore.training import graphs
 from aecore.training.batches import Part, check_batch_size, epoch_of, fewest_rows
 from aecore.training.job import Fitted, Job
 from aecore.training.memory import halve
+from aecore.training.numerics import Autocast, numerics, own_random_state, set_random_state
 from aecore.training.optimizer import AdamW, trained_parameters
-from aecore.training.precision import Autocast, numerics
-from aecore.training.progress import Epoch, Progress
-from aecore.training.randomness import own_random_state, set_random_state
+from aecore.training.progress import Progress
+from aecore.training.team import ALONE
 from aecore.training.totals import Totals, check_finite
-from aecore.training.validation import Validation, validation_of
+from aecore.training.validation import Validation
 
 _CHECK_STEPS = 100
 """Steps between two looks for numbers that are not finite, where looking waits for the device."""
@@ -54,23 +55,18 @@ def fit(job: Job) -> Fitted:
 
 
 class Trainee(Protocol):
-    """What `train` takes through its epochs: one fit, or several that are trained as one."""
+    """What `train` takes through its epochs: one fit, or several that are trained as one.
+
+    `begin_epoch` returns the batches of an epoch, `learn` takes a step, `check` looks for numbers that are not finite
+    (and waits for the device), `end_epoch` scores the validation rows and reports the epoch.
+    """
 
     @property
-    def is_over(self) -> bool:
-        """Whether no epoch is to come."""
-
-    def begin_epoch(self) -> Iterable[Any]:
-        """Return the batches of an epoch."""
-
-    def learn(self, step: int, batch: Any) -> None:
-        """Take a step."""
-
-    def check(self, step: int) -> None:
-        """Look for numbers that are not finite; waits for the device."""
-
-    def end_epoch(self, started_at: float) -> None:
-        """Score validation rows and report the epoch, which began at this `time.perf_counter()`."""
+    def is_over(self) -> bool: ...
+    def begin_epoch(self) -> Iterable[Any]: ...
+    def learn(self, step: int, batch: Any) -> None: ...
+    def check(self, step: int) -> None: ...
+    def end_epoch(self, started_at: float) -> None: ...
 
 
 def train(trainee: Trainee, device: torch.device) -> None:
@@ -91,7 +87,7 @@ class _SingleFit:
         self.job, self.autocast = job, autocast
         self.optimizer = AdamW(trained_parameters(job.model), job.spec.weight_decay)
         self.progress = Progress(job, self.optimizer)
-        self.validation = validation_of(job, autocast)
+        self.validation = Validation(job, autocast)
         self.objective: Callable[..., Terms] = job.objective
         if job.compile:
             self.objective = torch.compile(job.objective.__call__)
@@ -148,9 +144,9 @@ class _SingleFit:
         job = self.job
         job.team.average_statistics(job.model, self.rows)
         losses = self.totals.means(self.rows, job.team)
-        scores, sums = self.validation.score(job.model, job.objective.scored)
+        scores, sums = self.validation.score(job.objective.scored)
         seconds = time.perf_counter() - started_at
-        self.progress.end_epoch(Epoch(losses, scores, sums, self.rate, seconds, self.parts))
+        self.progress.end_epoch(losses, scores, sums, self.rate, seconds, self.parts)
 
     def release(self) -> None:
         """Let go of the gradients, and of the graph, which holds this object: so a GPU's memory comes back at once."""
@@ -178,8 +174,8 @@ class _SingleFit:
         job = self.job
         if job.team.rank:
             torch.manual_seed(job.seed + job.team.rank + len(self.progress.history))
-        row = Validation(rows=tuple(t[:1] for t in job.validation), device=job.device, autocast=self.autocast)
-        names, _ = row.score(job.model, job.objective.scored)
+        row = replace(job, validation=tuple(tensor[:1] for tensor in job.validation), team=ALONE)
+        names, _ = Validation(row, self.autocast).score(job.objective.scored)
         self.totals.add({name: torch.zeros((), device=job.device) for name in names}, 0)
 
 

@@ -19,20 +19,18 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from aecore.core.errors import DivergenceError
 from aecore.core.types import Terms
-from aecore.data.stream import Shuffled
 from aecore.training import graphs
 from aecore.training.batches import permutation
 from aecore.training.fit import train
 from aecore.training.job import Fitted, Job
 from aecore.training.memory import is_out_of_memory
+from aecore.training.numerics import Autocast, numerics, own_random_state, set_random_state
 from aecore.training.objective import Objective
 from aecore.training.optimizer import AdamW, trained_parameters
-from aecore.training.precision import Autocast, numerics
-from aecore.training.progress import Epoch, Progress, Snapshot, schedule
-from aecore.training.randomness import own_random_state, set_random_state
+from aecore.training.progress import Progress, schedule
 from aecore.training.team import ALONE
 from aecore.training.totals import Totals, check_finite
-from aecore.training.validation import validation_of
+from aecore.training.validation import Validation
 
 Outcome = Fitted | Exception
 _MODEL = "model."
@@ -94,14 +92,15 @@ class _StackedFits:
         frozen = {name: value for name, value in parameters.items() if not value.requires_grad}
         self.rest = frozen | buffers
         self.optimizer = StackedAdamW(self.jobs, list(self.trained.values()))
-        self.optimizer.load_states([progress.snapshot().optimizer for progress in progresses])
+        self.optimizer.load_states([progress.snapshot()[1] for progress in progresses])
         for number, progress in enumerate(progresses):
             progress.snapshot = partial(self._snapshot, number)
         self.numbers = _different_numbers(self.jobs)
-        self.train_rows = [_TrainingRows(same) for same in zip(*map(_tensors, self.jobs), strict=True)]
-        held = [_side_by_side(same) for same in zip(*(job.validation for job in self.jobs), strict=True)]
-        self.validation = validation_of(replace(self.first, validation=tuple(x for x, _ in held)), autocast)
+        self.train_rows = [_stack_rows(same, 0) for same in zip(*(job.in_memory for job in self.jobs), strict=True)]
+        held = [_stack_rows(same, 1) for same in zip(*(job.validation for job in self.jobs), strict=True)]
+        self.validation = Validation(replace(self.first, validation=tuple(x for x, _ in held)), autocast)
         self.validation_dims = [dim for _, dim in held]
+        self.fits = torch.arange(len(self.jobs), device=self.first.device)[:, None]
         self.gradients = vmap(grad(self._loss, has_aux=True), randomness="different")
         self.steps = -(-self.first.rows // self.first.spec.batch_size)
         self.totals, self.failures = Totals(), dict[int, Exception]()
@@ -138,7 +137,7 @@ class _StackedFits:
             index: row numbers of each fit's batch, (fits, batch).
             rates: learning rates, (fits,).
         """
-        batch = (rows.take(index) for rows in self.train_rows)
+        batch = (rows[index] if dim is None else rows[self.fits, index] for rows, dim in self.train_rows)
         gradients, losses = self.gradients(self.trained, self.rest, self.numbers, *batch)
         self.totals.add(losses, index.shape[1])
         self.optimizer.step(list(gradients.values()), rates)
@@ -158,16 +157,14 @@ class _StackedFits:
         means = self.totals.means(self.order.shape[1], ALONE)
         dims = (0, 0, 0, *self.validation_dims)
         scored = vmap(partial(self._call, True), in_dims=dims, randomness="different")
-        scores, sums = self.validation.score(
-            self.first.model, lambda *batch: scored(self.trained, self.rest, self.numbers, *batch)
-        )
+        scores, sums = self.validation.score(lambda *batch: scored(self.trained, self.rest, self.numbers, *batch))
         seconds = (time.perf_counter() - started_at) / max(len(live), 1)
         for i in live:
             progress = self.progresses[i]
             losses, held, beside = ({n: values[i] for n, values in each.items()} for each in (means, scores, sums))
             rate = progress.rate((self.steps - 1) / self.steps)
             try:
-                progress.end_epoch(Epoch(losses, held, beside, rate, seconds))
+                progress.end_epoch(losses, held, beside, rate, seconds)
             except Exception as error:  # raised by a report, for example: it is this fit's alone
                 if is_out_of_memory(error):
                     raise
@@ -183,11 +180,11 @@ class _StackedFits:
         for progress in self.progresses:
             del progress.snapshot
 
-    def _snapshot(self, number: int) -> Snapshot:
+    def _snapshot(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the tensors of one fit, which are slices of the stacks."""
         state = {name: value[number] for name, value in (self.trained | self.rest).items()}
         weights = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
-        return Snapshot(weights, self.optimizer.state_dict(number))
+        return weights, self.optimizer.state_dict(number)
 
     def _call(self, scored: bool, trained: Any, rest: Any, numbers: Any, *batch: Tensor) -> Any:
         """Call the objective of one fit."""
@@ -243,30 +240,9 @@ class StackedAdamW:
         self.kernel.load_state_dict(stacked | {"steps": states[0]["steps"]})
 
 
-class _TrainingRows:
-    """Training rows of several fits, which all read the same rows or each their own."""
-
-    def __init__(self, each: Sequence[Tensor]) -> None:
-        self.rows, self.offsets = each[0], torch.zeros(len(each), 1, dtype=torch.long, device=each[0].device)
-        if any(other is not each[0] for other in each):
-            self.rows = torch.cat(list(each))
-            self.offsets += len(each[0]) * torch.arange(len(each), device=self.rows.device)[:, None]
-
-    def take(self, index: Tensor) -> Tensor:
-        """Return rows (fits, batch, ...) by their numbers (fits, batch)."""
-        return self.rows.index_select(0, (index + self.offsets).flatten()).unflatten(0, index.shape)
-
-
-def _tensors(job: Job) -> tuple[Tensor, ...]:
-    """Return the training tensors of a job that is not streamed."""
-    assert not isinstance(job.train, Shuffled)
-    return job.train
-
-
-def _side_by_side(each: Sequence[Tensor]) -> tuple[Tensor, int | None]:
-    """Return the validation rows of several fits, and along which dimension each has its own: None if all read the
-    same."""
-    return (each[0], None) if all(other is each[0] for other in each) else (torch.stack(list(each), 1), 1)
+def _stack_rows(each: Sequence[Tensor], dim: int) -> tuple[Tensor, int | None]:
+    """Return the rows of several fits, stacked along `dim`; or the rows and None, if all read the same."""
+    return (each[0], None) if all(other is each[0] for other in each) else (torch.stack(list(each), dim), dim)
 
 
 def _along(values: Tensor, other: Tensor) -> Tensor:

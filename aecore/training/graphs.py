@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from aecore.data.files import short_reason
-from aecore.data.stream import Shuffled
 from aecore.training.job import Job
 from aecore.training.memory import is_out_of_memory
 
@@ -23,13 +22,8 @@ _WARM_STEPS = 3
 
 
 def can_be_captured(job: Job) -> bool:
-    """Return whether the steps of a fit are replayed as a CUDA graph.
-
-    A streamed set is limited by its reading, a team's messages and a compiled step are not captured, and bfloat16 is
-    untried.
-    """
-    plain = job.team.size == 1 and not job.compile and job.precision != "bf16"
-    return job.device.type == "cuda" and plain and not isinstance(job.train, Shuffled)
+    """Return whether the steps of a fit are replayed as a CUDA graph."""
+    return job.device.type == "cuda" and job.is_simple
 
 
 class Replayed:
@@ -68,17 +62,17 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
     Raises:
         RuntimeError: memory was not enough; see `is_out_of_memory`.
     """
-    generators = _generators()
+    random = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         graph = torch.cuda.CUDAGraph()
         # errors concern this thread alone: others, a logger's for example, may use the device meanwhile
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     except (RuntimeError, MemoryError) as error:
-        for generator, state in generators:
-            # a capture that was broken off leaves its generator waiting for the capture's end: it gets a new state
-            fresh = torch.Generator(generator.device)
-            fresh.set_state(state)
+        if random is not None:
+            # a capture that was broken off leaves the generator waiting for the capture's end: it gets a new state
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            fresh = torch.Generator(generator.device).set_state(random)
             generator.graphsafe_set_state(fresh.graphsafe_get_state())
         if is_out_of_memory(error):
             raise
@@ -86,14 +80,6 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
         warnings.warn(message, stacklevel=2)
         return step
     return graph.replay
-
-
-def _generators() -> list[tuple[torch.Generator, Tensor]]:
-    """Return the present GPU's random generator with its state; none without a GPU."""
-    if not torch.cuda.is_available():
-        return []
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    return [(generator, generator.get_state())]
 
 
 @contextmanager

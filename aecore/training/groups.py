@@ -13,8 +13,7 @@ from aecore.training.fit import fit
 from aecore.training.fused import ObjectiveModules, Outcome, fit_as_one, real_fields
 from aecore.training.job import Job
 from aecore.training.memory import free_memory, is_out_of_memory, peak_memory
-from aecore.training.precision import numerics
-from aecore.training.randomness import own_random_state
+from aecore.training.numerics import numerics, own_random_state
 
 _MEMORY_SHARE = 0.5
 """Share of the device's free memory that fits trained as one may take by estimate."""
@@ -45,18 +44,10 @@ def fit_all(jobs: Iterable[Job], everywhere: bool = False) -> list[Outcome]:
 
 def group_key(job: Job, everywhere: bool = False) -> str:
     """Return what fits must have in common to be trained as one; nothing for a fit that is trained alone."""
-    rows, variant = job.train, job.objective.variant
-    if isinstance(rows, Shuffled):
+    if not job.is_simple or job.parts > 1 or (job.device.type != "cuda" and not everywhere):
         return ""
-    fusible = (
-        (everywhere or job.device.type == "cuda")
-        and all(tensor.device.type == job.device.type for tensor in (*rows, *job.validation))
-        and job.team.size == 1
-        and job.parts == 1
-        and not job.compile
-        and job.precision != "bf16"
-    )
-    if not fusible:
+    rows, variant = (*job.in_memory, *job.validation), job.objective.variant
+    if any(tensor.device.type != job.device.type for tensor in rows):
         return ""
     fields = {} if variant is None else variant.model_dump()
     # a weight of 0 leaves its term out
@@ -65,7 +56,7 @@ def group_key(job: Job, everywhere: bool = False) -> str:
         (name, type(module), {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"})
         for name, module in ObjectiveModules(job.objective).named_modules()
     ]
-    shapes = [(tensor.shape, tensor.dtype) for tensor in (*rows, *job.validation)]
+    shapes = [(tensor.shape, tensor.dtype) for tensor in rows]
     chosen = job.monitor, job.precision, job.scoring_rows, job.spec.batch_size
     # the optimiser's kernel counts the steps of all fits as one
     checkpoint = job.checkpoints.load() if job.checkpoints is not None else None
@@ -121,8 +112,7 @@ def memory_of_one(jobs: Sequence[Job]) -> int:
     nothing changes that is trained.
     """
     first, device = jobs[0], jobs[0].device
-    assert not isinstance(first.train, Shuffled)
-    batch = [tensor[: first.spec.batch_size] for tensor in first.train]
+    batch = [tensor[: first.spec.batch_size] for tensor in first.in_memory]
     held = [tensor[: first.scoring_rows] for tensor in first.validation]
 
     def step() -> None:
@@ -139,8 +129,7 @@ def memory_of_one(jobs: Sequence[Job]) -> int:
     first.model.zero_grad()
     modules = ObjectiveModules(first.objective)
     needed += _STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
-    rows = [(*job.train, *job.validation) for job in jobs if not isinstance(job.train, Shuffled)]
-    for same in zip(*rows, strict=True):
+    for same in zip(*((*job.in_memory, *job.validation) for job in jobs), strict=True):
         if any(other is not same[0] for other in same):
             needed += same[0].nbytes  # stacked, beside each fit's own
     return needed

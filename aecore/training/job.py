@@ -11,8 +11,8 @@ from aecore.config.experiment import Fit
 from aecore.core.types import Precision
 from aecore.data.stream import Shuffled
 from aecore.training.checkpoint import Checkpoints
+from aecore.training.numerics import RandomState
 from aecore.training.objective import Objective
-from aecore.training.randomness import RandomState
 from aecore.training.team import ALONE, Team
 
 Report = Callable[[int, dict[str, float]], None]
@@ -60,6 +60,19 @@ class Job:
     def model(self) -> nn.Module:
         """The model that is trained."""
         return self.objective.model
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether one worker trains it on rows in memory, not compiled, and in float32: what is streamed is limited by
+        its reading, and bfloat16 is untried in CUDA graphs and in fits that are trained as one."""
+        simple = self.team.size == 1 and not self.compile and self.precision != "bf16"
+        return simple and not isinstance(self.train, Shuffled)
+
+    @property
+    def in_memory(self) -> tuple[Tensor, ...]:
+        """The training tensors of a fit that is not streamed."""
+        assert not isinstance(self.train, Shuffled)
+        return self.train
 
     @property
     def rows(self) -> int:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from aecore.config.experiment import Fit
-from aecore.training.checkpoint import Tensors
 from aecore.training.job import Fitted, Job
+from aecore.training.numerics import RandomState, get_random_state, set_random_state
 from aecore.training.optimizer import AdamW
-from aecore.training.randomness import RandomState, get_random_state, set_random_state
 from aecore.training.totals import check_finite
 
 _PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
@@ -30,6 +29,10 @@ def schedule(spec: Fit, epochs: float) -> float:
         return 1.0
     done = (epochs - spec.warmup) / max(spec.epochs - spec.warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+Snapshot = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+"""Returns a fit's weights, by the names of the model's `state_dict`, and its optimiser's state; they are no copies."""
 
 
 class Plateau(NamedTuple):
@@ -51,30 +54,6 @@ class Plateau(NamedTuple):
         return Plateau(self.scale * _PLATEAU_FACTOR, self.best)
 
 
-class Snapshot(NamedTuple):
-    """All tensors of a fit; they are not copies."""
-
-    weights: Mapping[str, Tensor]
-    """The model's, by the names of its `state_dict`."""
-    optimizer: Mapping[str, Tensor]
-
-
-class Epoch(NamedTuple):
-    """What one epoch gave."""
-
-    losses: Mapping[str, float]
-    """Terms of the objective, means over the training rows."""
-    scores: Mapping[str, float]
-    """Terms of the objective, means over the validation rows."""
-    sums: Mapping[str, float]
-    """Further measures of the validation rows."""
-    rate: float
-    """The learning rate of the last step."""
-    seconds: float
-    parts: int = 1
-    """Into how many parts batches were cut."""
-
-
 class Progress:
     """How far one fit has come, and what follows: the rate of a step, the best weights, when to stop.
 
@@ -87,7 +66,7 @@ class Progress:
     def __init__(self, job: Job, optimizer: AdamW) -> None:
         self.job = job
         model = job.model  # the function below must not keep this object alive
-        self.snapshot: Callable[[], Snapshot] = lambda: Snapshot(model.state_dict(), optimizer.state_dict())
+        self.snapshot: Snapshot = lambda: (model.state_dict(), optimizer.state_dict())
         self.shuffle = torch.Generator().manual_seed(job.seed)
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, float] | None = None
@@ -115,33 +94,41 @@ class Progress:
         spec = self.job.spec
         return spec.lr * schedule(spec, self.epoch - 1 + min(share, 1)) * self.plateau.scale
 
-    def end_epoch(self, result: Epoch) -> None:
+    def end_epoch(
+        self, losses: Mapping[str, float], scores: Mapping[str, float], sums: Mapping[str, float], rate: float,
+        seconds: float, parts: int = 1,
+    ) -> None:  # fmt: skip
         """Report an epoch, keep its weights if they are the best, and write a checkpoint if one is due.
+
+        Args:
+            losses: terms of the objective, means over the training rows.
+            scores, sums: terms and further measures of the validation rows.
+            rate: of the last step.
 
         Raises:
             DivergenceError: a number is not finite.
         """
         epoch = self.epoch
-        metrics = {f"train/{name}": value for name, value in result.losses.items()}
+        metrics = {f"train/{name}": value for name, value in losses.items()}
         metrics["train/loss"] = sum(metrics.values())
-        scores = {**result.scores, "loss": sum(result.scores.values()), **result.sums}
+        scores = {**scores, "loss": sum(scores.values()), **sums}
         metrics |= {f"val/{name}": value for name, value in scores.items()}
         check_finite(metrics, f"in epoch {epoch}", self.saved)
-        if result.parts > 1:
-            metrics["parts"] = result.parts
-        metrics["lr"], metrics["seconds"], metrics["time"] = result.rate, result.seconds, time.time()
+        if parts > 1:
+            metrics["parts"] = parts
+        metrics["lr"], metrics["seconds"], metrics["time"] = rate, seconds, time.time()
         self.history.append(metrics)
         self.job.report(epoch, metrics)
 
         score = (scores[self.job.monitor], scores["loss"])
         if self.best is None or score < self.best:
             self.best, self.best_epoch = score, epoch
-            self.best_weights = {name: value.detach().clone() for name, value in self.snapshot().weights.items()}
+            self.best_weights = {name: value.detach().clone() for name, value in self.snapshot()[0].items()}
         if self.job.spec.schedule == "plateau":
             self.plateau = self.plateau.after(scores["loss"])
         # the one after the last epoch serves a result that is lost on its way to where results are kept
         if next(self._due) or (self.is_over and self.job.team.rank == 0):
-            self._save(result.parts)
+            self._save(parts)
 
     def end(self) -> Fitted:
         """Leave the model with its best weights, in eval mode."""
@@ -174,24 +161,20 @@ class Progress:
         checkpoint = checkpoints.load() if checkpoints is not None else None
         if checkpoints is None or checkpoint is None:
             return
-        state, arrays = checkpoint
+        (state, arrays), device = checkpoint, self.job.device
         self.history, self.best_epoch = state["history"], state["best_epoch"]
         self.best, self.plateau = (state["best"][0], state["best"][1]), Plateau(*state["plateau"])
         self.parts = max(self.parts, state["parts"])
-        self._load(arrays, optimizer)
-        self.saved = f"; epoch {len(self.history)} is kept in {checkpoints.place}"
-        for number, metrics in enumerate(self.history, 1):
-            self.job.report(number, metrics)
-
-    def _load(self, arrays: Tensors, optimizer: AdamW) -> None:
-        """Put the tensors of a checkpoint in their places."""
-        tensors, device = {name: torch.tensor(value) for name, value in arrays.items()}, self.job.device
+        tensors = {name: torch.tensor(value) for name, value in arrays.items()}
         self.job.model.load_state_dict(_without("model.", tensors))
         optimizer.load_state_dict(_without("adam.", tensors))
         self.best_weights = {name: value.to(device) for name, value in _without("best.", tensors).items()}
         self.shuffle.set_state(tensors["rng.shuffle"])
         gpu = tensors.get("rng.cuda") if device.type == "cuda" else None
         set_random_state(RandomState(tensors["rng.torch"], gpu), device)
+        self.saved = f"; epoch {len(self.history)} is kept in {checkpoints.place}"
+        for number, metrics in enumerate(self.history, 1):
+            self.job.report(number, metrics)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
-"""The arithmetic of products: float32, TF32 or bfloat16."""
+"""Torch's global settings that decide numbers: how products are computed, and the random generators."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from aecore.core.types import Precision
 
@@ -27,3 +29,32 @@ def numerics(precision: Precision, device: torch.device) -> Iterator[Autocast]:
     finally:
         torch.set_float32_matmul_precision(matrices)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+class RandomState(NamedTuple):
+    """The states of the random generators that a fit draws from."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+    """The state of the fit's GPU; None for a fit on the CPU."""
+
+
+def get_random_state(device: torch.device) -> RandomState:
+    """Return the states of the generators that are used on `device`."""
+    return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Let the generators go on from `state`."""
+    torch.set_rng_state(state.cpu)
+    if state.gpu is not None:
+        torch.cuda.set_rng_state(state.gpu, device)
+
+
+@contextmanager
+def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Restore the generators after a block, and seed them before it where a `seed` is given."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
