@@ -164,7 +164,7 @@ class Tracker(Store):
         self._end(key, "KILLED", _STOPPED, str(epoch))
 
     def fail(self, key: str, error: str) -> None:
-        """End the run of a trial whose process died without ending it."""
+        """End the open run of a stage or trial whose process died without ending it."""
         self._end(key, "FAILED", "error", error)
 
     def stopped(self, key: str) -> int | None:
