@@ -264,10 +264,10 @@ def test_a_run_whose_creation_was_not_answered_is_the_first_attempt(
     monkeypatch.setattr(MlflowClient, "create_run", lose_answer)
     monkeypatch.setattr("pipelines.store.patience.FIRST_WAIT", 0.01)
     opened = tracker._replace(patience=5.0).open_run(stage(12), top)
+    opened.log(points(1))
     (only,) = runs(tracker, stage(12).key)
-    assert (
-        only.info.run_id == opened.run_id and only.data.tags["attempts"] == "1" and only.data.params["epochs"] == "12"
-    )
+    assert only.info.run_id == opened.run_id and only.data.tags["attempts"] == "1"
+    assert only.data.params["epochs"] == "12" and only.data.metrics["train/loss"] == 1.0
 
 
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:

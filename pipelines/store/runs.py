@@ -27,7 +27,7 @@ from pipelines.store.errors import LostResultError
 from pipelines.store.lease import Lease, existing_leases, taken_over
 from pipelines.store.models import Models
 from pipelines.store.patience import CLOSE_SECONDS, HURRY_SECONDS, within
-from pipelines.store.stage_run import FIGURES, StageRun, download_result, log_params_and_tags, summary_points
+from pipelines.store.stage_run import FIGURES, StageRun, download_result, log_batch, params_of, summary_points
 from pipelines.store.system_metrics import PREFIX, system_metrics
 
 MARKED = "stage.key.names"
@@ -92,18 +92,17 @@ class Tracker(Store):
             "attempts": "1", **(tags or {}),
         }  # fmt: skip
         run, exists = self.find_or_create(stage.key, own_tags, started_at)
-        run_id, config = run.info.run_id, stage.spec.model_dump(mode="json")
-        client = self.client
+        run_id, client = run.info.run_id, self.client
+        params = params_of(stage.spec.model_dump(mode="json"), run.data.params)
         if not exists:
-            log_params_and_tags(client, run_id, config)
-            return StageRun(self, run_id)
+            return StageRun(self, run_id, params=params)
+        history = client.get_metric_history(run_id, "seconds") if "seconds" in run.data.metrics else []
         own_tags["attempts"] = str(int(run.data.tags.get("attempts", "0")) + 1)
         if "error" in run.data.tags:
             own_tags["error"] = ""  # that of an earlier attempt
         client.update_run(run_id, status="RUNNING")
-        log_params_and_tags(client, run_id, config, own_tags)
-        history = client.get_metric_history(run_id, "seconds") if "seconds" in run.data.metrics else []
-        return StageRun(self, run_id, max((point.step for point in history), default=0), run.data.metrics)
+        log_batch(client, run_id, tags=own_tags)  # last, so that an opening that fails is not counted
+        return StageRun(self, run_id, max((point.step for point in history), default=0), run.data.metrics, params)
 
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
@@ -268,7 +267,8 @@ class Tracker(Store):
         if exists:
             self.client.update_run(run.info.run_id, status="RUNNING")
         # a run without params is new, or its driver died early
-        log_params_and_tags(self.client, run.info.run_id, config if not run.data.params else {}, tags if exists else {})
+        params = [] if run.data.params else params_of(config)
+        log_batch(self.client, run.info.run_id, params=params, tags=tags if exists else {})
         return str(run.info.run_id)
 
     def _end(self, key: str, status: str, tag: str, value: str) -> None:

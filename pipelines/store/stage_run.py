@@ -24,8 +24,8 @@ from pipelines.store.models import log_model
 
 FIGURES = "figures"
 _RESULT = "result"
-_MOST_METRICS, _MOST_PARAMS, _MOST_CHARACTERS = 1000, 100, 6000
-"""MLflow's limits: metrics and params of one request, characters of a param."""
+_MOST_VALUES, _MOST_PARAMS, _MOST_CHARACTERS = 1000, 100, 6000
+"""MLflow's limits: metrics, params and tags of one request, params among them, characters of a param."""
 
 
 class StageRun:
@@ -34,11 +34,15 @@ class StageRun:
     Args:
         last_epoch: The last epoch that an earlier attempt has logged, 0 if there is none.
         metrics: The last value of each metric that the run has already.
+        params: The params that the run does not have yet; they are logged with the first epochs.
     """
 
-    def __init__(self, tracker: Store, run_id: str, last_epoch: int = 0, metrics: Mapping[str, float] = {}) -> None:
+    def __init__(
+        self, tracker: Store, run_id: str, last_epoch: int = 0, metrics: Mapping[str, float] = {},
+        params: Sequence[Param] = (),
+    ) -> None:  # fmt: skip
         self.tracker, self.run_id, self.last_epoch = tracker, run_id, last_epoch
-        self._metrics = dict(metrics)
+        self._metrics, self._params = dict(metrics), list(params)
 
     def waiting_like(self, tracker: Store) -> "StageRun":
         """Return the same run, whose calls wait for MLflow for as long as those of `tracker`."""
@@ -48,12 +52,11 @@ class StageRun:
         """Log epochs (number from 1, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
         fresh = [point for point in points if point[0] > self.last_epoch]
         # whole epochs up to MLflow's limit: if killed between two requests, no epoch is there in part
-        size = max(1, _MOST_METRICS // max((len(metrics) for _, _, metrics in fresh), default=1))
+        size = max(1, _MOST_VALUES // max((len(metrics) for _, _, metrics in fresh), default=1))
         for start in range(0, len(fresh), size):
             batch = fresh[start : start + size]
             values = [Metric(name, value, when, n) for n, when, metrics in batch for name, value in metrics.items()]
-            self.tracker.client.log_batch(self.run_id, values)
-            self._metrics |= {metric.key: metric.value for metric in values}
+            self._log_values(values)
         self.last_epoch = max([self.last_epoch, *(point[0] for point in points)])
 
     def commit(self, result: Result, served: Any = None) -> None:
@@ -74,10 +77,10 @@ class StageRun:
                 (temporary / FIGURES / f"{name}.png").write_bytes(png)
             self.tracker.wait_for(partial(self._upload, temporary))
             if result.example is not None:
+                self._log_values([])  # the model takes the run's params over
                 log = partial(log_model, self.tracker, self.run_id, folder, result.example, served)
                 model_id = self.tracker.wait_for(log)
-        if points := summary_points(result.metrics, self._metrics, model_id):
-            self.tracker.client.log_batch(self.run_id, points)
+        self._log_values(summary_points(result.metrics, self._metrics, model_id))
         check_leases(self.tracker, {*self.tracker.leases, *held_leases()})
         self.close("FINISHED")
 
@@ -85,12 +88,18 @@ class StageRun:
         """End the run as FAILED and write down why, if MLflow answers."""
         client = self.tracker._replace(patience=0.0).client
         with suppress(OutageError):  # the error itself matters more than that it cannot be written down
-            client.set_tag(self.run_id, "error", f"{type(error).__name__}: {one_line(error, 500)}")
+            tags = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
+            log_batch(client, self.run_id, params=self._params, tags=tags)
             client.set_terminated(self.run_id, "FAILED")
 
     def close(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         self.tracker.client.set_terminated(self.run_id, status)
+
+    def _log_values(self, values: Sequence[Metric]) -> None:
+        log_batch(self.tracker.client, self.run_id, values, self._params)
+        self._params = []
+        self._metrics |= {metric.key: metric.value for metric in values}
 
     def _upload(self, folder: Path) -> None:
         """Upload, then read back what counts: an upload that was cut short may not become a result."""
@@ -147,15 +156,22 @@ def summary_points(
     ]
 
 
-def log_params_and_tags(
-    client: MlflowClient, run_id: str, config: Mapping[str, Any], tags: Mapping[str, str] | None = None
-) -> None:
-    """Log a configuration as params under names like network.widths, and tags, in as few requests as MLflow allows."""
-    params = [Param(name, value[:_MOST_CHARACTERS]) for name, value in _flatten(config)]
+def params_of(config: Mapping[str, Any], known: Mapping[str, str] | None = None) -> list[Param]:
+    """Return a configuration as params under names like network.widths, without those in `known`."""
+    return [Param(name, value[:_MOST_CHARACTERS]) for name, value in _flatten(config) if name not in (known or {})]
+
+
+def log_batch(
+    client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Log at most 1000 metrics, any number of params, and tags, in as few requests as MLflow allows."""
     run_tags = [RunTag(name, value) for name, value in (tags or {}).items()]
-    for start in range(0, len(params), _MOST_PARAMS) or ([0] if run_tags else []):
-        client.log_batch(run_id, params=params[start : start + _MOST_PARAMS], tags=run_tags)
-        run_tags = []
+    while len(params) > _MOST_PARAMS or len(metrics) + len(params) + len(run_tags) > _MOST_VALUES:
+        client.log_batch(run_id, params=params[:_MOST_PARAMS])
+        params = params[_MOST_PARAMS:]
+    if metrics or params or run_tags:
+        client.log_batch(run_id, metrics, params, run_tags)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
