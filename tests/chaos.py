@@ -106,13 +106,10 @@ class World:
                 self.nodes.wait_for(2, 90)
         return self.nodes
 
-    def env(self, folder: Path, embedded: bool, live: bool) -> dict[str, str]:
+    def env(self, folder: Path, embedded: bool) -> dict[str, str]:
         """Of a job in `folder`, with a store of its own: a SQLite file, or an experiment of the server."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "DIABOLO__"))}
         clean |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": self.ray, "GIT_COMMIT": "x"}
-        if live:
-            hook = {"runtime_env": {"worker_process_setup_hook": "tests.live.live"}}
-            clean["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(hook)
         if embedded:
             return {**clean, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         nodes = self.cluster()
@@ -384,12 +381,12 @@ class Run(NamedTuple):
         )
 
 
-def job_of(world: World, name: str, embedded: bool, live: bool = False) -> Job:
+def job_of(world: World, name: str, embedded: bool) -> Job:
     """A job in a folder of its own."""
     folder = world.folder / name
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     args = [*recipe(os.environ.get("DIABOLO_DATA")), "--resources.storage_path", str(folder / "storage")]
-    return Job("jobs.train", args, folder, world.env(folder, embedded, live))
+    return Job("jobs.train", args, folder, world.env(folder, embedded))
 
 
 def undisturbed(world: World, embedded: bool) -> Truth:
@@ -408,9 +405,9 @@ def undisturbed(world: World, embedded: bool) -> Truth:
 def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> Run:
     """One job, killed once, and started again until it is done."""
     rng = random.Random(f"{seed} {number}")
-    moment, live, began = draw(rng), rng.random() < 0.4, time.monotonic()
+    moment, began = draw(rng), time.monotonic()
     embedded = kind == "driver" and (rng.random() < 0.5 or world.nodes is None)
-    job = job_of(world, f"{seed}-{number}-{kind}", embedded, live)
+    job = job_of(world, f"{seed}-{number}-{kind}", embedded)
     job.start()
     in_time = job.until(moment)
     said = len(job.text)
@@ -429,7 +426,7 @@ def disturbed(world: World, number: int, seed: int, kind: str, truth: Truth) -> 
     wrong += [f"left {path}" for path in job.folder.glob("mlflow.db?*")]
     if kind == "node":
         world.cluster().wait_for(2, 90)
-    how = f"{moment}{' live' if live else ''}{' embedded' if embedded else ''}"
+    how = f"{moment}{' embedded' if embedded else ''}"
     return Run(number, kind, how, killed, job.attempts, wrong, resume, time.monotonic() - began)
 
 

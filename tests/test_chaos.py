@@ -39,7 +39,7 @@ def test_a_worker_and_the_driver_are_killed_and_nothing_shows(world: World, trac
         "1", "--resources.checkpoint_every", "0.05",
     ]  # fmt: skip
     (tmp_path / "job" / "tmp").mkdir(parents=True)
-    job = Job("jobs.train", args, tmp_path / "job", world.env(tmp_path / "job", embedded=True, live=False))
+    job = Job("jobs.train", args, tmp_path / "job", world.env(tmp_path / "job", embedded=True))
     job.start()
     assert job.until(Moment("layer 1: epoch", rng.uniform(0, 0.5)))
     assert chaos.kill("worker", world, job, rng)
