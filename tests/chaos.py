@@ -449,7 +449,7 @@ def study_of(world: World, name: str) -> Job:
     (folder / "tmp").mkdir(parents=True)
     (folder / "study.yaml").write_text(json.dumps(STUDY))  # which is YAML
     args = ["study.yaml", "--figures", "report", "--resources.checkpoint_every", "0.05"]
-    return Job("jobs.compare", args, folder, world.env(folder, True, False))
+    return Job("jobs.compare", args, folder, world.env(folder, embedded=True))
 
 
 def table(job: Job) -> pd.DataFrame:
