@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from aecore.stages.context import Context
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment, checkpoints_of
-from pipelines.execution.chain import _Chain, _compute_task, compute
+from pipelines.execution.chain import _as_task, _Chain, _compute_task, compute
 from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import all_temporary, me, scratch
@@ -131,7 +131,7 @@ def graph_of(name: str) -> list[Stage]:
 
 
 @pytest.fixture
-def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> Job:
+def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> Iterator[Job]:
     def train(spec: Fit, context: Context, below: Result | None = None) -> Result:
         if spec.weight_decay:
             raise ValueError("wrong")
@@ -141,6 +141,7 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept
     def work(name: str, faults: dict[str, list[Exception]], wrong: str = "") -> tuple[FakeRay, dict[str, Any]]:
         fake = FakeRay(faults)
         monkeypatch.setitem(sys.modules, "ray", fake)
+        _as_task.cache_clear()
         monkeypatch.setattr(Stage, "function", lambda stage: train)
         monkeypatch.setattr("pipelines.execution.chain.start_ray", lambda: None)
         monkeypatch.setattr("pipelines.execution.chain.check_reach", lambda store, path: None)
@@ -154,7 +155,8 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept
             outcomes = compute(graph, tracker, top, resources, lambda line: None)
         return fake, {name: tracker.client.get_run(outcome.run_id) for name, outcome in outcomes.items()}
 
-    return work
+    yield work
+    _as_task.cache_clear()
 
 
 def statuses(tracker: Tracker, name: str) -> dict[str, str]:

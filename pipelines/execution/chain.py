@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aecore.config.specs import LoadSpec
@@ -14,7 +15,7 @@ from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
-from pipelines.execution.compute import Work, compute_stages, inputs_of, load_rows, restore
+from pipelines.execution.compute import Work, compute_stages, free_device_memory, inputs_of, load_rows, restore
 from pipelines.execution.journal import Computed
 from pipelines.execution.team import compute_in_team, is_trained_by_team
 from pipelines.graph.stage import Stage
@@ -184,20 +185,16 @@ class _Chain:
         return Computed(run_id, result) if run_id and result else None
 
     def _start(self, stage: Stage) -> "ObjectRef":
-        import ray
 
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
-            return ray.remote(num_cpus=1, max_retries=0)(load_rows).options(name=stage.name).remote(stage.spec)
+            return _as_task(load_rows).options(name=stage.name, num_cpus=1).remote(stage.spec)
         assignment = replace(self.assignment, parts=2 if stage.key in self.halved else 1)
-        share = assignment.share
-        # the driver tries again what is lost, after a pause in which the stage holds no device
-        options: dict[str, Any] = {"name": stage.name, "max_retries": 0}
         if is_trained_by_team(stage, self.resources):  # its members get CPUs and devices of their own
-            task = ray.remote(num_cpus=0)(compute_in_team)
-            return task.options(**options).remote(stage, assignment, self.resources, inputs)
-        task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus)(_compute_task)
-        return task.options(**options).remote(stage, assignment, *inputs)
+            options: dict[str, Any] = {"name": stage.name, "num_cpus": 0}
+            return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
+        options = {"name": stage.name, "num_cpus": assignment.share.cpus, "num_gpus": assignment.share.gpus}
+        return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
 
     def _fail(self, stage: Stage, error: Exception) -> None:
         """End the run of a stage as failed, if its worker did not live to do so, or to open it."""
@@ -208,12 +205,29 @@ class _Chain:
                 hasty.open_run(stage, self.assignment.parent).fail(error)
 
 
+@cache
+def _as_task(function: Callable[..., Any]) -> Any:
+    """Return a function as a Ray task, defined once.
+
+    Ray does not try it again by itself: the driver does, after a pause in which the stage holds no device. And a worker
+    with a GPU goes on to the next stage: by default (`max_calls` 1) Ray ends it after each task, to free the device's
+    memory, and then every stage starts a process, imports torch and MLflow, and makes a CUDA context.
+    """
+    import ray
+
+    return ray.remote(max_retries=0, max_calls=0)(function)
+
+
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:
-    """The body of a stage's task."""
-    (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    """The body of a stage's task, after which the device's memory is free for the next one."""
+    try:
+        (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    finally:
+        if assignment.share.gpus:
+            free_device_memory()
 
 
 def _cause(error: Exception) -> Exception:
