@@ -43,7 +43,7 @@ def test_a_worker_and_the_driver_are_killed_and_nothing_shows(world: World, trac
     job.start()
     assert job.until(Moment("layer 1: epoch", rng.uniform(0, 0.5)))
     assert chaos.kill("worker", world, job, rng)
-    assert job.until(Moment("layer 1: attempt 2 in 1 s", 0))
+    assert job.until(Moment("layer 1: attempt 2 begins in 1 s", 0))
     assert job.until(Moment("layer 1: done", rng.uniform(0, 1)))
     chaos.kill("driver", world, job, rng)
     assert job.end() != 0
@@ -74,7 +74,7 @@ def test_a_node_that_is_always_full_ends_the_job_with_what_to_lower(world: World
     job.env |= {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
     job.start()
     assert job.end() == 1
-    assert "its node ran out of memory; once more, with batches in halves" in job.text
+    assert "its node ran out of memory; it is tried once more with batches in halves" in job.text
     assert "its node ran out of memory with batches in halves, too; lower batch_size" in job.text.splitlines()[-1]
 
 

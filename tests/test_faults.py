@@ -41,7 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(store_runs, "git_commit", lambda: "unknown")
     monkeypatch.setattr(store_runs, "system_metrics", lambda uri, run_id: nullcontext())
-    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.01)
 
 
 def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:

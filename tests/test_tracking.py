@@ -272,7 +272,7 @@ def test_a_run_whose_creation_was_not_answered_is_the_first_attempt(
 
 def test_a_long_stage_logs_its_epochs_itself_as_they_come(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.execution.journal._MONITOR_SECONDS", 0.0)
-    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.01)
     monkeypatch.setattr("pipelines.store.system_metrics.SAMPLE_SECONDS", 0.02)
     graph, _ = small(seed=1, epochs=40)
     assert graph.finetune is not None

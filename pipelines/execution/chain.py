@@ -161,7 +161,7 @@ class _Chain:
             self.attempts[first.key] += 1
             pause = min(_FIRST_PAUSE * 2 ** (self.attempts[first.key] - 1), _LONGEST_PAUSE)
             number = self.attempts[first.key] + 1
-            say(f"warning: {first.name}: {one_line(error, 100)}; attempt {number} begins in {pause:g} s")
+            say(f"warning: {first.name}: attempt {number} begins in {pause:g} s ({one_line(error, 100)})")
         else:
             self._fail(first, error)
             return error
