@@ -58,7 +58,12 @@ def train(settings: Train) -> dict[str, Any] | None:
 
     tracker = open_store(settings.resources, create=not settings.plan)
     if settings.plan:
-        _print_plan(graph, facts, {stage.key: tracker.find(stage.key) if tracker else None for stage in stages})
+        _print_plan(
+            graph,
+            facts,
+            experiment.data.in_memory,
+            {stage.key: tracker.find(stage.key) if tracker else None for stage in stages},
+        )
         return None
     assert tracker is not None
 
@@ -92,10 +97,14 @@ def train(settings: Train) -> dict[str, Any] | None:
     }
 
 
-def _print_plan(graph: Stacked, facts: Facts, finished: dict[str, str | None]) -> None:
-    """Print one line about the data and one per stage; `finished` has the run of each finished stage by key."""
-    mode = graph.experiment.data.in_memory
-    where = "read from disk each epoch" if mode == "never" else "held in memory"
+def _print_plan(graph: Stacked, facts: Facts, mode: str, finished: dict[str, str | None]) -> None:
+    """Print one line about the data and one per stage.
+
+    Args:
+        mode: `data.in_memory` as the user has set it.
+        finished: The run of each finished stage, by the stage's key.
+    """
+    where = "read from disk each epoch" if graph.experiment.data.in_memory == "never" else "held in memory"
     print(f"{'data':18} {facts.rows:,} rows of {facts.shape}, {where} (data.in_memory {mode})")
     for stage in graph.kept():
         run = finished[stage.key]

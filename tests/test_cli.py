@@ -169,7 +169,13 @@ def test_help_lists_every_field_with_its_meaning(tmp_path: Path) -> None:
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    for part in ("--finetune.lr", "Peak learning rate of Adam.", "(default: 0.001)", "RECIPE", "--variant.level"):
+    for part in (
+        "--finetune.lr",
+        "Learning rate of Adam, at its peak.",
+        "(default: 0.001)",
+        "RECIPE",
+        "--variant.level",
+    ):
         assert part in text
     for name, field in Train.model_fields.items():
         assert f"--{field.alias or name}" in text or name == "recipe"
