@@ -249,6 +249,15 @@ def test_system_metrics_have_the_names_that_mlflow_gives_them(monkeypatch: pytes
     assert gpu_load.items() <= theirs.items()
 
 
+def test_the_params_are_logged_whether_or_not_there_are_epochs(tracker: Tracker) -> None:
+    top = parent(tracker, "params")
+    committed, failed = (tracker.open_run(stage(number), top) for number in (13, 14))
+    committed.waiting_like(tracker._replace(patience=1.0)).commit(RESULT)
+    failed.fail(RuntimeError("no"))
+    for run, epochs in ((committed, "13"), (failed, "14")):
+        assert tracker.client.get_run(run.run_id).data.params["epochs"] == epochs
+
+
 def test_a_run_whose_creation_was_not_answered_is_the_first_attempt(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ class StageRun:
 
     def waiting_like(self, tracker: Store) -> "StageRun":
         """Return the same run, whose calls wait for MLflow for as long as those of `tracker`."""
-        return StageRun(tracker, self.run_id, self.last_epoch, self._metrics)
+        return StageRun(tracker, self.run_id, self.last_epoch, self._metrics, self._params)
 
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log epochs (number from 1, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
