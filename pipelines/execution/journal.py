@@ -68,6 +68,9 @@ class Journal:
         self._thread = threading.Thread(target=self._log_as_epochs_come, daemon=True)
 
     def __enter__(self) -> Self:
+        # training gives up Python's lock at each operation, and by default waits 5 ms to have it back from a thread
+        # that is busy; while MLflow makes its connections, in a second of computing, that costs small layers 3 s
+        sys.setswitchinterval(1e-4)
         self._thread.start()
         return self
 
