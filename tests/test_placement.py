@@ -1,5 +1,9 @@
 """What a stage gets of a cluster, with the cluster's answers made up."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,3 +116,21 @@ def test_a_folder_that_another_node_does_not_see_is_named(
         check_reach("http://store:5000", str(tmp_path / "checkpoints"))
     blind.clear()
     check_reach("http://store:5000", str(tmp_path / "checkpoints"))
+
+
+def test_an_embedded_ray_has_no_idle_servers() -> None:
+    code = """
+import json, psutil
+from ray._private.node import Node
+from pipelines.cluster.connection import start_ray
+
+before = Node.start_monitor, Node.start_api_server
+start_ray()
+lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+print(json.dumps([lines, before == (Node.start_monitor, Node.start_api_server)]))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    lines, put_back = json.loads(done.stdout.splitlines()[-1])
+    assert put_back and any("log_monitor.py" in line for line in lines)  # which brings what workers print
+    assert not any("/monitor.py" in line or "dashboard/dashboard.py" in line for line in lines), lines

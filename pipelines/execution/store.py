@@ -3,6 +3,7 @@
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aecore.core.errors import InputError
@@ -10,7 +11,7 @@ from aecore.core.imports import fast_imports
 from pipelines.cluster.connection import import_ray, start_ray
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine
-from pipelines.host.environment import store_is_empty, submission_id
+from pipelines.host.environment import store_is_empty, store_uri, submission_id
 
 if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
@@ -40,7 +41,7 @@ def open_store(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
             "folder; name a server in the job's env_vars, http://HOST:5000"
         )
-    warm_up = _import_what_stages_need if warm else None
+    warm_up = (_warm_up, store_uri()) if warm else None
     new = store_is_empty()
     connecting = None
     if create and ready and os.environ.get("RAY_ADDRESS"):
@@ -58,10 +59,15 @@ def open_store(
     return tracker and tracker._replace(patience=resources.mlflow_patience)
 
 
-def _import_what_stages_need() -> None:
+def _warm_up(uri: str) -> None:
+    """Import in a worker what stages need, and let MLflow make its first connection, which takes a second."""
     with fast_imports():
         for module in ("aecore.stages.pretrain", "aecore.stages.finetune", "pipelines.store.runs"):
             importlib.import_module(module)
+    from pipelines.store.connection import connect
+
+    with suppress(InputError):  # the job itself will say so
+        connect(uri, create=False)
 
 
 def _connect(create: bool) -> "Tracker | None":
