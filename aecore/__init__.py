@@ -5,5 +5,5 @@ Nothing here knows of Ray or MLflow; a stage is a plain function of (spec, input
 
 import os
 
-# Arrow's own pool keeps some 100 MB a process of what was freed; read when pyarrow is imported, inherited by workers
+# Arrow's own pool keeps some 100 MB of freed memory per process; read when pyarrow is imported, inherited by workers
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

@@ -1,4 +1,4 @@
-"""What is known of a data set before any of its rows are held in memory."""
+"""The facts of a data set that are known before any of its rows are held in memory."""
 
 from math import prod
 
@@ -7,7 +7,7 @@ from aecore.core.types import Shape
 
 
 class Facts(Frozen):
-    """What the driver learns of a data set without keeping any row of it."""
+    """Shape, values, classes and size of a data set, which the driver learns without holding its rows in memory."""
 
     digest: str
     """SHA-256 over the files of the data set and, for Parquet, over the names of the columns that are read."""

@@ -1,4 +1,4 @@
-"""What each `auto` of an experiment stands for with the data at hand, and the layers of its network."""
+"""The choices that each `auto` of an experiment stands for with the data at hand, and the layers of the network."""
 
 from math import prod
 from pathlib import Path
@@ -51,7 +51,7 @@ def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
 
 
 def resolve(experiment: Experiment, facts: Facts) -> Experiment:
-    """Return the experiment with what each `auto` stands for, and with absolute paths.
+    """Return the experiment with each `auto` replaced by the choice that it stands for, and with absolute paths.
 
     Raises:
         InputError: the data do not allow a choice.
@@ -62,7 +62,7 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
             "likelihood": resolve_likelihood(experiment.data, facts),
             "standardize": resolve_standardize(experiment.data, facts),
             "in_memory": resolve_in_memory(experiment.data, facts),
-            # tasks run in other folders
+            # stages may be computed by processes that run in other folders
             "root": experiment.data.root.absolute(),
             "path": path if path is None or "://" in path else str(Path(path).absolute()),
         }
@@ -130,7 +130,7 @@ def _check_network(network: Dense | Conv, data: Data, facts: Facts, likelihood: 
 
 
 def _conv_fields(network: Conv, in_shape: Shape, channels: int, number: int) -> dict[str, Any]:
-    """Return the fields of a convolutional layer's spec that a dense layer has not, and the shape of its code."""
+    """Return the shape of a convolutional layer's code and its kernel, stride and padding, as fields of its spec."""
     height, width = in_shape[1:]
     if network.stride > max(network.kernel, height, width):
         raise InputError(

@@ -29,7 +29,7 @@ class TakenOverError(Exception):
 
 
 def escape_unprintable(text: str) -> str:
-    """Return `text` on one line, with line ends, terminal escapes and the like, which names in data may hold, as escape
+    """Return `text` on one line: line ends, terminal escapes and other unprintable characters become escape
     sequences."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -46,6 +46,6 @@ def short_repr(value: object, most: int = 80) -> str:
 
 
 def join_names(names: Sequence[str], most: int = 12) -> str:
-    """Return the names joined by commas; of more than `most`, the first ones and how many more there are."""
+    """Return the names joined by commas; if there are more than `most`, the first ones and the number of the others."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "none"

@@ -17,14 +17,13 @@ Shape = tuple[int, ...]
 """The shape of one row: (channels, height, width) of an image or of convolutional codes, (features,) of a vector."""
 
 Terms = dict[str, "Tensor"]
-"""The terms of an objective by name, scalars that are already weighted: the objective is their sum, and each is logged
-under its name."""
+"""The weighted terms of a loss by name, each a scalar; the loss is their sum, and each is logged under its name."""
 
 
 def is_zero(number: float | Tensor) -> bool:
     """Say whether a hyperparameter is the number 0, without waiting for the device.
 
-    Where several fits train as one (`aecore.training.fused`), a hyperparameter in which they differ is a tensor. None
-    of its elements is 0, so the answer is then False.
+    Where several fits are trained together as one (`aecore.training.fused`), a hyperparameter in which they differ is a
+    tensor. None of the tensor's elements is 0, so the answer is then False.
     """
     return isinstance(number, float | int) and number == 0

@@ -1,4 +1,4 @@
-"""How the cells of a Parquet column are decoded: encoded images, tensors and lists of numbers, to arrays."""
+"""Decodes the cells of a Parquet column to arrays: encoded images, tensors and lists of numbers."""
 
 import io
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from aecore.data.files import short_reason
 
 Decoder = Callable[[pa.Array, str | None], np.ndarray]
 """Turns a column into an array (rows, *shape). The second argument is the mode to which encoded images are converted,
-grey ("L") or colour ("RGB"); None takes that of the first image."""
+grey ("L") or colour ("RGB"); None takes the mode of the first image."""
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that Pillow may try; for some of the others it starts programs."""
+"""The formats that Pillow may try; for some other formats Pillow starts programs."""
 
 
 class CellError(ValueError):
@@ -25,7 +25,7 @@ class CellError(ValueError):
 
 
 def find_decoder(kind: pa.DataType) -> Decoder | None:
-    """Return what decodes a column of this type, or None if the type is neither images nor vectors.
+    """Return the function that decodes a column of this type, or None if the type is neither images nor vectors.
 
     The decoder raises a CellError for a cell that it cannot decode.
     """

@@ -1,4 +1,4 @@
-"""Which columns of a Parquet table hold features, labels and split marks, and the values of each as arrays.
+"""Finds the columns of features, labels and split marks in a Parquet table, and reads their values as arrays.
 
 Functions raise an InputError that names the column, and the file and row where a value is missing or cannot be used.
 """
@@ -19,7 +19,7 @@ _LABEL_COLUMNS = ("label", "labels", "target", "class", "y")
 SPLIT_COLUMN = "split"
 _SPLIT_OF_MARK = {name: name for name in SPLITS} | {"valid": "validation", "val": "validation"}
 _MAX_CANDIDATES = 4
-"""How many columns a message names that could each hold the features."""
+"""Most columns that a message names as candidates for the features."""
 
 
 class Columns(NamedTuple):
@@ -111,7 +111,7 @@ def read_features(batch: Batch, columns: Columns, mode: str | None = None) -> np
 
 
 def read_labels(batch: Batch, column: str) -> tuple[list[Any], np.ndarray]:
-    """Return the different labels in a batch, and for each row (rows,) the index of its label among them."""
+    """Return the different labels in a batch, and the index of each row's label among these, (rows,)."""
     array = _without_dictionary(batch, column)
     if array.null_count:
         place = batch.place(column, int(array.is_null().to_numpy(zero_copy_only=False).argmax()))

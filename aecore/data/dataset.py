@@ -1,6 +1,6 @@
-"""A data set, named or Parquet: what is known of it before training, its rows in memory, and their scaling.
+"""A data set, named or Parquet: its facts, its rows in memory, and their scaling.
 
-The driver calls `inspect`, which reads the data in streamed passes and keeps none of them. A task calls `load`, which
+The driver calls `inspect`, which reads the data in streamed passes and keeps no rows. A worker calls `load`, which
 reads the rows once and leaves uint8 values as uint8.
 """
 
@@ -54,7 +54,8 @@ def inspect(data: Data) -> Facts:
 
 
 def identify(data: Data) -> Facts:
-    """Return what `inspect` returns, without the checks that only training needs; an InputError says what is wrong."""
+    """Return digest, shape, classes and number of rows of a data set, without the checks that only training needs; an
+    InputError says what is wrong."""
     facts = parquet.identify(data) if data.name == "parquet" else named.identify(data)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
@@ -72,16 +73,16 @@ def load(data: Data, facts: Facts) -> Arrays:
 
 
 def load_rows(data: Data, facts: Facts) -> Rows:
-    """Read all rows in their order; an InputError says which cannot be read."""
+    """Read all rows in their order; an InputError says which row cannot be read."""
     rows = parquet.load(data, facts) if data.name == "parquet" else named.load(data)
     return rows if data.labels is not None else rows._replace(y=None)
 
 
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return `shift` and `scale` of `Arrays`.
+    """Return `shift` and `scale`: the first layer reads (x - shift) * scale.
 
-    Where features are standardised, mean and standard deviation of each are computed from training rows that come in
-    chunks (Chan et al. 1983, eq. 2.1). Otherwise the chunks are not read, and integers are scaled to [0, 1].
+    Where features are standardised, mean and standard deviation of each feature are computed from training rows, which
+    come in chunks (Chan et al. 1983, eq. 2.1). Otherwise no chunk is read, and integers are scaled to [0, 1].
     """
     if not resolve_standardize(data, facts):
         return np.zeros((), np.float32), np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)

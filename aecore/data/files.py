@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     file: str
     first_row: int
-    """Number of the first of the rows in the file."""
+    """Number that the batch's first row has in the file."""
     table: pa.Table
 
     def place(self, column: str, offset: int = 0) -> str:

@@ -19,7 +19,7 @@ from aecore.data.splits import Rows
 
 
 class _TorchvisionSet(NamedTuple):
-    """A torchvision data set: its class, its files below `data.root`, and what they hold."""
+    """A torchvision data set: its class, its files below `data.root`, and its shape, classes and numbers of rows."""
 
     class_name: str
     files: tuple[str, ...]
@@ -99,7 +99,7 @@ def load(data: Data) -> Rows:
 
 
 def _digits_file() -> Path:
-    """Find scikit-learn's file without importing scikit-learn, which takes seconds."""
+    """Return the path of scikit-learn's file of digits, without importing scikit-learn, which takes seconds."""
     spec = find_spec("sklearn")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"

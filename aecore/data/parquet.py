@@ -1,9 +1,9 @@
-"""A user's own Parquet files as a data set: what they hold, their values checked, and their rows, whole or in pieces.
+"""Reads a user's own Parquet files as a data set: its facts, and its checked rows, all at once or in pieces.
 
 Images may be `struct<bytes, path>` (as Hugging Face writes them), encoded bytes (PNG, JPEG), Arrow fixed-shape tensors
 or nested fixed-size lists; feature vectors are lists of numbers, or the table's numeric columns taken together.
 Functions raise an InputError if files are not readable or not of this form, or if a value cannot be used; the message
-names its file, column and row.
+names the value's file, column and row.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ BATCH_BYTES, _BATCH_ROWS = 2**23, 4096
 _LABEL_ROWS = 1 << 16
 """Rows of a batch where only labels or split marks are read."""
 MAX_SURVEY_BYTES, _MAX_SURVEY_ROWS = 2**31, 2**22
-"""Largest local set, as arrays, whose values are checked before a job starts; it takes some seconds."""
+"""Largest local set, as arrays, whose values are checked before a job starts; the check takes some seconds."""
 _DECODING_COST = 16
 """Decoding an image takes about this many times longer per byte than reading an array."""
 _MODES = {1: "L", 3: "RGB"}
@@ -47,9 +47,9 @@ class Piece(NamedTuple):
     file: str
     groups: tuple[int, ...]
     first_id: int
-    """Number of the first row in the whole set."""
+    """Number that the piece's first row has in the whole set."""
     first_row: int
-    """Number of the first row in the file."""
+    """Number that the piece's first row has in the file."""
     rows: int
 
 
@@ -119,18 +119,18 @@ def _find_classes(data: Data, source: _Source) -> tuple[str, ...]:
 
 
 def load(data: Data, facts: Facts) -> Rows:
-    """Read all rows."""
+    """Read all rows and check their values."""
     rows = _concatenate(list(_read_all(data, facts)))
     _constant_features(rows.x.min(0), rows.x.max(0), len(rows.x))
     return rows
 
 
 def survey(data: Data, facts: Facts) -> Rows | None:
-    """Make the checks of `load` in one pass that keeps no features.
+    """Check all values, as `load` does, in one pass that holds no features in memory.
 
     Returns:
-        All rows, with their `content_hashes` (rows,) in place of x; or None where the checks are left to `load` in a
-        task, because the set is remote, or too large to be read twice.
+        All rows, with their `content_hashes` (rows,) in place of x. None if the set is remote or too large to be read
+        twice: only `load` checks such a set, in the worker that needs its rows.
     """
     source = _open_source(data)
     encoded = is_encoded(source.schema.field(source.columns.features[0]).type)
@@ -216,7 +216,7 @@ def release_memory() -> None:
 
 
 def _open_piece(data: Data, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
-    """Return what a piece is read with. The set's other files, which may be thousands, are not looked at."""
+    """Return a piece's filesystem and columns. The set's other files, which may be thousands, are not opened."""
     assert data.path is not None
     filesystem, _ = filesystem_of(data.path)
     return filesystem, find_columns(data, open_file(filesystem, piece.file).schema_arrow)
@@ -237,8 +237,8 @@ def _concatenate(batches: Sequence[Rows]) -> Rows:
 
 
 def _constant_features(low: np.ndarray, high: np.ndarray, rows: int) -> np.ndarray:
-    """Say of each feature whether all rows have the same value, from its least and its largest; refuse a set in which
-    this holds for all features."""
+    """Return for each feature whether all rows have the same value, that is whether its lowest value is its highest;
+    raise an InputError if all features are constant."""
     constant = np.asarray(low == high)
     if constant.all() and rows > 1:
         raise InputError(f"data.path: all {rows} rows are equal, so there is nothing to learn; name data that vary")

@@ -126,7 +126,7 @@ def split_off(
         The row numbers that remain and those that were drawn, both in ascending order.
 
     Raises:
-        InputError: one of them would be empty.
+        InputError: one of the two parts would be empty.
     """
     count = int(size if size >= 1 else round(size * len(rows)))
     if not 0 < count < len(rows):
@@ -144,10 +144,10 @@ def split_off(
 
 
 def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
-    """Return the shares for assigning each row on its own, without a look at the others.
+    """Return the shares by which `assign_splits` assigns each row without a look at the other rows.
 
-    As in `split_rows`, test and validation are set aside from the training rows where none are marked, then comes the
-    limit. The sizes hold in expectation.
+    As in `split_rows`, test and validation are set aside from the training rows where no rows are marked for them; then
+    `data.limit` applies. The sizes hold in expectation.
 
     Args:
         marked: how many rows are marked for each of `SPLITS`, (3,).
@@ -182,7 +182,7 @@ def assign_splits(shares: Shares, positions: np.ndarray, marks: np.ndarray | Non
 
 
 def positions_by_content(hashes: np.ndarray) -> np.ndarray:
-    """Return a number in [0, 1) for each row from its `content_hashes`: a row and its copies get the same."""
+    """Return a number in [0, 1) for each row from its `content_hashes`: a row and its copies get the same number."""
     return (hashes >> np.uint64(11)) / 2.0**53
 
 

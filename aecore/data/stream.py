@@ -34,7 +34,7 @@ def read_in_turn(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
 
 
 class Stream(NamedTuple):
-    """A data set on disk, of which a sample is in memory."""
+    """A data set on disk: its pieces, how its rows are split, and a sample of them in memory."""
 
     data: Data
     facts: Facts
@@ -56,7 +56,7 @@ class Stream(NamedTuple):
         return int(self.counts[:, SPLITS.index(split)].sum())
 
     def reader(self, split: str) -> ReadPiece:
-        """Return a function that reads the rows of one split; it is small enough to be sent to other processes."""
+        """Return a function that reads the rows of one split and is small enough to be sent to other processes."""
         return partial(read, self.data, self.facts, self.shares, split)
 
 
@@ -119,7 +119,7 @@ class Shuffled:
 
         Args:
             size: number of rows of a batch, over all workers.
-            least: a batch is left out if a worker's part of it has fewer rows, but some.
+            least: a batch is left out if any worker's part of it has fewer rows than this without being empty.
         """
         order = np.random.default_rng(seed).permutation(len(self.stream.pieces))
         rows = [int(self.stream.counts[order[r::workers], 0].sum()) for r in range(workers)]
@@ -153,7 +153,8 @@ class Shuffled:
 
 
 def _read_with_splits(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[tuple[Split, np.ndarray]]:
-    """Read the rows of a piece, some megabytes at a time, each time with what `assign_splits` returns for them."""
+    """Read the rows of a piece, some megabytes at a time; yield the rows and the split of each, (rows,): an index into
+    `SPLITS`, or 3 for a row that is not used."""
     first_id = piece.first_id
     for x, y, marks in parquet.read(data, facts, piece):
         if data.split == "content":
@@ -165,7 +166,7 @@ def _read_with_splits(data: Data, facts: Facts, shares: Shares, piece: Piece) ->
 
 
 def _count(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[Split]:
-    """Yield the number of rows of each split in a piece, (1, 3), as the `x` of a `Split`: pieces are read as these."""
+    """Yield the number of rows of each split in a piece, (1, 3), as `x` of the `Split` that a `ReadPiece` yields."""
     assigned = np.concatenate([part for _, part in _read_with_splits(data, facts, shares, piece)])
     yield Split(_split_counts(assigned)[None], None)
 

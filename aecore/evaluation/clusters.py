@@ -8,7 +8,7 @@ _FITTED_ROWS = 20_000
 
 
 def cluster_agreement(train: np.ndarray, test: Labelled, count: int) -> dict[str, float]:
-    """Fit `count` k-means clusters to training codes and compare those of the test codes with the classes.
+    """Fit `count` k-means clusters to training codes and compare the clusters of the test codes with the classes.
 
     Returns:
         Normalised mutual information `nmi`, adjusted Rand index `ari`, and `accuracy` under the best one-to-one naming

@@ -1,4 +1,4 @@
-"""Tests of whether new rows are like those that a model was trained on, and what they found in words."""
+"""Tests whether new rows are like those that a model was trained on, and says in words which quantities drifted."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ COLUMNS = ("quantity", "class", "test", "rows", "reference_rows", "shift", "effe
 Comparison = dict[str, Any]
 """One line of the table of tests, by `COLUMNS`."""
 _FEWEST, _UNKNOWN = 3, 0.01
-"""Rows that a class needs to be tested; and the number and the share of new rows of unknown classes that are drift."""
+"""A class is tested from `_FEWEST` rows on. Unknown classes are drift from as many rows and this share on."""
 
 
 def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshold: float) -> list[Comparison]:
-    """Test each quantity of the new rows against the reference; what has drifted comes first, then by effect.
+    """Test each quantity of the new rows against the reference; return a line per test, drift and large effects first.
 
     Reconstruction errors, of all rows and of each class, and each unit of the code are compared by the two-sample
     Kolmogorov-Smirnov test; features by Welch's t-test of their means; classes by Pearson's chi-squared test. With many
@@ -30,14 +30,14 @@ def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshol
 
     The effect is on one scale for all tests: the largest gap between the two distribution functions; for means, the gap
     between two normal distributions that far apart; for classes, the total variation distance. The shift tells the
-    direction: Cliff's (1993) delta of errors and codes, positive where the new ones are larger, or the difference of
+    direction: Cliff's (1993) delta of errors and codes, positive where the new values are larger, or the difference of
     means in standard deviations.
 
     Args:
-        new: `code` (rows, units) and `x` (rows, features), and where there are any `error` (rows,) and the names
+        new: `code` (rows, units) and `x` (rows, features) and, where there are any, `error` (rows,) and the class names
             `class` (rows,).
         reference: the arrays that `stages.finetune` returns with the model.
-        known: the names of the classes that the reference's labels number.
+        known: the names of the classes, indexed by the reference's labels.
     """
     labels = reference.get("reference.label")
     classes = None
@@ -61,7 +61,7 @@ def cliffs_delta(new: np.ndarray, old: np.ndarray) -> float:
 
 
 def summary(drifted: Sequence[Comparison], rows: int) -> str:
-    """Say in words which quantities of so many new rows have drifted."""
+    """Say in words which quantities have drifted, of `rows` new rows."""
     if not drifted:
         return f"no drift in {rows} new test rows"
     shown = [f"{title(row)} {row['effect']:.2f}" for row in drifted[:3]]
@@ -70,7 +70,7 @@ def summary(drifted: Sequence[Comparison], rows: int) -> str:
 
 
 def title(row: Comparison) -> str:
-    """Name what a comparison compares, for people."""
+    """Return the name of a comparison for people: its quantity and, if it has one, its class."""
     return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {escape_unprintable(row['class'])[:40]}"
 
 
@@ -130,7 +130,7 @@ def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
         p = stats.ttest_ind_from_stats(mean, std, len(x), old_mean, old_std, count, equal_var=False).pvalue
     p = np.where(varies, p, np.where(shift == 0, 1.0, 0.0))
     for number in range(x.shape[1]):
-        # the largest gap between two normal distribution functions whose means are so many deviations apart
+        # the largest gap between two normal distribution functions whose means are `shift` deviations apart
         effect = erf(abs(shift[number]) / (2 * sqrt(2)))
         yield _comparison((f"feature {number}", "all", "Welch"), (len(x), count), shift[number], effect, p[number])
 

@@ -1,4 +1,4 @@
-"""What a variational autoencoder is worth as a model of the data: its likelihood bounds and its samples."""
+"""Measures of a variational autoencoder as a model of the data: its likelihood bounds and its samples."""
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor) -> dict[str
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the squared Fréchet distance between Gaussians fitted to two sets of features (rows, features): that of
-    their means plus tr(A + B - 2 (A B)^(1/2)) of their covariances (Heusel et al. 2017, eq. 6)."""
+    """Return the squared Fréchet distance between Gaussians fitted to two sets of features (rows, features): the
+    squared distance of their means plus tr(A + B - 2 (A B)^(1/2)) of their covariances (Heusel et al. 2017, eq. 6)."""
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(covariance_a @ covariance_b).astype(complex)).real.sum()
     shift = np.square(a.mean(0) - b.mean(0)).sum()
@@ -46,7 +46,7 @@ def sample_distance(
     stack: Stack, judge: Result, prepare: Prepare, data: Arrays, device: torch.device
 ) -> dict[str, float]:
     """Return the Fréchet distance of samples from test rows in the code of `judge`, a classifier of the data, and as
-    its floor that of training rows from test rows."""
+    its floor the distance of training rows from test rows."""
     classifier = build_classifier(judge).to(device).eval()
 
     def features(rows: Tensor) -> np.ndarray:

@@ -23,7 +23,7 @@ RESTORED: tuple[Noise, float] = ("gaussian", 0.3)
 def study_arrays(
     stack: Stack, x: Tensor, codes: np.ndarray, y: np.ndarray | None, sampled: bool
 ) -> dict[str, np.ndarray]:
-    """Return what the report of a study shows of one model.
+    """Return the arrays of one model that the report of a study shows, by name.
 
     Args:
         x, codes, y: the preprocessed test rows, their codes (rows, units) and their class numbers.
@@ -39,7 +39,7 @@ def study_arrays(
             "corrupted": to_numpy(corrupted),
             "restored": to_numpy(stack.reconstruct(corrupted)),
             "codes": codes[:64, :256],
-            # not yet in a plane, since mapping takes seconds and a report shows only one seed per row
+            # not yet in a plane, since mapping takes seconds and a report shows only one seed per study row
             "map": codes[:MAPPED_ROWS],
         }
         if y is not None:

@@ -15,7 +15,7 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0)
 
 
 class Probe(NamedTuple):
-    """A linear classifier of frozen codes."""
+    """A linear classifier of frozen codes, with the scaler of these."""
 
     scaler: Any
     model: Any
@@ -59,8 +59,8 @@ def nearest(train: Labelled, codes: np.ndarray, neighbours: int = 5) -> np.ndarr
 
 
 def probe_with_few_labels(count: int, seed: int, codes: BySplit, labels: BySplit) -> float:
-    """Return the test accuracy of a probe with `count` labelled training rows, fewer than there are: those that a
-    classifier finetuned with as many labels and the same seed is given."""
+    """Return the test accuracy of a probe with `count` labelled training rows, fewer than all. A classifier finetuned
+    with as many labels and the same seed has the same rows."""
     rows = split_off(np.arange(len(labels.train)), labels.train, count, "labels", seed)[1]
     probe = linear_probe((codes.train[rows], labels.train[rows]), (codes.validation, labels.validation))
     return float((probe.predict(codes.test) == labels.test).mean())

@@ -38,7 +38,7 @@ def reconstruction_errors(
 
     Returns:
         The metrics, and the squared error of each test row, summed over features, (rows,). `test/unexplained` is the
-        share of the squared error that the training rows' mean would make.
+        squared error as a share of the error that the training rows' mean would make.
     """
     errors = over_prepared(lambda rows: (rows - stack.reconstruct(rows)).square().flatten(1).sum(1), x, stack)
     total = float(errors.sum(dtype=torch.float64))

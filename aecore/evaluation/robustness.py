@@ -22,7 +22,7 @@ NOISES: dict[Noise, tuple[float, ...]] = {
 
 
 def robustness_curves(stack: Stack, x: Tensor, probe: Probe | None, y: np.ndarray | None) -> dict[str, Any]:
-    """Measure test rows that are corrupted, with noise that is the same for every model.
+    """Measure reconstruction and probe on corrupted test rows, with the same noise for every model.
 
     Args:
         x, y: the preprocessed test rows and their class numbers.

@@ -47,7 +47,7 @@ def over_batches(
 
 
 def batch_rows(stack: Stack) -> int:
-    """How many rows `stack` scores at once: as many as fit into a CPU's cache and as its decoder's outputs allow."""
+    """Return how many rows `stack` scores at once, as a CPU's cache and the decoder's outputs allow."""
     return min(CACHED_ROWS, stack.first.spec.scoring_rows)
 
 

@@ -1,6 +1,6 @@
 """Which differences between variants hold: comparisons in pairs, over seeds and test rows.
 
-A row is one variant under the name that a study gives it; a point is one test row of the data.
+A study row is one variant under the name that a study gives it; a point is one test row of the data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _REPLICATES_PER_PAIR = 200  # with fewer, Holm's factor times the smallest possi
 
 
 class Pair(NamedTuple):
-    """A comparison of two rows: `first` minus `second` over the seeds that both have, with a 95 % interval."""
+    """A comparison of two study rows: `first` minus `second` over the seeds that both have, with a 95 % interval."""
 
     first: str
     second: str
@@ -37,14 +37,14 @@ class Pair(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which row is best by a measure, as far as the pairs can tell."""
+    """The study row that is best by a measure, and those that tie with it, as their difference is not significant."""
 
     best: tuple[str, ...]
-    """The row with the best mean, then every row that is not significantly worse, in the order of their means."""
+    """The study row with the best mean, then every row that is not significantly worse, in the order of their means."""
     references: tuple[str, ...]
-    """The references among the rows compared."""
+    """The references among the study rows compared."""
     above: tuple[str, ...]
-    """Rows that are significantly better than every reference."""
+    """Study rows that are significantly better than every reference."""
     seeds: tuple[int, int]
     """The fewest and the most seeds that the leader shares with another row."""
 
@@ -80,7 +80,7 @@ Spread = tuple[float, int]
 
 
 class _Means(NamedTuple):
-    """Means over points, (rows, seeds), NaN where a row lacks a seed; and what else all pairs share."""
+    """Means over points, (study rows, seeds), NaN where a row lacks a seed; and numbers that all pairs share."""
 
     by_seed: np.ndarray
     draws: np.ndarray | None
@@ -91,31 +91,31 @@ class _Means(NamedTuple):
 
 
 def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bool = False) -> tuple[Pair, ...]:
-    """Compare all pairs of rows: mean difference, 95 % interval, two-sided p, and p after Holm's correction.
+    """Compare all pairs of study rows: mean difference, 95 % interval, two-sided p, and p after Holm's correction.
 
-    With points, this is a hierarchical paired bootstrap. The points are drawn with replacement, the same draws for all
-    rows, so that what is hard for every row cancels (Efron & Tibshirani 1993, ch. 8). The spread over seeds is added as
-    Student's t times the standard error of the S seeds' mean difference. Seeds are not drawn with replacement as well:
-    S values drawn in this way understate the variance by (S - 1) / S, and even when scaled by sqrt(S / (S - 1)) they
-    have no tails (with 3 seeds, 53 % of simulated null studies of five rows had some false finding). With one seed only
-    points are drawn; the result then speaks of these weights, not of the method. Without points, that is with one
-    number per seed, it is the t-test over seeds.
+    With points, which are test rows, this is a hierarchical paired bootstrap. The points are drawn with replacement,
+    the same draws for all rows, so that what is hard for every row cancels (Efron & Tibshirani 1993, ch. 8). The spread
+    over seeds is added as Student's t times the standard error of the S seeds' mean difference. Seeds are not drawn
+    with replacement as well: S values drawn in this way understate the variance by (S - 1) / S, and even when scaled by
+    sqrt(S / (S - 1)) they have no tails (with 3 seeds, 53 % of simulated null studies of five rows had some false
+    finding). With one seed only points are drawn; the result then speaks of these weights, not of the method. Without
+    points, that is with one number per seed, this is the t-test over seeds.
 
     The spread over seeds is pooled over all R rows that have every seed, with (R - 1)(S - 1) degrees of freedom, as in
     a two-way analysis of variance. So a pair whose three seeds happen to agree is no finding. Where the pair's own
-    spread is larger, it is taken instead, with three times its S - 1 degrees of freedom, but at most the pooled ones.
-    In simulated null studies of ten rows something false is found in 2 % with 3 seeds, and in 8 % where one row spreads
-    five times as much as the others (4 % with 5 seeds). Of differences of five standard deviations of a row, 7 in 10
-    are found with 3 seeds, where the pairs' own spread alone would find 1 in 25. Differences without any spread have
-    p = 1 if they are zero, else 0 or, with points, the smallest p that the draws allow. Without points, fewer than two
-    seeds allow no test: p is 1 and the interval NaN.
+    spread is larger, the own spread is used, with 3 (S - 1) degrees of freedom or the pooled spread's, if these are
+    fewer. In simulated null studies of ten rows something false is found in 2 % with 3 seeds, and in 8 % where one row
+    spreads five times as much as the others (4 % with 5 seeds). Of differences of five standard deviations of a row, 7
+    in 10 are found with 3 seeds, where the pairs' own spread alone would find 1 in 25. Differences without any spread
+    have p = 1 if they are zero, else 0 or, with points, the smallest p that the draws allow. Without points, fewer than
+    two seeds allow no test: p is 1 and the interval NaN.
 
     The result is deterministic. With 10,000 points it takes about a second and 150 MB.
 
     Args:
-        values: for each row an array (seeds, points), or (seeds,) for measures that give one number per seed. Seeds and
-            points are the same in every row; a seed that a row lacks is NaN there, and a pair is compared on the seeds
-            that both rows have.
+        values: for each study row an array (seeds, points), or (seeds,) for measures that give one number per seed.
+            Seeds and points are the same in every row; a seed that a row lacks is NaN there, and a pair is compared on
+            the seeds that both rows have.
         replicates: how often the points are drawn; raised where there are many pairs.
         ratios: compare the logarithms of each seed's mean, all of which must be positive. Errors spread in proportion
             to their size, so that the spread of a poor row would hide the differences between good ones.
@@ -137,7 +137,7 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
 
 
 def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
-    """Average `table` (rows, seeds[, points]) over its points, all of them and those of each draw."""
+    """Average `table` (study rows, seeds[, points]) over all its points and over the points of each draw."""
     means = table.mean(2) if table.ndim == 3 else table
     means = np.log(means) if ratios else means
     draws = None
@@ -150,7 +150,7 @@ def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
 
 
 def _compare_two(names: Sequence[str], means: _Means, first: int, second: int) -> Pair:
-    """Compare two rows, given by their numbers; p is not corrected yet."""
+    """Compare two study rows, given by their numbers; p is not corrected yet."""
     a, b = means.by_seed[first], means.by_seed[second]
     common = np.flatnonzero(np.isfinite(a + b))
     gap = _without(a[common] - b[common], means.noise)
@@ -167,7 +167,7 @@ def _compare_two(names: Sequence[str], means: _Means, first: int, second: int) -
 
 
 def _spread(gap: np.ndarray, means: _Means) -> Spread:
-    """Choose between a pair's own spread over seeds and the pooled one; `gap` (seeds,) holds the pair's differences."""
+    """Return the spread of a pair's differences `gap` (seeds,), or the pooled spread if that is larger."""
     freedom, (pooled, pooled_freedom) = len(gap) - 1, means.pooled
     own = float(_without(gap.std(ddof=1), means.noise)) if freedom else 0.0
     if 0 < own < pooled:
@@ -183,7 +183,7 @@ def _t_test(difference: float, error: float, freedom: int) -> tuple[float, float
 
 
 def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[float, float, float]:
-    """Return the 95 % interval and p of the differences (replicates,) over draws, with the spread over seeds added."""
+    """Return the 95 % interval and p of a difference from its means in the draws (replicates,) and error over seeds."""
     if error:
         sample = sample + _draws_of_t(freedom, len(sample)) * error
     low, high = np.quantile(sample, [0.025, 0.975])
@@ -213,8 +213,8 @@ def _draws_of_t(freedom: int, count: int) -> np.ndarray:
 
 
 def _pooled(means: np.ndarray) -> Spread:
-    """Pool the spread of a difference of two rows over `means` (rows, seeds): what rows and seeds together leave
-    unexplained. It is zero where there are too few rows or seeds."""
+    """Return the spread of a difference of two study rows, pooled over `means` (study rows, seeds): the residual of a
+    two-way analysis of variance. It is zero where there are too few rows or seeds."""
     whole = means[np.isfinite(means).all(1)]
     freedom = (len(whole) - 1) * (means.shape[1] - 1)
     if len(whole) < 3 or freedom < 1:
@@ -237,11 +237,11 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def judge(means: Mapping[str, float], pairs: Sequence[Pair], higher: bool, references: Sequence[str] = ()) -> Verdict:
-    """Reach the verdict on a measure from the mean of each row over its seeds and from the result of `compare`.
+    """Return the verdict on a measure, from the mean of each study row over its seeds and from the result of `compare`.
 
     Args:
         higher: whether more is better.
-        references: the rows to beat; those that are not among the rows are left out.
+        references: the study rows to beat; names that `means` lacks are left out.
     """
     ranked = sorted(means, key=lambda name: -means[name] if higher else means[name])
     known = {(pair.first, pair.second): pair for pair in pairs}
@@ -267,7 +267,7 @@ def judge(means: Mapping[str, float], pairs: Sequence[Pair], higher: bool, refer
 
 def resolution(seeds: int, rows: int) -> float:
     """Return the smallest mean difference that holds, in units of its standard deviation over seeds (2 or more), if
-    there is no other spread and all rows spread alike: it is what Holm's correction asks of the first of all pairs."""
+    there is no other spread and all study rows spread alike: what Holm's correction asks of the first pair."""
     pairs, freedom = rows * (rows - 1) // 2, (rows - 1) * (seeds - 1)
     return float(-stdtrit(freedom, LEVEL / 2 / pairs) / np.sqrt(seeds))
 

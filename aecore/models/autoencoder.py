@@ -28,8 +28,8 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, code: Batch) -> Batch:
-        """Return the parameters of the likelihood of the rows: (batch, *in_shape) of means for gaussian and of logits
-        for the others, with categorical in (batch, levels, *in_shape)."""
+        """Return the parameters of the likelihood of the rows: means for gaussian, else logits; of shape (batch,
+        *in_shape) or, for categorical, (batch, levels, *in_shape)."""
 
     @abstractmethod
     def mean(self, code: Batch) -> Batch:

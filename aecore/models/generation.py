@@ -35,8 +35,8 @@ def manifold(stack: Stack, side: int = 10) -> Float[Tensor, "count ..."]:
 
 
 def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """Decode walks from the code of the first row of `x`, on each of which one unit moves from -3 to 3, to (walks *
-    STEPS, *in_shape). The units are those that vary most over the first 1,000 rows, at most eight."""
+    """Decode walks from the code of the first row of `x` to images (walks * STEPS, *in_shape). In each walk one unit
+    moves from -3 to 3; the units are those that vary most over the first 1,000 rows, at most eight."""
     with torch.no_grad():
         codes = stack.encode(x[:1000])
         order = codes.flatten(1).var(0).argsort(descending=True)[:_WALKS]
@@ -48,8 +48,8 @@ def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
 
 
 def interpolation(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
-    """Decode straight walks from the code of one row to that of the next, for the first pairs of rows, at most eight,
-    to (walks * STEPS, *in_shape)."""
+    """Decode straight walks from the code of one row to the code of the next, for at most the first eight pairs of
+    rows, to images (walks * STEPS, *in_shape)."""
     with torch.no_grad():
         codes = stack.encode(x[: 2 * _WALKS])
         share = torch.linspace(0, 1, STEPS, device=codes.device).view(1, -1, *[1] * (codes.ndim - 1))

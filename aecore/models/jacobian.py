@@ -24,7 +24,7 @@ def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Flo
 
     Args:
         probes: number of random directions per row; None computes the norm exactly, with one backward pass per unit of
-            the code. Passes run in batches of bounded memory; where gradients are recorded, all of them are kept.
+            the code. Passes run in batches of bounded memory; where gradients are recorded, all passes stay in memory.
     """
     if isinstance(model, Layer) and _has_closed_form(model.spec):
         affine = model.encoder.affine

@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Maps codes (batch, *code_shape) to the parameters of the likelihood of the layer's input, (batch, *in_shape) or,
-    if it is categorical, (batch, levels, *in_shape)."""
+    if the likelihood is categorical, (batch, levels, *in_shape)."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, code: Batch, tied: Tensor | None) -> Batch:
-        """Decode; `tied` is the encoder's weight, which a decoder of a tied layer uses for lack of its own."""
+        """Decode `code`. The decoder of a tied layer has no weight of its own: it uses `tied`, the encoder's."""
         spec = self.spec
         weight = tied if self.weight is None else self.weight
         assert weight is not None, "the decoder of a tied layer needs the weight of its encoder"

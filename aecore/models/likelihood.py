@@ -1,4 +1,4 @@
-"""Reconstruction terms: which distribution the output of a decoder stands for, and what it costs to be wrong."""
+"""Reconstruction terms: the distributions that a decoder's output stands for, their means, and their losses."""
 
 import torch
 import torch.nn.functional as F

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 
 class Prepare(nn.Module):
-    """Maps raw rows to what the first layer reads, (raw - shift) * scale as float32, without any learned weight: values
-    scaled to [0, 1] or standardised. `shift` and `scale` broadcast with the rows."""
+    """Scales raw rows to [0, 1] or standardises them for the first layer: (raw - shift) * scale as float32, without any
+    learned weight. `shift` and `scale` broadcast with the rows."""
 
     shift: Tensor
     scale: Tensor
@@ -22,5 +22,5 @@ class Prepare(nn.Module):
         return (x - self.shift if self.shifted else x) * self.scale
 
     def inverse(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Map what the first layer reads back to raw rows, as floats."""
+        """Map rows as the first layer reads them back to raw rows, as floats."""
         return x / self.scale + self.shift

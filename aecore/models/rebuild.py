@@ -1,4 +1,4 @@
-"""Models from the results of the stages that trained them, and the weights of models as arrays."""
+"""Builds models from the results of the stages that trained them, and turns their weights into arrays and back."""
 
 import torch
 from torch import nn
@@ -28,8 +28,8 @@ def build_stack(result: Result) -> Stack:
 
 
 def build_autoencoder(result: Result) -> Stack | None:
-    """Build the autoencoder that a result of `finetune` is or, for a classifier, was finetuned from, if there is
-    one."""
+    """Build the autoencoder in a result of `finetune`: the finetuned model itself, or the autoencoder that a classifier
+    was finetuned from. Return None for a classifier without one."""
     if result.config["task"] == "reconstruct":
         return build_stack(result)
     if not (layers := result.config["autoencoder"]):
@@ -57,8 +57,8 @@ def get_weights(module: nn.Module) -> Weights:
 
 
 def set_weights(module: nn.Module, weights: Weights) -> None:
-    """Load the module's parameters and buffers from `weights`, whose other entries are ignored: a result holds more
-    than a classifier's weights, and a variational layer that is used for its code alone has no log-variance."""
+    """Load the module's parameters and buffers from `weights`; entries that the module lacks are ignored. A classifier
+    lacks the other weights of its result, and a layer that is used for its code alone lacks the log-variance."""
     needed = module.state_dict().keys()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items() if name in needed})
 

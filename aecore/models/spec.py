@@ -26,8 +26,7 @@ class LayerSpec(Frozen):
     likelihood: LikelihoodKind
     """Reconstruction term of the rows that the layer reads."""
     out_activation: Activation
-    """Activation that the decoder ends in: the one that made the layer's input, so that it can emit what it must
-    fit."""
+    """Activation that the decoder ends in: the one that made the layer's input, so that both have one range."""
     levels: int
     """Number of grey levels per channel for a categorical likelihood; 0 for the others."""
     dropout: float

@@ -21,7 +21,7 @@ class Stack(Autoencoder):
         self.code_shape = layers[-1].spec.code_shape
 
     def __iter__(self) -> Iterator[Layer]:
-        return iter(cast(Sequence[Layer], self.layers))  # the type of ModuleList doesn't name its elements'
+        return iter(cast(Sequence[Layer], self.layers))  # ModuleList's type doesn't name the type of its elements
 
     @property
     def first(self) -> Layer:

@@ -16,8 +16,7 @@ _CHECKSUM = "sha256"
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage returns: `config` and `weights` are enough to rebuild its model; the rest is for people to look
-    at."""
+    """The result of a stage: `config` and `weights` rebuild its model; metrics and figures are for people."""
 
     config: dict[str, Any]
     weights: Weights
@@ -29,7 +28,7 @@ class Result:
 
 
 def save_weights(folder: Path, config: dict[str, Any], weights: Weights) -> None:
-    """Write `config.json` and `weights.safetensors` into `folder`; the former carries the checksum of both."""
+    """Write `config.json` and `weights.safetensors` into `folder`; `config.json` carries the checksum of both."""
     folder.mkdir(parents=True, exist_ok=True)
     data = save({name: np.asarray(value, order="C") for name, value in weights.items()})
     (folder / "weights.safetensors").write_bytes(data)
@@ -52,6 +51,6 @@ def load_weights(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 
 def _config_bytes(config: dict[str, Any], weights: bytes) -> bytes:
-    """Return the content of `config.json`: the config and the checksum of it and of the weights' file."""
+    """Return the content of `config.json`: the config, and the checksum of the config and the weights' file."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
     return (json.dumps({**config, _CHECKSUM: digest}, indent=2, sort_keys=True) + "\n").encode()

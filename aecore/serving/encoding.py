@@ -1,4 +1,4 @@
-"""A data set through a trained model into Parquet, one file per piece; a file appears only when it is complete.
+"""Applies a trained model to a data set and writes Parquet, one file per piece; a file appears when it is complete.
 
 The division into pieces and the names of their files are the same in every attempt. So the files that an earlier
 attempt has finished stay, and each row of the input has one row in the output. Functions raise an InputError if the
@@ -39,7 +39,7 @@ Operation = Literal["encode", "decode", "sample"]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is computed from which rows by which model, and where it is written."""
+    """The work of one job: the operation, the model, the input rows and the output folder."""
 
     operation: Operation
     model: str
@@ -108,7 +108,7 @@ def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_dig
 
 
 def find_finished(work: Work) -> set[int]:
-    """Return the numbers of the pieces whose files are complete, after removing what killed attempts left behind."""
+    """Return the numbers of the pieces whose files are complete; remove the unfinished files of killed attempts."""
     filesystem, folder = filesystem_of(work.output)
     pieces = work.pieces()
     finished: set[int] = set()

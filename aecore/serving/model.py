@@ -33,7 +33,7 @@ class Model:
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
 
     def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the columns of `predict` by name, each with one entry per row; `code` is an array (rows, units)."""
+        """Return `code` (rows, units) and the other columns of `predict` by name, each with one entry per row."""
         with torch.inference_mode():
             batches = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
             parts = [self._measure(torch.tensor(rows[batch], device=self.device)) for batch in batches]

@@ -26,12 +26,12 @@ def contest(
 
     Args:
         champion: None where there is none yet.
-        earlier: the contest that the champion has won.
+        earlier: the result of the contest that the champion has won.
 
     Returns:
         Metrics of both models and their `difference` with a 95 % interval, positive where the challenger is better,
         each for all rows and again below `frozen/` and `newest/`; the `ids` (rows,) of the test rows in `weights`; in
-        `config` the facts of the data and how they were split. A difference of accuracies is one of shares.
+        `config` the facts of the data and how they were split. Accuracies and their difference are shares of the rows.
         Reconstruction errors are squared errors per feature in the champion's units of the input; their difference is a
         share of the champion's error.
     """
@@ -69,7 +69,7 @@ def _compare(spec: ContestSpec, scores: Scores, rows: np.ndarray, prefix: str) -
 
 def _score(spec: ContestSpec, model: Model, rows: Split, scale: torch.Tensor) -> np.ndarray:
     """Score each row, (rows,): whether its class is predicted, or its squared error per feature in units of `scale`,
-    since each model may be trained on features that were standardised another day."""
+    since the two models may have standardised the features differently."""
     if spec.metric == "accuracy":
         assert rows.y is not None
         return (model.measure(rows.x)["prediction"] == np.array(spec.facts.classes)[rows.y]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Where a stage runs, whom it tells, and where it finds rows."""
+"""Where a stage runs, what it reports to, and how it reads rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where a stage runs and whom it tells; nothing here changes the numbers."""
+    """A stage's device, report, team and checkpoints; nothing here changes the numbers."""
 
     device: torch.device = CPU
     report: Report = no_report
-    """Told of each epoch of training."""
+    """Called after each epoch of training."""
     team: Team = ALONE
     """The workers that train together."""
     checkpoints: Checkpoints | None = None
-    """Where training goes on from and writes its checkpoints to."""
+    """The checkpoints that training goes on from and writes."""
     spread: ReadPieces = read_in_turn
     """Reads the pieces of a data set that is larger than memory."""
     parts: int = 1
-    """Into how many parts a batch is cut, whose gradients are added up, where a whole one does not fit into memory."""
+    """Number of parts into which a batch is cut to fit into memory; the gradients of the parts are added up."""
 
 
 def rows_in_memory(data: Arrays | Stream) -> Arrays:

@@ -1,4 +1,4 @@
-"""The figures of one job's model: what they show is computed here, and drawn in a thread."""
+"""The figures of one job's model: their arrays are computed here, and drawn in a thread."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +37,7 @@ class Pen:
 
 
 def draw_codes(pen: Pen, codes: BySplit, data: Arrays, classes: Sequence[str]) -> None:
-    """Draw test rows' codes in a plane; where the code is a plane itself, all training rows, which then need no map."""
+    """Draw the codes of test rows in a plane, or of all training rows if the code has two units and needs no map."""
     if codes.train.shape[1] == 2:
         pen.draw("codes", figures.codes_map, codes.train, data.train.y, classes, "training")
     else:
@@ -45,7 +45,7 @@ def draw_codes(pen: Pen, codes: BySplit, data: Arrays, classes: Sequence[str]) -
 
 
 def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:
-    """Draw what only this variant has to show; `x` and `codes` (rows, units) are those of the test rows."""
+    """Draw the figures that only this variant has; `x` and `codes` (rows, units) are those of the test rows."""
     images = x.ndim == 4
     with torch.no_grad():
         if isinstance(spec.variant, Denoising) and images:

@@ -20,7 +20,7 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
     validation rows of its day; the champion was trained on neither. `evaluation.drift.drift_table` says how.
 
     Args:
-        earlier: the contest that the champion has won, which knows the test rows of its day.
+        earlier: the result of the contest that the champion has won, with the ids of the test rows of that day.
 
     Returns:
         A result with `drift/...` metrics; in `config` the `table` as CSV, the findings in `words` and whether anything
@@ -52,8 +52,8 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
 def _measure_new_rows(
     spec: DriftSpec, context: Context, data: Arrays | Stream, model: Model, seen: np.ndarray
 ) -> Weights:
-    """Measure the test rows whose ids are not among `seen`, at most the first 20,000: `code`, `x`, and where there are
-    any `error` and `class`, as `drift_table` takes them. Empty where no row is new."""
+    """Measure the test rows whose ids are not among `seen`, at most the first 20,000. Return by name `code` (rows,
+    units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,); nothing if no row is new."""
     parts: list[Weights] = []
     rows = 0
     for part in all_test_rows(data, context):

@@ -43,8 +43,8 @@ def evaluate(
     from threadpoolctl import threadpool_limits
 
     _import_before_threads(spec)
-    # figures are drawn while the measures are taken; scikit-learn sets the same limit now and then and restores what it
-    # found, which of two threads may be what the other one has set
+    # figures are drawn while the measures are taken; scikit-learn sets the same limit now and then and restores the
+    # limit before it, which may be the limit that the other thread has set
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as thread:
         pen, prepare = Pen(thread), preprocessing(data, context.device)
         metrics: dict[str, float] = {}
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _import_before_threads(spec: EvaluateSpec) -> None:
-    """Import what both threads use: two that import scikit-learn at once may find each other's parts half made."""
+    """Import what both threads use: two threads that import scikit-learn at once may find modules half made."""
     if spec.pictures:
         with fast_imports():
             for name in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"):
@@ -85,7 +85,7 @@ def _import_before_threads(spec: EvaluateSpec) -> None:
 def _evaluate_autoencoder(
     spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, stack: Stack, pen: Pen
 ) -> tuple[dict[str, float], BySplit | None]:
-    """Score and draw the unsupervised model; its codes are returned where pictures are wanted."""
+    """Score and draw the unsupervised model; return its metrics and, where pictures are wanted, its codes."""
     sample = rows_in_memory(data)
     x = over_batches(prepare, sample.test.x, context.device)
     mse, reconstruction = _reconstruct(stack, x)

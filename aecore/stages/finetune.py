@@ -30,17 +30,17 @@ _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
 
 
 def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
-    """Train all weights together, from those that `prepare` finds in the inputs.
+    """Train all weights together, starting from the weights in the inputs, see `prepare`.
 
     The task `classify` puts a softmax head on the code and minimises the cross-entropy of its logits; the epoch with
     the fewest validation errors is kept. `reconstruct` trains the unrolled autoencoder (Hinton & Salakhutdinov 2006).
 
     Returns:
-        A result with the model in `weights` and its preprocessing behind `prepare.`. A result that is to be served also
+        A result with the model in `weights` and its preprocessing in `prepare.*`. A result that is to be served also
         has
 
-        - `autoencoder.*`, with its layers in the config's `autoencoder`: what a classifier was finetuned from, since a
-          classifier has no decoder;
+        - `autoencoder.*`, with its layers in the config's `autoencoder`: the autoencoder that a classifier was
+          finetuned from, since a classifier has no decoder;
         - `reference.*` of at most 2,000 validation rows, with which new data are compared: `error` (rows,), the squared
           error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
           of what the first layer reads.
@@ -52,11 +52,11 @@ def prepare(
     spec: FinetuneSpec, context: Context, *, data: Arrays | Stream, layers: Sequence[Result] = (),
     stack: Result | None = None, parent: Result | None = None,
 ) -> Training:  # fmt: skip
-    """Return what `finetune` fits, and how it makes its result.
+    """Return the job that `finetune` fits, and the function that makes the result of it.
 
     Training starts from exactly the weights of the pretrained `layers`, or of a `stack` that was trained as a whole, or
-    of a `parent`, a model that was finetuned another day, whose head is taken over if the classes are the same. Without
-    any of them it starts from random weights.
+    of a `parent`, a model that was finetuned another day; the parent's head is taken over if the classes are the same.
+    Without any of them it starts from random weights.
     """
     if spec.labels is not None:
         data = few_labels(rows_in_memory(data), spec.labels, spec.seed, spec.fit.batch_size)
@@ -69,7 +69,7 @@ def prepare(
         model = model.to(device)
         random = get_random_state(device)
     arrays = rows_in_memory(data)
-    # where a result is not served, the rows need not wait for its end
+    # a result that is not served needs no rows, so `finish` does not hold them in memory
     validation, example = (arrays.validation, arrays.train.x[:4]) if spec.served else (None, None)
 
     def finish(fitted: Fitted) -> Result:
@@ -107,7 +107,7 @@ def prepare(
 def _build(
     spec: FinetuneSpec, layers: Sequence[Result], stack: Result | None, parent: Result | None
 ) -> tuple[Stack, Stack | Classifier]:
-    """Return the autoencoder and the model that is trained: the autoencoder, or a classifier with its encoders."""
+    """Return an autoencoder and the model to train: this autoencoder, or a classifier that shares its encoders."""
     # drawn before any trained weights are read: the control's head is the same as the pretrained net's
     net = Stack([Layer(layer) for layer in spec.layers])
     head = Classifier([layer.encoder for layer in net], len(spec.classes)) if spec.task == "classify" else None
@@ -124,7 +124,7 @@ def _build(
 
 
 def _unsupervised(layers: Sequence[Result], stack: Result | None, parent: Result | None) -> Stack | None:
-    """Return the autoencoder that a classifier was finetuned from; None if it started from random weights."""
+    """Return the autoencoder that a classifier was finetuned from; None if that started from random weights."""
     if parent is not None:
         return build_autoencoder(parent)
     pretrained = list(build_stack(stack)) if stack is not None else [build_layer(result) for result in layers]
@@ -132,7 +132,7 @@ def _unsupervised(layers: Sequence[Result], stack: Result | None, parent: Result
 
 
 def reference_rows(model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split) -> Weights:
-    """Return what a model makes of some of the validation rows, with which new data are compared: see `finetune`."""
+    """Return `mean`, `std`, `code`, `error` and `label` of some validation rows, for the result of `finetune`."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
     x = over_batches(prepare, rows.x[chosen], prepare.shift.device)
     model.eval()
@@ -150,8 +150,8 @@ def reference_rows(model: Classifier | Stack, autoencoder: Stack | None, prepare
 def few_labels(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
     """Return the data with `count` training rows, stratified by label.
 
-    They are repeated until an epoch has some 20 batches: a few labels get as many steps as many labels do, and as few
-    scores on validation.
+    The rows are repeated until an epoch has some 20 batches, so that few labels get as many steps, and as few scores on
+    validation, as many labels do.
     """
     x, y = data.train
     rows = split_off(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))

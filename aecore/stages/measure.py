@@ -29,13 +29,13 @@ def measure(
     spec: MeasureSpec, context: Context, *, data: Arrays | Stream, stack: Result | None = None,
     layers: Sequence[Result] = (), classifiers: Sequence[Result] = (), judge: Result | None = None,
 ) -> Result:  # fmt: skip
-    """Measure one trained autoencoder on the test split; nothing is chosen by what is found there.
+    """Measure one trained autoencoder on the test split; nothing is chosen by these measures.
 
     Args:
         stack: the autoencoder, where it was trained as a whole.
-        layers: its layers, where they were only pretrained.
-        classifiers: models finetuned from it, with `spec.labels` labelled rows each.
-        judge: a classifier of the data; in its code samples are compared with real rows.
+        layers: the autoencoder's layers, where they were only pretrained.
+        classifiers: models finetuned from the autoencoder, one for each number of labelled rows in `spec.labels`.
+        judge: a classifier of the data, in whose code samples are compared with real rows.
 
     Returns:
         A result with `metrics`; curves in `config`: `history` of training, `labels` (counts, probe, finetuned),
@@ -82,8 +82,8 @@ def measure(
 
 
 def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit) -> dict[str, np.ndarray]:
-    """Whether each test row is classified right, (rows,), by the probe, by its neighbours and by the classifier that
-    was finetuned last, that is with the most labels."""
+    """Return whether each test row is classified right, (rows,), by the `probe`, by its neighbours (`knn`), and by the
+    `finetuned` classifier with the most labels, which is the last one."""
     correct = {
         "probe": probe.predict(codes.test) == labels.test,
         "knn": nearest((codes.train, labels.train), codes.test) == labels.test,
@@ -96,11 +96,11 @@ def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: BySplit, la
 def _label_curve(
     spec: MeasureSpec, accuracy: float, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit
 ) -> dict[str, list[float]]:
-    """Test accuracy of the probe and of the finetuned classifiers by the number of labels.
+    """Return the test accuracy of the probe and of the finetuned classifiers by the number of labels.
 
     Args:
-        accuracy: that of the probe with all labels.
-        predictions: those of each finetuned classifier for the test rows.
+        accuracy: test accuracy of the probe with all labels.
+        predictions: class numbers of the test rows by each finetuned classifier.
     """
     rows = len(labels.train)
     return {

@@ -25,13 +25,13 @@ def pretrain_layer(spec: PretrainSpec, context: Context, **inputs: Any) -> Resul
     """Train one layer by its variant's loss on the codes of the frozen layers below (Bengio et al. 2006).
 
     Args:
-        inputs: those of `prepare`.
+        inputs: the arguments `data` and `below` of `prepare`.
     """
     return train(prepare(spec, context, **inputs))
 
 
 def prepare(spec: PretrainSpec, context: Context, *, data: Arrays | Stream, below: Sequence[Result] = ()) -> Training:
-    """Return what `pretrain_layer` fits, and how it makes its result.
+    """Return the job that `pretrain_layer` fits, and the function that makes the result of it.
 
     The codes of the layers below are computed here, on this device, without noise or dropout; they never travel.
     """

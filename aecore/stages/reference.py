@@ -17,7 +17,7 @@ from aecore.training.numerics import own_random_state
 
 
 def reference(spec: ReferenceSpec, context: Context, *, data: Arrays | Stream) -> Result:
-    """Return PCA as one linear layer, or the same stack with random weights."""
+    """Return an autoencoder to compare others with: PCA as one linear layer, or a stack with random weights."""
     seed = derive_seed(spec.seed, "finetune")  # random weights are those from which training from scratch starts
     with own_random_state(context.device, seed):
         stack = Stack([Layer(layer) for layer in spec.layers])

@@ -1,4 +1,4 @@
-"""The rows that a stage trains on, and where they lie meanwhile."""
+"""The rows that a stage trains on, and the memory in which they lie."""
 
 import warnings
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from aecore.training.numerics import numerics
 _RESIDENT_BYTES = 2**30
 """On a CPU, the largest set that is kept as the floats that a layer reads."""
 _PREPARED_BYTES = 2**26
-"""The same where only the preprocessing is spared, which costs a step next to nothing."""
+"""The same limit where floats only spare the preprocessing, which costs a step next to nothing."""
 
 
 class TrainingRows(NamedTuple):
@@ -42,16 +42,16 @@ def training_rows(
 ) -> TrainingRows:
     """Put the training and validation rows where batches can be cut from them.
 
-    A small set lies on the device as `read` turns it into `features` floats per row, once for all epochs, with the
-    numbers that `read` gives inside a fit of the same precision. A larger one lies there as it came (uint8 stays uint8;
-    on a CPU it stays where it came) and is read batch by batch. If that takes more than half of a GPU's free memory,
-    it stays in the host's memory. A set that is larger than memory is streamed, except for the validation rows.
+    A small set is turned by `read` into `features` floats per row, once for all epochs and with the arithmetic of
+    `precision`, and lies on the device. A larger set lies there as it came (uint8 stays uint8, and a CPU copies
+    nothing), and `read` is applied to each batch. If it takes more than half of a GPU's free memory, it stays in the
+    host's memory. A set that is larger than memory is streamed, except for the validation rows.
     """
     device, arrays = context.device, rows_in_memory(data)
     read.eval()
 
     def with_labels(x: Tensor, split: Split) -> tuple[Tensor, ...]:
-        """Put the labels, where they are used, beside the rows, so that one index cuts both."""
+        """Return the rows, with their labels where these are used, so that one index cuts both."""
         return (x, torch.tensor(split.y, device=x.device)) if labelled else (x,)
 
     if isinstance(data, Stream):
@@ -71,7 +71,7 @@ def training_rows(
 
 
 def resident_bytes(device: torch.device, read: nn.Module) -> int:
-    """Return how large a set may be to be kept on the device as the floats that `read` makes of it."""
+    """Return the most bytes that a set may take on the device as the floats that `read` makes of it."""
     if device.type == "cuda":
         return free_memory(device) // 2
     coded = any(isinstance(module, Encoder) for module in read.modules())
@@ -79,7 +79,7 @@ def resident_bytes(device: torch.device, read: nn.Module) -> int:
 
 
 def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:
-    """Return what `read` makes of all rows, by the arithmetic that it has inside a fit."""
+    """Return the floats that `read` makes of all rows, with the arithmetic of a fit of this precision."""
     with numerics(precision, device) as autocast:
 
         def floats(x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precisio
 
 
 def _in_place(rows: np.ndarray) -> Tensor:
-    """Return a tensor of the same memory, which may be the object store's, read by others: nothing may write to it."""
+    """Return a tensor that shares the rows' memory. It may lie in an object store, so nothing may write to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of an array that cannot be written to
         return torch.from_numpy(rows)

@@ -1,6 +1,6 @@
-"""A training stage in two steps: it is prepared, which says what is to be fitted, and finished when that is done.
+"""A training stage in two steps: preparing it returns the job to fit, and finishing it makes the result of the fit.
 
-So several stages can be prepared, fitted as one and finished.
+So several stages can be prepared, fitted together as one and finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,29 +13,29 @@ from aecore.training.job import Fitted, Job
 
 
 class Training(NamedTuple):
-    """A training stage that is prepared."""
+    """A prepared training stage: the job to fit, and the function that makes the stage's result."""
 
     job: Job
-    """What is to be fitted."""
+    """The fit, with the model that it trains."""
     finish: Callable[[Fitted], Result]
     """Makes the stage's result of the fitted model."""
 
 
 def train(training: Training) -> Result:
-    """Fit what was prepared and return the stage's result."""
+    """Fit the job of a prepared stage and return the stage's result."""
     return training.finish(fit(training.job))
 
 
 def train_as_one(trainings: Iterable[Training], everywhere: bool = False) -> list[Result | Exception]:
     """Return the result of each training, or the exception that it ended in.
 
-    On a GPU, fits that differ only in numbers (seeds, learning rates, weights of terms, levels of noise) are trained as
-    one; the others, and those for which that fails, are trained one after another. Each has the numbers that it has
-    alone, up to rounding; what is random has the same distribution.
+    On a GPU, fits that differ only in numbers (seeds, learning rates, weights of terms, levels of noise) are trained
+    together as one; other fits, and fits for which that fails, are trained one after another. Each fit has the numbers
+    that it would have alone, up to rounding; its noise has the same distribution.
 
     Args:
         trainings: may be an iterator that prepares one after another; then rows that they share are held only once.
-        everywhere: train as one on a CPU, too, where it gains nothing; for tests.
+        everywhere: train several fits as one on a CPU as well, where that gains nothing; for tests.
     """
     finishes: list[Callable[[Fitted], Result]] = []
 
@@ -54,14 +54,14 @@ def train_as_one(trainings: Iterable[Training], everywhere: bool = False) -> lis
 
 
 def curves(fitted: Fitted) -> dict[str, Any]:
-    """Return what the config of a result says of its training."""
+    """Return the record of a training for its result's config: the metrics of each epoch, and the best epoch."""
     return {"history": fitted.history, "best_epoch": fitted.best_epoch}
 
 
 def summary(fitted: Fitted) -> dict[str, float]:
-    """Return the metrics of a training: the validation scores of its best epoch, its epochs and its seconds."""
+    """Return the metrics of a training: the best epoch and its validation scores, the number of epochs, the seconds."""
     best = fitted.history[fitted.best_epoch - 1]
-    # named apart from the curves, whose last point is the last epoch's
+    # not named val/ as the curves are, since these end with the scores of the last epoch
     scores = {name.replace("val/", "best/"): value for name, value in best.items() if name.startswith("val/")}
     return {
         **scores,

@@ -1,1 +1,1 @@
-"""The training loop, with its optimiser, checkpoints, teams of workers, CUDA graphs and fits trained as one."""
+"""The training loop, with its optimiser, checkpoints, teams of workers, CUDA graphs and several fits trained as one."""

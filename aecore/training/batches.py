@@ -1,4 +1,4 @@
-"""Batches: in which order rows come, and what a worker's part of a batch is."""
+"""Batches: the order of the rows in an epoch, and a worker's part of each batch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Part(NamedTuple):
     """This worker's part of a batch."""
 
     tensors: tuple[Tensor, ...]
-    """On the device; of an empty part of a stream, none."""
+    """The part's rows and labels, on the device; an empty part of a stream has no tensors."""
     share: float
     """The part's share of the rows of the batch; 0 if it is empty."""
 
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 def fewest_rows(model: nn.Module) -> int:
-    """Return how many rows a part of a batch must have to train `model`: two for statistics of a batch, else one."""
+    """Return the fewest rows of a part of a batch that can train `model`: two for batch normalisation, else one."""
     return 2 if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()) else 1
 
 
@@ -35,7 +35,7 @@ def check_batch_size(job: Job) -> None:
     """Raise if batches are too small for batch normalisation.
 
     Raises:
-        InputError: a worker of the team has a single row of a batch.
+        InputError: a worker of the team would get a single row of a batch.
     """
     least, rows = fewest_rows(job.model) * job.team.size, min(job.spec.batch_size, job.rows)
     if rows < least and least > job.team.size:
@@ -46,7 +46,7 @@ def check_batch_size(job: Job) -> None:
 
 
 def epoch_of(job: Job, shuffle: torch.Generator) -> Iterator[Part]:
-    """Yield the batches of an epoch in an order drawn from `shuffle`."""
+    """Yield this worker's parts of the batches of an epoch, in an order drawn from `shuffle`."""
     spec, least = job.spec, fewest_rows(job.model)
     if isinstance(job.train, Shuffled):
         seed = int(torch.randint(2**62, (), generator=shuffle))

@@ -1,4 +1,4 @@
-"""Checkpoints: how far a fit has come, kept outside of the process that may die, as safetensors and JSON."""
+"""Checkpoints: the state of a fit, kept outside of the process that may die, as safetensors and JSON."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ class Checkpoints(NamedTuple):
             warnings.warn(message, stacklevel=2)
 
     def clock(self) -> Iterator[bool]:
-        """Yield whether a checkpoint is due; to be asked once per epoch."""
+        """Yield, once per epoch, whether a checkpoint is due."""
         last = time.monotonic()
         while True:
             due = time.monotonic() - last >= self.seconds

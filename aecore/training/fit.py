@@ -24,7 +24,7 @@ from aecore.training.totals import Totals, check_finite
 from aecore.training.validation import Validation
 
 _CHECK_STEPS = 100
-"""Steps between two looks for numbers that are not finite, where looking waits for the device."""
+"""Steps between two checks for numbers that are not finite, on a GPU, where a check waits for the device."""
 _FLUSH_STEPS = 100
 """Steps between two calls of `AdamW.flush`."""
 
@@ -32,14 +32,14 @@ _FLUSH_STEPS = 100
 def fit(job: Job) -> Fitted:
     """Train the job's model in place and leave it with the weights of its best epoch on validation, in eval mode.
 
-    Nothing in a step waits for the device. A last batch of a single row is left out, since batch statistics need two.
-    A fit that goes on from a checkpoint ends with the numbers of an unbroken one, to the bit on one CPU worker. Torch's
-    random generators are as before afterwards.
+    Nothing in a step waits for the device. A last batch of a single row is left out, since batch statistics need two. A
+    fit that goes on from a checkpoint ends with the numbers of an unbroken fit, to the bit on one CPU worker.
+    Afterwards torch's random generators are as before.
 
     Raises:
-        DivergenceError: a term was not finite; on a CPU it is raised at that very step, elsewhere some steps later.
-        MemoryError: not even half a batch fits. A batch that does not fit is cut in two, whose gradients are added up,
-            for the rest of the fit; `parts` in the history says so.
+        DivergenceError: a term of the loss was not finite; a CPU raises it at that very step, others some steps later.
+        MemoryError: not even half a batch fits. When a whole batch does not fit, batches are cut in two from then on
+            and the gradients of the halves are added up; `parts` in the history says so.
         InputError: batches are too small for batch normalisation.
     """
     check_batch_size(job)
@@ -55,7 +55,7 @@ def fit(job: Job) -> Fitted:
 
 
 class Trainee(Protocol):
-    """What `train` takes through its epochs: one fit, or several that are trained as one.
+    """One fit, or several fits that are trained together as one; `train` takes them through their epochs.
 
     `begin_epoch` returns the batches of an epoch, `learn` takes a step, `check` looks for numbers that are not finite
     (and waits for the device), `end_epoch` scores the validation rows and reports the epoch.
@@ -81,7 +81,7 @@ def train(trainee: Trainee, device: torch.device) -> None:
 
 
 class _SingleFit:
-    """One fit, as `train` takes it through its epochs."""
+    """One fit, with its optimiser, progress, validation and sums, which `train` takes through its epochs."""
 
     def __init__(self, job: Job, autocast: Autocast) -> None:
         self.job, self.autocast = job, autocast
@@ -96,7 +96,7 @@ class _SingleFit:
         self.totals, self.rows, self.rate = Totals(), 0, 0.0
         if job.team.size > 1:
             self._join_team()
-        # a replayed step reads its rate from this place, in single precision, which a GPU's kernel of AdamW wants
+        # a replayed step reads the learning rate from this tensor; a GPU's kernel of AdamW wants single precision
         dtype = torch.float32 if job.device.type == "cuda" else torch.float64
         self.rate_on_device = torch.zeros((), device=job.device, dtype=dtype)
         self.replayed: Callable[..., None] | None = None
@@ -114,7 +114,7 @@ class _SingleFit:
         return epoch_of(self.job, self.progress.shuffle)
 
     def learn(self, step: int, part: Part) -> None:
-        """Take a step, replayed as a CUDA graph where it can be."""
+        """Take a step, replayed as a CUDA graph where possible."""
         if self.job.device.type == "cpu" and ((self.progress.epoch - 1) * self.steps + step) % _FLUSH_STEPS == 0:
             self.optimizer.flush()
         self.rate = self.progress.rate(step / self.steps)
@@ -128,7 +128,7 @@ class _SingleFit:
         self.step(self.rate, part)
 
     def step(self, rate: float | Tensor, part: Part) -> None:
-        """Compute the loss and its gradients, update the weights, and add the terms to the totals of the epoch."""
+        """Compute the loss and its gradients, update the weights, and add the loss terms to the epoch's totals."""
         self.optimizer.zero_grad()
         if part.rows:
             self.totals.add(self._backward(part), part.rows)
@@ -149,12 +149,12 @@ class _SingleFit:
         self.progress.end_epoch(losses, scores, sums, self.rate, seconds, self.parts)
 
     def release(self) -> None:
-        """Let go of the gradients, and of the graph, which holds this object: so a GPU's memory comes back at once."""
+        """Drop the gradients and the graph, which refers to this object, so that a GPU's memory is freed at once."""
         self.optimizer.zero_grad()
         self.replayed = None
 
     def _backward(self, part: Part) -> Terms:
-        """Add the gradients of a batch; where memory is not enough, batches are cut in two from then on."""
+        """Add the gradients of a batch and return its loss terms; if memory runs out, batches are cut from then on."""
         weight = part.share if self.job.team.size > 1 else 1.0
         while True:
             parts = max(1, min(self.parts, part.rows // self.fewest_rows))
@@ -162,15 +162,16 @@ class _SingleFit:
                 return _gradients(self.objective, part.tensors, weight, self.autocast, parts)
             except (MemoryError, RuntimeError) as error:
                 self.parts = self._fewer_rows(error, part.rows)
-            self.optimizer.zero_grad()  # here, where nothing holds what did not fit
+            self.optimizer.zero_grad()  # here, since inside `except` the error still holds the tensors that did not fit
 
     def _fewer_rows(self, error: Exception, rows: int) -> int:
-        """Return into how many parts batches are cut after `error`."""
+        """Return the number of parts into which batches are cut after `error`, which is a lack of memory."""
         advice = "lower batch_size or the widths"
         return halve(error, self.parts, rows, "rows", advice, can_be_cut=rows >= 2 * self.fewest_rows)
 
     def _join_team(self) -> None:
-        """Draw other noise than the other workers, and know the names of the terms even without rows."""
+        """Seed this worker's noise differently from the other workers', and learn the names of the loss terms, which a
+        worker needs even if its parts of the batches are empty."""
         job = self.job
         if job.team.rank:
             torch.manual_seed(job.seed + job.team.rank + len(self.progress.history))
@@ -182,7 +183,7 @@ class _SingleFit:
 def _gradients(
     objective: Callable[..., Terms], batch: tuple[Tensor, ...], weight: float, autocast: Autocast, parts: int
 ) -> Terms:
-    """Add the gradients of a batch, taken in so many parts, times `weight`, and return the terms of the batch."""
+    """Add the gradients of a batch, cut into `parts` and times `weight`, to `.grad`; return the batch's loss terms."""
     terms: Terms = {}
     for part in zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True) if parts > 1 else (batch,):
         with autocast():

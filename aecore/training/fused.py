@@ -1,9 +1,9 @@
-"""Fits that differ only in numbers (seeds, learning rates, weights of terms, levels of noise), trained as one.
+"""Fits that differ only in numbers (seeds, learning rates, weights of loss terms, noise levels), trained as one.
 
 Their weights are stacked and their losses vmapped, so that a GPU trains many in the time of a few: a single small
-model's step keeps it busy with launches alone. Each fit keeps its own order of rows, learning rates, best epoch,
-checkpoints and end, and what is not random has the numbers of its own `fit`, up to rounding. Noise, dropout and samples
-are drawn for all at once: their distribution is the same.
+model's step keeps the GPU busy with launches alone. Each fit keeps its own order of rows, learning rates, best epoch,
+checkpoints and end. Its numbers are those of `fit` up to rounding, except that noise, dropout and samples are drawn for
+all fits at once, from the same distribution.
 """
 
 import time
@@ -34,15 +34,16 @@ from aecore.training.validation import Validation
 
 Outcome = Fitted | Exception
 _MODEL = "model."
-"""Prefix of the names of the trained model's tensors among those of an objective."""
+"""Prefix of the trained model's tensors among the names of an objective's tensors."""
 
 
 def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
-    """Return what the `fit` of each job returns or raises; the jobs must be alike, see `group_key`.
+    """Train several jobs as one; return for each job its `Fitted`, or the exception that it ended in. The jobs must
+    have the same `group_key`.
 
-    A fit that ends before the others is carried along and no longer looked at. Seconds in the histories are each fit's
-    share. An error that concerns all, such as a lack of memory, is raised; no model has changed then, except that it
-    may have gone on from a checkpoint.
+    A fit that ends before the others is still computed, but its numbers are ignored. Seconds in the histories are each
+    fit's share. An error that concerns all fits, such as a lack of memory, is raised; no model is changed then, except
+    by the checkpoint that it went on from.
     """
     device = jobs[0].device
     outcomes: dict[int, Outcome] = {}
@@ -53,7 +54,7 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
         for number, job in enumerate(jobs):
             try:
                 progresses[number] = Progress(job, AdamW(trained_parameters(job.model), job.spec.weight_decay))
-            except Exception as error:  # raised by a report of earlier epochs, for example: it is this fit's alone
+            except Exception as error:  # raised by a report of earlier epochs, for example: it concerns this fit alone
                 outcomes[number] = error
         if progresses:
             stack = _StackedFits(list(progresses.values()), autocast)
@@ -66,9 +67,9 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
 
 
 class ObjectiveModules(nn.Module):
-    """The modules of an objective, and any function of a batch that uses them.
+    """The modules of an objective, as one module that is called with any function of a batch that uses them.
 
-    `torch.func.functional_call` calls the function with other tensors in place of the modules' own.
+    `torch.func.functional_call` can then call the function with other tensors in place of the modules' own.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -80,7 +81,7 @@ class ObjectiveModules(nn.Module):
 
 
 class _StackedFits:
-    """Several fits whose tensors lie in stacks, (fits, ...), as `train` takes them through their epochs."""
+    """Several fits whose tensors lie in stacks, (fits, ...); `train` takes them through their epochs as one."""
 
     def __init__(self, progresses: Sequence[Progress], autocast: Autocast) -> None:
         self.progresses = progresses
@@ -108,7 +109,7 @@ class _StackedFits:
         self.whole_step = graphs.Replayed(self.step) if graphs.can_be_captured(self.first) else self.step
 
     def live(self) -> list[int]:
-        """Return the numbers of the fits that go on."""
+        """Return the numbers of the fits that have not ended."""
         return [i for i, progress in enumerate(self.progresses) if i not in self.failures and not progress.is_over]
 
     @property
@@ -116,12 +117,12 @@ class _StackedFits:
         return not self.live()
 
     def begin_epoch(self) -> Iterable[Tensor]:
-        """Yield the row numbers of each fit's batch, (fits, batch)."""
+        """Return the batches of an epoch, each as the row numbers of every fit's batch, (fits, batch)."""
         self.first.model.train()
         self.totals.clear()
         spec, device, live = self.first.spec, self.first.device, self.live()
         orders = {i: permutation(self.first.rows, spec.batch_size, self.progresses[i].shuffle) for i in live}
-        ended = orders[live[0]]  # whatever a fit that has ended reads
+        ended = orders[live[0]]  # a fit that has ended may read any rows
         self.order = torch.stack([orders.get(i, ended) for i in range(len(self.jobs))]).to(device)
         self.rates = _learning_rates(self.progresses, self.steps).to(device)
         return self.order.split(spec.batch_size, 1)
@@ -165,29 +166,29 @@ class _StackedFits:
             rate = progress.rate((self.steps - 1) / self.steps)
             try:
                 progress.end_epoch(losses, held, beside, rate, seconds)
-            except Exception as error:  # raised by a report, for example: it is this fit's alone
+            except Exception as error:  # raised by a report, for example: it concerns this fit alone
                 if is_out_of_memory(error):
                     raise
                 self.failures[i] = error
 
     def end(self) -> list[Outcome]:
-        """Leave each model with its best weights."""
+        """Leave each model with its best weights, and return the outcome of each fit."""
         return [self.failures.get(i) or progress.end() for i, progress in enumerate(self.progresses)]
 
     def release(self) -> None:
-        """Let go of what holds this object, so that a GPU's memory comes back at once."""
+        """Drop the functions that refer to this object, so that a GPU's memory is freed at once."""
         del self.gradients, self.whole_step
         for progress in self.progresses:
             del progress.snapshot
 
     def _snapshot(self, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the tensors of one fit, which are slices of the stacks."""
+        """Return one fit's weights and its optimiser's state, which are slices of the stacks."""
         state = {name: value[number] for name, value in (self.trained | self.rest).items()}
         weights = {name.removeprefix(_MODEL): value for name, value in state.items() if name.startswith(_MODEL)}
         return weights, self.optimizer.state_dict(number)
 
     def _call(self, scored: bool, trained: Any, rest: Any, numbers: Any, *batch: Tensor) -> Any:
-        """Call the objective of one fit."""
+        """Call the objective of one fit, or its `scored`, with the fit's tensors and numbers."""
         objective = self.first.objective
         if numbers:
             assert objective.variant is not None
@@ -202,8 +203,8 @@ class _StackedFits:
 class StackedAdamW:
     """AdamW for stacked weights: each fit has its own learning rate, decay and clipping.
 
-    The kernel knows a single rate. It updates zeros at a rate of 1, and what they become is multiplied by each fit's
-    rate.
+    The kernel knows a single learning rate. So it updates zeros at a rate of 1, and the result times each fit's rate is
+    the update of the weights.
     """
 
     def __init__(self, jobs: Sequence[Job], weights: list[Tensor]) -> None:
@@ -235,18 +236,18 @@ class StackedAdamW:
         return {name: x if name == "steps" else x[number] for name, x in self.kernel.state_dict().items()}
 
     def load_states(self, states: Sequence[Any]) -> None:
-        """Go on from each fit's state; all have taken the same number of steps."""
+        """Go on from each fit's state; all fits have taken the same number of steps."""
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         self.kernel.load_state_dict(stacked | {"steps": states[0]["steps"]})
 
 
 def _stack_rows(each: Sequence[Tensor], dim: int) -> tuple[Tensor, int | None]:
-    """Return the rows of several fits, stacked along `dim`; or the rows and None, if all read the same."""
+    """Return the rows of several fits, stacked along `dim`; or the rows and None, if all fits read the same rows."""
     return (each[0], None) if all(other is each[0] for other in each) else (torch.stack(list(each), dim), dim)
 
 
 def _along(values: Tensor, other: Tensor) -> Tensor:
-    """Give (fits,) the shape that is multiplied with (fits, ...)."""
+    """Reshape `values` (fits,) to be multiplied with `other` (fits, ...)."""
     return values.view(-1, *[1] * (other.dim() - 1))
 
 

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: captured once, then replayed with one launch.
+"""Training steps as CUDA graphs: captured once, then replayed with one launch.
 
 On a GPU a small layer's step is some fifty kernels of a few microseconds each, which a CPU cannot launch as fast as the
 GPU runs them.
@@ -27,10 +27,10 @@ def can_be_captured(job: Job) -> bool:
 
 
 class Replayed:
-    """A step that trains in place on tensors of always the same shapes, captured at its fourth call.
+    """A training step on tensors of fixed shapes, which is captured at its fourth call and replayed from then on.
 
-    Whatever else it reads (weights, the optimiser's state, a learning rate) must lie at the same place at every step
-    and is read anew at each. Random numbers go on from step to step, since a replay moves the device's generator on.
+    Everything else that the step reads (weights, the optimiser's state, a learning rate) must lie at the same address
+    at every call and is read anew. Random numbers go on from step to step, since a replay advances the generator.
     """
 
     def __init__(self, step: Callable[..., None]) -> None:
@@ -55,7 +55,7 @@ class Replayed:
 
 
 def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], Any]:
-    """Capture a step without doing it, and return what does it.
+    """Capture a step as a CUDA graph without executing it, and return a function that executes it.
 
     A step that cannot be captured is returned as it is, after a warning.
 
@@ -84,7 +84,7 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
 
 @contextmanager
 def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on another stream, in order with what the current one does."""
+    """Run the block on another stream: after the current stream's work so far, and before its later work."""
     if stream is None:
         yield
         return

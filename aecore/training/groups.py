@@ -1,4 +1,4 @@
-"""Which fits are trained as one, and how many at once."""
+"""Chooses which fits are trained together as one, and how many at once."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,13 +22,13 @@ _STATES = 8
 
 
 def fit_all(jobs: Iterable[Job], everywhere: bool = False) -> list[Outcome]:
-    """Return what the `fit` of each job returns or raises; jobs that differ only in numbers are trained as one.
+    """Fit all jobs; return for each job its `Fitted`, or the exception that it ended in.
 
-    The jobs may be made one after another, as they are asked for: of rows that several have in common only one copy
-    is kept. What fails when fits are trained as one is trained one by one, after a warning.
+    Jobs that differ only in numbers are trained together as one (see `fused`) or, where that fails, one by one after a
+    warning. `jobs` may be an iterator that makes each job when it is needed; rows that jobs share are then held once.
 
     Args:
-        everywhere: train as one on a CPU, too, where it gains nothing; for tests.
+        everywhere: train several fits as one on a CPU as well, where that gains nothing; for tests.
     """
     shared: list[Job] = []
     for job in jobs:
@@ -43,7 +43,7 @@ def fit_all(jobs: Iterable[Job], everywhere: bool = False) -> list[Outcome]:
 
 
 def group_key(job: Job, everywhere: bool = False) -> str:
-    """Return what fits must have in common to be trained as one; nothing for a fit that is trained alone."""
+    """Return a key that is equal for fits that can be trained as one; it is empty for a fit that is trained alone."""
     if not job.is_simple or job.parts > 1 or (job.device.type != "cuda" and not everywhere):
         return ""
     rows, variant = (*job.in_memory, *job.validation), job.objective.variant
@@ -65,7 +65,7 @@ def group_key(job: Job, everywhere: bool = False) -> str:
 
 
 def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
-    """Train jobs of one group, as many as one as memory holds."""
+    """Train the jobs of one group, as many together as memory holds, and return their outcomes."""
     if len(jobs) == 1:
         try:
             return [fit(jobs[0])]
@@ -80,12 +80,12 @@ def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
         if not is_out_of_memory(error):
             most, message = 1, f"{len(jobs)} fits cannot be trained as one ({short_reason(error)}): one after the other"
             warnings.warn(message, stacklevel=2)
-    torch.cuda.empty_cache()  # here, where nothing holds what did not fit
+    torch.cuda.empty_cache()  # here, since inside `except` the error still holds the tensors that did not fit
     return [one for start in range(0, len(jobs), most) for one in _fit_group(jobs[start : start + most])]
 
 
 def _share_rows(job: Job, other: Job) -> Job:
-    """Let a fit read the tensors of another one where their rows are equal."""
+    """Return `job` with the tensors of `other` in place of its own where these are equal, so that one copy is kept."""
     if isinstance(job.train, Shuffled) or isinstance(other.train, Shuffled):
         return job
     known = (*other.train, *other.validation)
@@ -108,8 +108,8 @@ def how_many_fit(jobs: Sequence[Job]) -> int:
 def memory_of_one(jobs: Sequence[Job]) -> int:
     """Return the bytes that each of these fits takes where they are trained as one.
 
-    What a step and a batch of validation take is measured on the GPU with the first fit's model, in eval mode, where
-    nothing changes that is trained.
+    The memory of a step and of a batch of validation is measured on the GPU with the first fit's model, in eval mode,
+    so that the model does not change.
     """
     first, device = jobs[0], jobs[0].device
     batch = [tensor[: first.spec.batch_size] for tensor in first.in_memory]
@@ -131,5 +131,5 @@ def memory_of_one(jobs: Sequence[Job]) -> int:
     needed += _STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
     for same in zip(*((*job.in_memory, *job.validation) for job in jobs), strict=True):
         if any(other is not same[0] for other in same):
-            needed += same[0].nbytes  # stacked, beside each fit's own
+            needed += same[0].nbytes  # the stack, beside each fit's own rows
     return needed

@@ -1,4 +1,4 @@
-"""What a fit is given, and what it leaves."""
+"""The input of a fit, `Job`, and its output, `Fitted`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def no_report(epoch: int, metrics: dict[str, float]) -> None:
-    """Tell nobody of an epoch."""
+    """Do nothing with an epoch's metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """All that a fit is given."""
+    """The input of a fit: the objective with its model, the rows, the settings and the device."""
 
     objective: Objective
     """What is minimised, with the model that is trained."""
     train: tuple[Tensor, ...] | Shuffled
     """Tensors of equal length, cut into batches together, or the rows of a stream."""
     validation: tuple[Tensor, ...]
-    """The same for the validation rows."""
+    """Tensors of the validation rows, of equal length."""
     spec: Fit
     seed: int
     """Decides the order of the rows and the noise of validation."""
@@ -46,13 +46,13 @@ class Job:
     scoring_rows: int = 2048
     """Rows of a batch of validation."""
     report: Report = no_report
-    """Told of each epoch; in a team, of the first worker only."""
+    """Called after each epoch; in a team, only the first worker's report has an effect."""
     team: Team = ALONE
     """The workers that train this model together, each with all rows."""
     checkpoints: Checkpoints | None = None
-    """Where to go on from and where to write to: after an epoch when one is due, and after the last one in any case."""
+    """The checkpoints that the fit goes on from and writes: when one is due after an epoch, and after the last."""
     parts: int = 1
-    """Into how many parts a batch is cut from the start, so that it fits into memory."""
+    """Number of parts into which a batch is cut from the start, so that it fits into memory."""
     random: RandomState | None = None
     """The random state in which training begins; None for the present one."""
 
@@ -63,8 +63,8 @@ class Job:
 
     @property
     def is_simple(self) -> bool:
-        """Whether one worker trains it on rows in memory, not compiled, and in float32: what is streamed is limited by
-        its reading, and bfloat16 is untried in CUDA graphs and in fits that are trained as one."""
+        """Whether the fit has one worker, rows in memory, no compiled loss and no bfloat16. Only then are CUDA graphs
+        used and fits trained as one: a stream is limited by its reading, and bfloat16 is untried there."""
         simple = self.team.size == 1 and not self.compile and self.precision != "bf16"
         return simple and not isinstance(self.train, Shuffled)
 
@@ -81,7 +81,7 @@ class Job:
 
 
 class Fitted(NamedTuple):
-    """What `fit` leaves beside the trained model."""
+    """The history of a fit and its best epoch; the trained model is left in the job."""
 
     history: list[dict[str, float]]
     """The metrics of each epoch."""

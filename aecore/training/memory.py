@@ -1,4 +1,4 @@
-"""What is known of memory: how much is free, what some work takes, and how it shows that it was not enough."""
+"""Memory of a device: how much is free, how much some work takes, and what to do when it runs out."""
 
 import warnings
 from collections.abc import Callable
@@ -7,9 +7,9 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or an error that it arose from, says that memory was not enough.
+    """Return whether `error`, or an error that it arose from, says that memory was not enough.
 
-    A CUDA graph whose capture runs out of memory ends in an error of its own, which hides the first one.
+    A CUDA graph whose capture runs out of memory ends in an error of its own, which hides the first error.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -21,11 +21,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_be_cut: bool = True) -> int:
-    """Return into how many parts batches are cut after `error`: two, after a warning.
+    """Return the number of parts into which batches are cut after `error`: two, after a warning.
 
     Args:
-        error: what a batch ended in; it is raised again if memory was not what it lacked.
-        parts: into how many the batch was cut.
+        error: the error that a batch ended in; it is raised again if it is no lack of memory.
+        parts: the number of parts into which the batch was cut.
         rows: the rows of the whole batch.
         kind: what the rows are called in messages.
         advice: what to do where even halves do not fit.
@@ -45,7 +45,7 @@ def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_b
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU that are free, those included that torch holds in reserve."""
+    """Return the bytes of a GPU that are free, including those that torch holds in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -15,11 +15,11 @@ Autocast = Callable[[], AbstractContextManager]
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[Autocast]:
-    """Set how float32 matrices and convolutions are multiplied within the block, and yield what models are called in.
+    """Set how float32 products are computed within the block, and yield a function that makes the context of a model's call.
 
     `fp32` multiplies with all 24 bits, `tf32` lets a GPU round the factors to 11 bits, `bf16` computes products in
-    bfloat16 by torch's autocast. Whatever computes what a model reads (the frozen layers below) has to do so in the
-    same block, or in one like it.
+    bfloat16 by torch's autocast. The frozen layers below a model, which compute its input, have to be called in the
+    same block, or in one of the same precision.
     """
     matrices, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -53,7 +53,7 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 @contextmanager
 def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Restore the generators after a block, and seed them before it where a `seed` is given."""
+    """Restore torch's random generators after the block; seed them before the block if a `seed` is given."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a training stage minimises: the loss of a variant, or the cross-entropy of labels."""
+"""The loss that a training stage minimises: that of a variant, or the cross-entropy of labels."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -13,11 +13,10 @@ from aecore.variants import Variant
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training stage minimises: the loss of a variant or, without one, the cross-entropy of labels.
+    """The loss that a training stage minimises: that of a variant or, without a variant, the cross-entropy of labels.
 
-    Calling it with a batch returns the weighted terms, whose sum is minimised. A step may be captured and replayed on a
-    GPU, so all that it does has to be done by operations on tensors, and no value may reach Python (`.tolist()`,
-    `.numpy()`).
+    A call with a batch returns the weighted terms of the loss, whose sum is minimised. A step may be replayed on a GPU,
+    so it has to consist of operations on tensors, and no value may reach Python (`.tolist()`, `.numpy()`).
     """
 
     model: nn.Module
@@ -33,7 +32,7 @@ class Objective:
         return {"cross_entropy": F.cross_entropy(self.model(self.inputs(x)).float(), labels)}
 
     def scored(self, x: Tensor, labels: Tensor | None = None) -> tuple[Terms, Terms]:
-        """Return the terms of a batch of validation and further sums over its rows: classification errors, if any."""
+        """Return the terms of the loss of a validation batch, and further sums over its rows: a classifier's errors."""
         if self.variant is not None:
             return self(x), {}
         assert labels is not None
@@ -41,5 +40,5 @@ class Objective:
         return {"cross_entropy": F.cross_entropy(logits.float(), labels)}, {"error": (logits.argmax(1) != labels).sum()}
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Return what the model reads of a batch, in float32 even where frozen layers compute in bfloat16."""
+        """Return a batch as the model reads it, in float32 even where frozen layers compute in bfloat16."""
         return self.read(x).float()

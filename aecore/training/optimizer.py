@@ -44,8 +44,8 @@ class AdamW:
         """Set negligible moments to zero before they become denormal numbers.
 
         Without gradients, as in a unit that died, a first moment shrinks to a denormal number in some 600 steps; a CPU
-        takes several times as long for those. What is set to zero here is too small to move a weight. In 100 steps a
-        moment falls to 3e-5 of itself, so a call every 100 steps is early enough.
+        takes several times as long for such numbers. The moments that are set to zero are too small to move a weight.
+        In 100 steps a moment falls to 3e-5 of itself, so a call every 100 steps is early enough.
         """
         for moment in (*self.means, *self.squares):
             moment.copy_(F.hardshrink(moment, _NEGLIGIBLE))

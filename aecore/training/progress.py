@@ -17,11 +17,11 @@ from aecore.training.optimizer import AdamW
 from aecore.training.totals import check_finite
 
 _PLATEAU_EPOCHS, _PLATEAU_FACTOR = 3, 0.5
-"""After so many epochs without a better loss, the schedule `plateau` multiplies the learning rate by the factor."""
+"""After this number of epochs without a better loss, `plateau` multiplies the learning rate by the factor."""
 
 
 def schedule(spec: Fit, epochs: float) -> float:
-    """Return the share of the peak learning rate after a number of epochs, fractions of one included."""
+    """Return the learning rate after `epochs` epochs, which may be a fraction, as a share of the peak learning rate."""
     if epochs < spec.warmup:
         # the very first step already moves: it is taken a thousandth of an epoch after the foot of the ramp
         return max(epochs, 1e-3) / spec.warmup
@@ -32,18 +32,18 @@ def schedule(spec: Fit, epochs: float) -> float:
 
 
 Snapshot = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
-"""Returns a fit's weights, by the names of the model's `state_dict`, and its optimiser's state; they are no copies."""
+"""Returns a fit's weights, by the names of the model's `state_dict`, and its optimiser's state, both not as copies."""
 
 
 class Plateau(NamedTuple):
     """The state of the schedule `plateau`."""
 
     scale: float = 1.0
-    """What the learning rate is multiplied by."""
+    """Factor on the learning rate."""
     best: float = float("inf")
     """The lowest validation loss."""
     bad: int = 0
-    """Epochs since then, or since the rate was lowered."""
+    """Number of epochs since the lowest loss, or since the learning rate was lowered."""
 
     def after(self, loss: float) -> "Plateau":
         """Return the state after an epoch with this validation loss."""
@@ -55,9 +55,9 @@ class Plateau(NamedTuple):
 
 
 class Progress:
-    """How far one fit has come, and what follows: the rate of a step, the best weights, when to stop.
+    """The state of one fit, which decides the learning rate of a step, the best weights and the end.
 
-    It goes on from the newest checkpoint, if there is one, and reports the epochs before it again.
+    A fit goes on from its newest checkpoint, if there is one, and reports the epochs before the checkpoint again.
 
     Args:
         optimizer: the optimiser of the job's model, which goes on from the checkpoint as well.
@@ -73,7 +73,7 @@ class Progress:
         self.best_epoch, self.best_weights, self.plateau = 0, dict[str, Tensor](), Plateau()
         self.parts = job.parts
         self.saved = ""
-        """What error messages say of the newest checkpoint."""
+        """Text about the newest checkpoint, for error messages."""
         self._resume(optimizer)
         writes = job.checkpoints is not None and job.team.rank == 0
         self._due = job.checkpoints.clock() if job.checkpoints is not None and writes else repeat(False)
@@ -90,7 +90,7 @@ class Progress:
         return done >= self.job.spec.epochs or (patience is not None and done - self.best_epoch >= patience)
 
     def rate(self, share: float) -> float:
-        """Return the learning rate after a share of the epoch to come."""
+        """Return the learning rate at the fraction `share` of the next epoch."""
         spec = self.job.spec
         return spec.lr * schedule(spec, self.epoch - 1 + min(share, 1)) * self.plateau.scale
 
@@ -101,9 +101,9 @@ class Progress:
         """Report an epoch, keep its weights if they are the best, and write a checkpoint if one is due.
 
         Args:
-            losses: terms of the objective, means over the training rows.
-            scores, sums: terms and further measures of the validation rows.
-            rate: of the last step.
+            losses: terms of the loss, means over the training rows.
+            scores, sums: terms of the loss and further measures, means over the validation rows.
+            rate: learning rate of the last step.
 
         Raises:
             DivergenceError: a number is not finite.
@@ -126,7 +126,7 @@ class Progress:
             self.best_weights = {name: value.detach().clone() for name, value in self.snapshot()[0].items()}
         if self.job.spec.schedule == "plateau":
             self.plateau = self.plateau.after(scores["loss"])
-        # the one after the last epoch serves a result that is lost on its way to where results are kept
+        # the checkpoint after the last epoch serves if the result is lost before it is stored
         if next(self._due) or (self.is_over and self.job.team.rank == 0):
             self._save(parts)
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Team(NamedTuple):
-    """This worker's place among those that train the same model; by default it is the only one.
+    """This worker's place among the workers that train the same model; by default it is the only worker.
 
     Every worker sees the same permutation and takes each `size`-th row of a batch, so that the team takes the steps
-    that one worker would take, up to the order of sums. Two things differ: each worker draws noise and dropout for its
-    own rows, and what a variant or batch normalisation computes of a whole batch, each worker computes of its part.
+    that one worker would take, up to the order of sums. Two things differ. Each worker draws noise and dropout for its
+    own rows. Batch normalisation, or a variant that looks at a whole batch, looks at each worker's part.
     """
 
     rank: int = 0
@@ -26,7 +26,7 @@ class Team(NamedTuple):
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors over the team, in place, in one message.
 
-        All workers have to call it together, with tensors of the same shapes in the same order.
+        All workers have to call this method together, with tensors of the same shapes in the same order.
         """
         tensors = list(tensors)
         if self.size == 1 or not tensors:

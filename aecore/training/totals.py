@@ -1,4 +1,4 @@
-"""Sums of what batches give, and their means over rows."""
+"""Sums of loss terms over batches, and their means over rows."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Totals:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Terms, weight: int) -> None:
-        """Add values times their weight; with weight 0 only their names are taken up."""
+        """Add values times their weight; weight 0 only adds their names."""
         for name, value in values.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
@@ -56,10 +56,10 @@ def check_finite(values: Mapping[str, Tensor | float], where: str, saved: str) -
 
     Args:
         where: the epoch and batch, for the message.
-        saved: what the message says of checkpoints.
+        saved: text about checkpoints, for the message.
 
     Raises:
-        DivergenceError: names the value.
+        DivergenceError: a value is not finite; the message names it.
     """
     for name, value in values.items():
         if not math.isfinite(value):

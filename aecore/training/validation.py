@@ -14,19 +14,20 @@ from aecore.training.numerics import Autocast, own_random_state
 from aecore.training.totals import Totals
 
 Scored = Callable[..., tuple[Terms, Terms]]
-"""(*batch) -> terms, which are means over its rows, and sums over its rows."""
+"""Maps a batch to the terms of the loss, which are means over the batch's rows, and to further sums over these rows."""
 
 
 class Validation:
-    """The validation rows of a fit, and how they are scored."""
+    """Scores the validation rows of a fit, in batches that fit into memory."""
 
     def __init__(self, job: Job, autocast: Autocast = nullcontext) -> None:
         self.job, self.autocast = job, autocast
         self.parts = 1
-        """Into how many parts a batch is cut; two after memory was not enough."""
+        """Number of parts into which a batch is cut; two after memory was not enough."""
 
     def score(self, scored: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the means of the terms and of the sums over all rows, in eval mode.
+        """Score all validation rows in eval mode: return the mean per row of each loss term, and that of each further
+        sum, such as a classifier's errors.
 
         Noise is the same at every call. A batch that does not fit into memory is cut in two, and so are all others from
         then on.
@@ -47,12 +48,12 @@ class Validation:
         return terms.means(rows, job.team), sums.means(rows, job.team)
 
     def _totals(self, scored: Scored) -> tuple[Totals, Totals, int]:
-        """Return the sums of this worker's terms (times rows), its other sums, and its number of rows."""
+        """Return the loss terms and the further sums, added up over this worker's rows, and the number of rows."""
         job, terms, sums, rows = self.job, Totals(), Totals(), 0
         order = torch.arange(len(job.validation[0]))
         for part in batches(job.validation, order, job.scoring_rows, job.device, job.team):
             tensors, count = part.tensors, part.rows
-            if not count:  # a row of another worker's, counted as none: all workers need the names of the terms
+            if not count:  # another worker's row, with weight 0: all workers need the names of the terms
                 tensors = tuple(tensor[:1].to(job.device) for tensor in job.validation)
             parts = min(self.parts, len(tensors[0]))
             for piece in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):

@@ -1,6 +1,6 @@
 """The variants of the autoencoder, each with its hyperparameters as fields and its mathematics as `loss`.
 
-To add one, write its file and name it in the union `Variant`; command line, hashes, studies and tests follow from that.
+To add a variant, write its file and name it in the union `Variant`; command line, hashes, studies and tests follow.
 """
 
 from typing import Annotated

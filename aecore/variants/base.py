@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Objective(Frozen, ABC):
-    """A variant of the autoencoder: what it needs of a layer, and the objective that it minimises."""
+    """A variant of the autoencoder: the changes that it makes to a layer, and the loss that it minimises."""
 
     paper: ClassVar[str]
     """The papers that introduced the variant, with their years."""
 
     @property
     def code_activation(self) -> Activation | None:
-        """The activation of the bottleneck if the network names none; None stands for that of the other layers."""
+        """The activation of the bottleneck if the network names none; None stands for the other layers' activation."""
         return None
 
     def build(self, layer: LayerSpec, number: int) -> LayerSpec:
@@ -39,5 +39,4 @@ class Objective(Frozen, ABC):
 
     @abstractmethod
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
-        """Return the weighted terms of the objective for rows `x` (batch, *in_shape), scalars averaged over the
-        batch."""
+        """Return the weighted terms of the loss for rows `x` (batch, *in_shape), scalars averaged over the batch."""

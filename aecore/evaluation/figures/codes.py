@@ -13,7 +13,7 @@ from aecore.evaluation.figures.trials import FONT, WIDTH, StudyTrial, best_row, 
 
 
 def planes(trials: Sequence[StudyTrial]) -> dict[str, np.ndarray]:
-    """Put the codes of the same test rows into a plane, (rows, 2), for each row of the study; takes seconds, in
+    """Return the codes of the same test rows in a plane, (test rows, 2), for each study row; takes seconds, in
     threads."""
     rows = lowest_seeds(trials, "map")
     # the limit is the same in all threads: scikit-learn sets it in each one and then restores what it found
@@ -22,7 +22,7 @@ def planes(trials: Sequence[StudyTrial]) -> dict[str, np.ndarray]:
 
 
 def codes_maps(trials: Sequence[StudyTrial], maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes | None:
-    """Draw the map of each row of the study, coloured by class if there are labels.
+    """Draw the map of each study row, coloured by class if there are labels.
 
     Args:
         maps: what `planes` returned.
@@ -54,7 +54,7 @@ def codes_maps(trials: Sequence[StudyTrial], maps: Mapping[str, np.ndarray], cla
 
 
 def _agreement(rows: Mapping[str, StudyTrial], maps: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return, for each row with labels, the share of points whose nearest neighbour in the plane has their class."""
+    """Return for each study row with labels the share of points whose nearest neighbour has their class."""
     agreement = {}
     for row, trial in rows.items():
         if "map_labels" in trial.arrays and len(maps[row]) > 1:
@@ -65,7 +65,7 @@ def _agreement(rows: Mapping[str, StudyTrial], maps: Mapping[str, np.ndarray]) -
 
 
 def activations(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw codes (test rows, units) of the sparse and plain rows on one colour scale, the most active units first."""
+    """Draw codes (test rows, units) of the sparse and plain study rows on one scale, the most active units first."""
     rows = {row: t.arrays["codes"] for row, t in lowest_seeds(trials, "codes").items() if t.kind in ("sparse", "plain")}
     if not any(trial.kind == "sparse" for trial in trials if trial.row in rows):
         return None

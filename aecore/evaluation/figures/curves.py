@@ -1,4 +1,4 @@
-"""Figures of a study that are lines: a mean over seeds per row, with a band from the lowest to the highest seed."""
+"""Figures of a study that are lines: a mean over seeds per study row, in a band from the lowest to the highest seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _MEASURES = {"accuracy": "accuracy", "mse": "squared error per feature"}
 
 
 class Line(NamedTuple):
-    """A row's curve, one per seed."""
+    """The curves of a study row, one per seed."""
 
     x: np.ndarray
     values: np.ndarray
@@ -29,11 +29,11 @@ class Line(NamedTuple):
 
 
 Read = Callable[[StudyTrial], tuple[Any, Any] | None]
-"""Reads x and values of a curve from a trial; None where it has none."""
+"""Reads x and values of a curve from a trial; None where the trial has no such curve."""
 
 
 def learning_curves(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw `val/reconstruction` by epoch, to the last one that all seeds of a row reached; stopped trials are faint."""
+    """Draw `val/reconstruction` by epoch, as far as all seeds of a study row go; stopped trials are faint."""
 
     def read(trial: StudyTrial) -> tuple[Any, Any] | None:
         values = [epoch["val/reconstruction"] for epoch in trial.history if "val/reconstruction" in epoch]
@@ -108,7 +108,7 @@ def robustness(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def _most_robust(panels: Mapping[str, Mapping[str, Line]], measure: str) -> str:
-    """Say which row is best at the strongest level of each noise."""
+    """Say which study row is best at the strongest level of each noise."""
     winners: dict[str, list[str]] = {}
     for noise, lines in panels.items():
         if last := {row: line.mean(-1) for row, line in lines.items()}:
@@ -150,7 +150,7 @@ def _curve(*path: str, x: str, y: str) -> Read:
 
 
 def _lines(trials: Sequence[StudyTrial], read: Read) -> dict[str, Line]:
-    """Read a line per row, up to the shortest of its seeds."""
+    """Return the line of each study row, up to the last point that all its seeds have."""
     lines = {}
     for row, members in by_row(trials, read).items():
         curves = [curve for curve in map(read, members) if curve]
@@ -161,7 +161,7 @@ def _lines(trials: Sequence[StudyTrial], read: Read) -> dict[str, Line]:
 
 
 def _draw(axes: Axes, lines: Mapping[str, Line], look: Mapping[str, Look], named: bool = True) -> None:
-    """Draw means over seeds with a band from lowest to highest, and each row's name beside its line's end."""
+    """Draw means over seeds with a band from lowest to highest, and each study row's name beside its line's end."""
     for row, (x, values) in lines.items():
         colour, style = look[row]
         axes.plot(x, values.mean(0), color=colour, linestyle=style, linewidth=1.6, marker="" if len(x) > 1 else "o")

@@ -1,6 +1,6 @@
 """Figures of a study that show rows of data or units as images: the same test rows and the same noise everywhere.
 
-Each row of the study is shown by its lowest seed.
+Each study row is shown by its lowest seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
 _OVERCOMPLETE = ("overcomplete", "sparse overcomplete")
-"""The rows that `identity_risk` compares, the one without a constraint first."""
+"""The study rows that `identity_risk` compares, the row without a constraint first."""
 
 
 def reconstructions(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw test rows as they are and as each row of the study reconstructs them."""
+    """Draw test rows as they are and as each study row reconstructs them."""
     rows = lowest_seeds(trials, "inputs", "reconstructed")
     if not rows:
         return None
@@ -34,7 +34,7 @@ def reconstructions(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def triptychs(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw test rows clean, corrupted and as each row of the study restores them."""
+    """Draw test rows clean, corrupted and as each study row restores them."""
     rows = lowest_seeds(trials, "inputs", "corrupted", "restored")
     if not rows:
         return None
@@ -52,7 +52,7 @@ def triptychs(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def samples(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw images from the prior of each variational row, and its manifold where the code is a plane."""
+    """Draw images from the prior of each variational study row, and its manifold where the code is a plane."""
     rows = {row: trial for row, trial in lowest_seeds(trials, "samples").items() if trial.arrays["samples"].ndim == 4}
     if not rows:
         return None
@@ -77,7 +77,7 @@ def samples(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def identity_risk(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw what a code wider than the data learns without a constraint and with one: error, probe and weights."""
+    """Draw error, probe accuracy and weights of codes wider than the data, one without a constraint and one sparse."""
     members = {row: seeds for row, seeds in by_row(trials).items() if row in _OVERCOMPLETE}
     if len(members) < 2:
         return None
@@ -102,7 +102,7 @@ def identity_risk(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def _bars(axes: "Axes", label: str, rows: Mapping[str, np.ndarray], colours: Mapping[str, str]) -> None:
-    """Draw the mean of each row's values (seeds,) with a whisker from the lowest to the highest."""
+    """Draw the mean of each study row's values (seeds,) with a whisker from the lowest to the highest."""
     for place, (row, values) in enumerate(rows.items()):
         mean = values.mean()
         reach = [[mean - values.min()], [values.max() - mean]]
@@ -116,7 +116,7 @@ def _bars(axes: "Axes", label: str, rows: Mapping[str, np.ndarray], colours: Map
 
 
 def _weights(figure: "SubFigure", filters: Mapping[str, np.ndarray]) -> None:
-    """Draw the weights (units, *shape) of each overcomplete row, every unit on its own scale."""
+    """Draw the weights (units, *shape) of each overcomplete study row, every unit on its own scale."""
     for axes, row in zip(figure.subplots(1, 2), _OVERCOMPLETE, strict=True):
         largest = np.abs(filters[row]).max(tuple(range(1, filters[row].ndim)), keepdims=True)
         images = filters[row] / np.maximum(largest, 1e-12)
@@ -129,7 +129,7 @@ def _weights(figure: "SubFigure", filters: Mapping[str, np.ndarray]) -> None:
 
 
 def _closest(truth: np.ndarray, lines: Mapping[str, np.ndarray]) -> tuple[str, float]:
-    """Return the row that is closest to the truth, and its squared error per feature."""
+    """Return the study row that is closest to the truth, and its squared error per feature."""
     errors = {row: float(((values - truth) ** 2).mean()) for row, values in lines.items()}
     best = best_row(errors, higher=False)
     return best, errors[best]

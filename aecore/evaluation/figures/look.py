@@ -1,6 +1,6 @@
 """The one look of all figures: colours, titles, pictures side by side, and PNG as the format.
 
-Nothing here imports matplotlib before a figure is drawn: it takes half a second, which a thread that draws then spends.
+Matplotlib is imported only when a figure is drawn: the import takes half a second, which the drawing thread spends.
 """
 
 import io
@@ -91,8 +91,8 @@ def scatter(
 
 
 def legible(name: str) -> str:
-    """Return a class's name, which comes from the data, as text for a figure: one short line, no part of which
-    matplotlib reads as mathematics."""
+    """Return a class's name, which comes from the data, as text for a figure: one short line, in which matplotlib reads
+    nothing as mathematics."""
     text = escape_unprintable(name)
     return (text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…").replace("$", r"\$")
 

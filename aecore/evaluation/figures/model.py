@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> bytes:
-    """Draw the same rows before and after, each (rows, *shape) as the network reads them: images, or a heat map.
+    """Draw rows and their reconstructions, each (rows, *shape) as the network reads them: images, or a heat map.
 
     Args:
         mse: the squared error per feature of all test rows, for the title.
@@ -51,7 +51,7 @@ def _lines_of_images(title: str, height: float, lines: Mapping[str, np.ndarray])
 
 
 def _side_by_side(images: np.ndarray, places: int = 0) -> np.ndarray:
-    """Put images into a row that has room for at least so many, with gaps of a tenth of their width."""
+    """Put images into a row with room for at least `places` images, with gaps of a tenth of their width."""
     return look.tiled(images, max(len(images), places), max(1, images.shape[-1] // 10))
 
 
@@ -91,7 +91,7 @@ def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[st
     """Draw codes (rows, units) in a plane, coloured by label.
 
     Args:
-        rows: which rows these are, for the title.
+        rows: the name of the rows' split, for the title.
     """
     points, size = look.plane(codes), 8 if len(codes) <= 2000 else 2
     if codes.shape[1] <= 2:

@@ -10,18 +10,18 @@ from aecore.evaluation.figures.trials import FONT, WIDTH, StudyTrial, by_row, fi
 
 
 class Share(NamedTuple):
-    """How much of a metric's variance lies between the values of a setting."""
+    """The share of a metric's variance that lies between the values of a setting."""
 
     found: float
     chance: float
-    """What groups without any effect would give on average."""
+    """The share that a setting without any effect would have on average."""
 
 
 def importance(trials: Sequence[StudyTrial], metric: str) -> bytes | None:
-    """Draw, for each setting that was searched, the share of the metric's variance that lies between its values.
+    """Draw, for each setting that was searched, the share of the metric's variance between the setting's values.
 
-    It is one-way: between-group over total sum of squares (the correlation ratio; Fisher 1925), over all finished
-    trials with that setting, after each row's mean is subtracted. A tick marks what chance would give.
+    The share is one-way: between-group over total sum of squares (the correlation ratio; Fisher 1925), over all
+    finished trials with that setting, after each study row's mean is subtracted. A tick marks what chance would give.
     """
     scored = [trial for trial in trials if trial.status == "finished" and len(finite([trial], metric))]
     names = sorted({name for trial in scored for name in trial.settings})
@@ -43,7 +43,7 @@ def importance(trials: Sequence[StudyTrial], metric: str) -> bytes | None:
 
 
 def _share(trials: Sequence[StudyTrial], name: str, metric: str) -> Share | None:
-    """Return the share of one setting; None where it has one value only or the metric does not vary."""
+    """Return the share of one setting; None where the setting has one value only or the metric does not vary."""
     rows = by_row([trial for trial in trials if name in trial.settings])
     groups = np.array(_groups([trial.settings[name] for row in rows.values() for trial in row]))
     levels = np.unique(groups)

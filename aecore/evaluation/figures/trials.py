@@ -1,7 +1,8 @@
-"""What all figures of a study share: the trials that they read, and a colour per row.
+"""The trials that figures of a study read, and the colour of each study row.
 
-A row is one variant under the name that the study gives it; it has a trial per seed. Each figure takes all trials that
-are compared, so that a row has one colour in all figures. It returns PNG bytes, or None where the trials lack its data.
+A study row is one variant under the name that the study gives it; it has a trial per seed. Each figure takes all trials
+that are compared, so that a study row has one colour in all figures. A figure is returned as PNG bytes, or None where
+the trials lack its data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ WIDTH = 5.4  # inches: at the width of a phone the type is still legible
 
 
 class StudyTrial(Protocol):
-    """What the figures read of a trial, see `pipelines.study.trial.Trial`."""
+    """The fields of `pipelines.study.trial.Trial` that figures read."""
 
     @property
     def row(self) -> str: ...
@@ -51,15 +52,15 @@ class StudyTrial(Protocol):
 
 
 class Look(NamedTuple):
-    """A row's colour and line style (one of matplotlib's)."""
+    """A study row's colour and line style (one of matplotlib's)."""
 
     colour: str
     style: Any
 
 
 def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
-    """Choose a look per row: the kind's colour for the first row of a kind (or the one named like it); for further
-    rows the colours that the palette has left, and when these are used up, the kind's colour with dashes."""
+    """Choose a look per study row: the kind's colour for the first row of a kind (or the row named like the kind); for
+    further rows the colours that the palette has left, and when these are used up, the kind's colour with dashes."""
     kinds = {trial.row: trial.kind for trial in trials}
     first = {kind: kind if kinds.get(kind) == kind else row for row, kind in reversed(kinds.items())}
     rows = {row: Look(COLOURS.get(kind, BLACK), "-") for row, kind in kinds.items()}
@@ -74,7 +75,7 @@ def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
 def by_row(
     trials: Sequence[StudyTrial], has: Callable[[StudyTrial], Any] = lambda _: True
 ) -> dict[str, list[StudyTrial]]:
-    """Return the finished trials for which `has` holds, by row and in the order of their seeds."""
+    """Return the finished trials for which `has` holds, by study row and in the order of their seeds."""
     rows: dict[str, list[StudyTrial]] = {}
     for trial in trials:
         if trial.status == "finished" and has(trial):
@@ -83,7 +84,7 @@ def by_row(
 
 
 def lowest_seeds(trials: Sequence[StudyTrial], *names: str) -> dict[str, StudyTrial]:
-    """Return the trial with the lowest seed of each row, among those that have all the arrays `names`."""
+    """Return the trial with the lowest seed of each study row, among those that have all the arrays `names`."""
     rows = by_row(trials, lambda trial: all(name in trial.arrays for name in names))
     return {row: members[0] for row, members in rows.items()}
 
@@ -95,7 +96,7 @@ def finite(trials: Sequence[StudyTrial], metric: str) -> np.ndarray:
 
 
 def best_row(means: Mapping[str, float], higher: bool) -> str:
-    """Return the row with the highest or the lowest mean."""
+    """Return the study row with the highest or the lowest mean."""
     return (max if higher else min)(means, key=lambda row: means[row])
 
 
