@@ -15,7 +15,7 @@ Autocast = Callable[[], AbstractContextManager]
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[Autocast]:
-    """Set how float32 products are computed within the block, and yield a function that makes the context of a model's call.
+    """Set how float32 products are computed within the block, and yield a function that makes a model's context.
 
     `fp32` multiplies with all 24 bits, `tf32` lets a GPU round the factors to 11 bits, `bf16` computes products in
     bfloat16 by torch's autocast. The frozen layers below a model, which compute its input, have to be called in the
