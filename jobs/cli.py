@@ -143,8 +143,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
 
 
 def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
-    """Return code, report and message for what ended a command; `with_reason` also puts the message into the report,
-    and makes one for bad input."""
+    """Return exit code, report and message for the exception that ended a command. `with_reason` also puts the message
+    into the report, and makes a report for bad input."""
     if isinstance(error, KeyboardInterrupt):
         return _Ending(130, {"status": "killed"}, "interrupted")
     cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task

@@ -67,7 +67,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         return None
     assert tracker is not None
 
-    # a study that gets another seed or row stays the same study, and so the same MLflow run
+    # a study that gets another seed or study row stays the same study, and so the same MLflow run
     key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
@@ -116,7 +116,7 @@ def _print_table(report: "Report") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=110, markup=False)  # the user chooses the names of rows, which may look like markup
+    console = Console(width=110, markup=False)  # the user chooses the names of study rows, which may look like markup
     columns = [name for name in _COLUMNS if name in report.means]
     table = Table("mean over seeds", *columns, title="On the test split", title_justify="left")
     for row in report.means[columns[0]] if columns else ():

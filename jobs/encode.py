@@ -31,7 +31,7 @@ class Encode(Frozen):
 
     Each row has `id` (a running number), `file` and `row` (where it came from) and `code`. Classifiers add `prediction`
     and `probability`. Models with an autoencoder add `reconstruction_mse` and `anomaly_score`: the percentage of the
-    model's validation rows that it reconstructs no worse. If the command is killed, the same command finishes the job.
+    model's validation rows with no larger error. If the command is killed, the same command finishes the job.
     """
 
     recipe: CliPositionalArg[Path | None] = None
@@ -101,7 +101,7 @@ def encode(settings: Encode) -> dict[str, Any]:
 def _find_rows(
     settings: Encode, result: Result, model: str, digest: str
 ) -> tuple[Operation, Data | None, Facts | None, int]:
-    """Return what is to be computed, from which data, what is known of them, and how many rows they have.
+    """Return the operation, the data that it reads, the facts about these data, and the number of rows.
 
     Raises:
         InputError: the data, the codes or the sampling do not fit the model.

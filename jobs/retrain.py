@@ -1,7 +1,7 @@
 """python -m jobs.retrain [RECIPE.yaml] --model NAME [--logical-date D] [--dotted.field VALUE ...]
 
 Train a registered model again if the data have changed, and let the new model be champion only if it is proven better.
-One decision is made for a model and a date, however often the command is fired.
+One decision is made for a model and a date, however often the command is started.
 """
 
 from dataclasses import replace
@@ -58,12 +58,12 @@ class Retrain(Experiment, Rule):
 
     @property
     def rule(self) -> Rule:
-        """The fields by which it is decided whether to train and whom to promote."""
+        """The fields that decide whether to train, and which model to promote."""
         return Rule.model_validate(self.model_dump(include=set(Rule.model_fields)))
 
 
 def run(settings: Retrain) -> dict[str, Any] | None:
-    """Decide, and return the report for the last line of stdout, or None where only the plan is printed."""
+    """Retrain or roll back, and return the report for the last line of stdout; None where only the plan is printed."""
     model, experiment, rule, resources = settings.model, settings.experiment, settings.rule, settings.resources
     if model is None:
         raise InputError("model: name the registered model, --model NAME")

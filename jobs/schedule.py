@@ -1,8 +1,9 @@
 """python -m jobs.schedule [RECIPE.yaml] --model NAME [--cron "0 2 * * *"] [--format cron|systemd|kuberay] [...]
 
-Print what fires `jobs.retrain` once a day: a crontab line, a systemd service and timer, or a RayCronJob. Nothing is
-installed. Each firing has a logical date, the day on the clock that fires it. Except on Kubernetes, each also has a
-submission id made of the model and that date, which Ray accepts once, so that a second firing is refused.
+Print a schedule that starts `jobs.retrain` once a day: a crontab line, a systemd service and timer, or a RayCronJob.
+Nothing is installed. Each start (firing) has a logical date: the day on the clock of the machine that starts it. Except
+on Kubernetes, it also has a submission id made of the model and that date. Ray accepts an id once and refuses a second
+firing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _SAMPLE = Path(__file__).parent / "kuberay" / "raycronjob.yaml"
 _ENVIRONMENT = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 """Variables that a job needs and that cron does not pass on."""
 _LONGEST_NAME = 40
-"""Kubernetes adds to the name of a RayCronJob, up to 63 characters."""
+"""Most characters of a model in a name: Kubernetes lengthens the name of a RayCronJob, to at most 63 characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Schedule:
         return f"retrain-{plain}" if plain == self.model else f"retrain-{plain}-{digest}"
 
     def command(self) -> list[str]:
-        """Return the module that runs and its arguments, without the date."""
+        """Return the scheduled module's name and its arguments, but not `--logical-date`, which each firing adds."""
         return ["jobs.retrain", *([self.recipe] if self.recipe else []), "--model", self.model]
 
     def shell(self) -> str:

@@ -43,8 +43,7 @@ def _connect(address: str) -> Any:
 
 
 def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
-    """Submit the command that follows `--` with the job client that `connect` makes of an address, follow the job, and
-    return the exit code.
+    """Submit the command after `--`, follow the job, and return its exit code; `connect` makes a client of an address.
 
     Raises:
         InputError: nothing was submitted.
@@ -172,7 +171,7 @@ def _free_id(name: str, jobs: dict[str, Any], once: bool = False) -> str:
 
 
 def _ask(address: str, question: Callable[[], Any]) -> Any:
-    """Return what the cluster answers to a call of its client.
+    """Return the result of `question`, a call of the cluster's client.
 
     Raises:
         InputError: the cluster cannot be reached, asks for a token, or is no Ray cluster.

@@ -112,8 +112,7 @@ def _print_plan(graph: Stacked, facts: Facts, mode: str, finished: dict[str, str
 
 
 def _job_metrics(graph: Stacked, outcomes: dict[str, Outcome]) -> dict[str, float]:
-    """Return the metrics of the job's run: `test/...`, of finetuning's best epoch `val/...`, of the control
-    `control/...`."""
+    """Return the job's metrics: `test/...`, `val/...` (finetuning's best epoch) and `control/...` (the control)."""
     metrics = dict(outcomes["evaluate"].metrics)
     if graph.finetune is not None:
         best = {k: v for k, v in outcomes["finetune"].metrics.items() if k.startswith("best/")}

@@ -21,8 +21,8 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
     """Connect to the cluster that RAY_ADDRESS names, else start an embedded Ray; do nothing if Ray runs already.
 
     Args:
-        warm_up: A function and its arguments, called in a worker of a single idle machine while the driver does other
-            things, to import what the first stage needs. Useless for Ray Tune, which has workers of its own.
+        warm_up: A function and its arguments, to import modules for the first stage. On a single idle machine a worker
+            calls it while the driver does other things. Useless for Ray Tune, which starts its own workers.
 
     Raises:
         InputError: No cluster answers at RAY_ADDRESS.
@@ -45,8 +45,8 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
     if warm_up and len(nodes := possible_nodes()) == 1:
         cpus = nodes[0]["CPU"]
         if not address or ray.available_resources().get("CPU") == cpus:
-            # leaves one CPU to whoever reads the data; the first stage, which takes all, waits for it and then finds a
-            # worker with its imports done
+            # one CPU stays free for the task that reads the data; the first stage takes all CPUs, so it waits for the
+            # warm-up and then finds a worker with its imports done
             function, *arguments = warm_up
             ray.remote(num_cpus=max(1, cpus - 1))(function).remote(*arguments)
 
@@ -72,8 +72,8 @@ def _without_idle_servers() -> Iterator[None]:
     """Let Ray start without the autoscaler's monitor and the dashboard's server while the block runs.
 
     Both have nothing to do on one machine, and each imports Ray. Without them the README's first command takes 2.4 s
-    less (2 cores, Ray 2.60). Ray has no public option for it; `ray.init(include_dashboard=False)` starts both all the
-    same. An option would replace this; should the methods be gone one day, Ray starts whole.
+    less (2 cores, Ray 2.60). Ray has no public option for this; `ray.init(include_dashboard=False)` starts both all the
+    same. A public option would replace this function. If a later Ray lacks the methods, both servers start.
     """
     node: Any = importlib.import_module("ray._private.node").Node
     methods = {name: getattr(node, name) for name in ("start_monitor", "start_api_server") if hasattr(node, name)}

@@ -1,4 +1,4 @@
-"""Which nodes the cluster has or may get, and whether all of them reach what a job writes to."""
+"""Which nodes the cluster has or may get, and whether all of them reach the store and the folder of checkpoints."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ Node = dict[str, float]
 
 
 def possible_nodes() -> list[Node]:
-    """Return the nodes that are up or, if these are more, those that the autoscaler may bring up."""
+    """Return the nodes that are up, or the nodes that the autoscaler may start if there are more of those."""
     import ray
 
     up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -32,7 +32,7 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
         field: The setting that names `storage_path`, for the message.
 
     Raises:
-        InputError: One of them is a file or folder of a single machine.
+        InputError: The store or the folder lies on a single machine, and the cluster has several nodes.
     """
     import ray
 

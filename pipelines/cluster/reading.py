@@ -14,14 +14,14 @@ from aecore.data.stream import ReadPiece
 
 T = TypeVar("T")
 _BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**26
-"""Of one block, and of all that are read ahead of training."""
+"""Size of one block, and of all blocks that are read ahead of training."""
 
 
 def spread(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
-    """The rows of the pieces, in their order, read and decoded by Ray Data's tasks ahead of who takes them.
+    """Yield the rows of the pieces in order; tasks of Ray Data read and decode them ahead of the consumer.
 
-    The tasks reserve no CPU: a stage that waited for rows while it holds the CPUs that could read them would wait for
-    ever. A stage leaves a CPU free for them instead, where the node has more than one.
+    The tasks reserve no CPU: a stage that holds all CPUs would wait for ever for tasks that wait for a CPU. Instead the
+    stage leaves one CPU free for the tasks, where the node has more than one (see `share_of`).
     """
     import ray
     from ray.data import TaskPoolStrategy
@@ -43,7 +43,7 @@ def spread(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
 
 
 class Done(NamedTuple):
-    """One piece of work that has ended."""
+    """The number of a finished piece of work, the count of its rows, and when the work began and ended."""
 
     number: int
     rows: int
@@ -55,15 +55,16 @@ class Done(NamedTuple):
 def each(
     make: Callable[[T], Callable[[int], int]], given: T, numbers: Sequence[int], workers: int | None, gpus: float | None
 ) -> Iterator[Done]:
-    """Have each number worked on by one of several workers, each with one CPU and one thread; in the order they end.
+    """Let workers with one CPU and one thread each process the numbers; yield a `Done` for each number that is
+    finished.
 
     Args:
-        make: what a worker is, made of `given` once in its own process: takes a number, returns how many rows it had.
-        workers: at most as many as the cluster holds, which is what None takes.
-        gpus: of each worker; None takes one where the cluster has any.
+        make: called once in each worker with `given`; returns a function from a number to the count of its rows.
+        workers: number of workers; None, or a larger number than the cluster holds, takes as many as the cluster holds.
+        gpus: GPUs per worker; None takes 1 where the cluster has GPUs, else 0.
 
     Raises:
-        InputError: of a worker; or the cluster has no such GPU.
+        InputError: a worker raised it, or the cluster has too few GPUs.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -89,13 +90,13 @@ def each(
             number, began, error, rows = int(batch["item"][0]), time.time(), "", 0
             try:
                 rows = self.work(number)
-            except InputError as told:  # as a value: what Ray Data makes of an error is several pages
+            except InputError as told:  # as a value: for an exception, Ray Data prints several pages
                 error = str(told)
             return {"done": [[number, rows, began, time.time()]], "error": [error]}
 
-    # blocks that are there: reading them would wait for a CPU, and the workers may have all
+    # blocks in memory: tasks that read blocks would wait for a CPU, and the workers may have all
     jobs = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
-    # one waits at each worker, no more: what is queued at one cannot go to another that is free
+    # only one number waits at each worker: a number cannot move to another worker that is free
     pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)), max_tasks_in_flight_per_actor=2)
     done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
@@ -106,11 +107,11 @@ def each(
 
 
 def _set_up(preserve_order: bool) -> None:
-    """Ray Data without bars and chatter, with small buffers."""
+    """Set Ray Data to small buffers, without progress bars and log lines."""
     from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of there being no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that there are no bars
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = _BLOCK_BYTES

@@ -1,4 +1,4 @@
-"""What a user chooses of the cluster."""
+"""The computing resources that a user asks for."""
 
 from typing import Annotated, Self
 
@@ -48,5 +48,5 @@ class Resources(Frozen):
 
     @property
     def numerics(self) -> Numerics:
-        """The part that changes the numbers and is hashed into the keys of the stages."""
+        """The fields that change the numbers and are hashed into the keys of the stages."""
         return Numerics(precision=self.precision, compile=self.compile)

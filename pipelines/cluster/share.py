@@ -9,21 +9,21 @@ from pipelines.cluster.nodes import Node, possible_nodes
 from pipelines.cluster.resources import Resources
 
 _MOST_DEFAULT_CPUS = 8
-"""Layers of usual size gain nothing from more threads."""
+"""Most CPUs of a stage by default; layers of usual size gain nothing from more threads."""
 
 
 class Share(NamedTuple):
-    """What one stage, or each worker of a team that trains it, gets of a node."""
+    """The GPUs and CPUs of a node that a stage gets, or each worker of a team that trains the stage."""
 
     gpus: float
     cpus: int
 
 
 def share_of(resources: Resources, streamed: bool = False, nodes: list[Node] | None = None) -> Share:
-    """Return what each stage gets of the cluster that Ray is connected to, or of the given nodes.
+    """Return the GPUs and CPUs that each stage gets of the cluster that Ray is connected to, or of the given nodes.
 
     Args:
-        streamed: The stages read their data from disk; a CPU of the default share is left to those who read.
+        streamed: The stages read their data from disk; one CPU of the default share is left to the tasks that read.
 
     Raises:
         InputError: No node has what was asked for, or the cluster has too little for all workers of a team.
@@ -57,7 +57,7 @@ def share_of(resources: Resources, streamed: bool = False, nodes: list[Node] | N
 
 
 def check_this_machine(resources: Resources) -> None:
-    """Raise what `share_of` would raise once an embedded Ray had started, without starting it.
+    """Raise an InputError where this machine lacks what `resources` ask for, before an embedded Ray is started.
 
     Does nothing where a cluster is named or Ray runs already.
     """

@@ -1,4 +1,4 @@
-"""Runs a data set through a model into Parquet files, by several workers at once; files that are whole already stay."""
+"""Runs a data set through a model into Parquet files, by several workers at once; finished files stay."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _SAY_SECONDS = 2.0
 
 
 class Encoded(NamedTuple):
-    """What a job has written."""
+    """The rows and files of an encoding job that has ended, and how long it took."""
 
     rows: int
     """Rows in all files."""
@@ -38,7 +38,8 @@ def write_files(
 
     Args:
         store: address of the MLflow store; where workers run on other machines, it must not be local.
-        workers: processes side by side; see `pipelines.cluster.reading.each`, also for `gpus`.
+        workers: number of processes side by side; None takes as many as the cluster holds.
+        gpus: GPUs per worker; None takes 1 where the cluster has GPUs, else 0.
         say: prints a line of progress.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What whoever computes a stage is told beside the stage itself."""
+"""Instructions that a worker gets along with a stage: store, parent run, share of the cluster, checkpoints."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 StoreAddress = tuple[Any, ...]
-"""The fields of a `Tracker`. It travels in their place, so that whoever receives it need not import MLflow first."""
+"""The fields of a `Tracker`, sent instead, since receiving a `Tracker` means to import MLflow first."""
 
 Tell = Callable[[Stage, int, dict[str, float]], None]
-"""Called once per epoch of a stage's training with the epoch's number, from 1, and its metrics."""
+"""Function that is called once per epoch with the stage, the epoch's number (from 1) and the epoch's metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """Where a stage is computed, where its result goes and who is told; nothing here reaches the numbers.
+    """Where a stage is computed and where its result goes; nothing in an assignment is part of the stage's key.
 
-    A chained task, a trial of a study and a member of a worker group compute a stage in the same way and differ in this
-    object alone.
+    A chained task, a trial of a study and a member of a worker group compute a stage in the same way. Only their
+    assignments differ.
     """
 
     store: StoreAddress
@@ -39,29 +39,29 @@ class Assignment:
     team: "Team | None" = None
     """The workers that train the stage together, if there are several."""
     tell: Tell | None = None
-    """Told of each epoch. What it raises ends the stage."""
+    """Called after each epoch. An exception raised in this function ends the stage."""
     checkpoint_folder: str | None = None
     """Folder or URI below which each stage has a folder for its checkpoints; None writes none."""
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints of a stage."""
     parts: int = 1
-    """Into how many parts a batch is cut whose gradients are added up; 2 where memory did not suffice for 1."""
+    """Parts into which a batch is cut, whose gradients are added up; 2 where memory did not suffice for 1."""
     reads_alone: bool = False
-    """Rows on disk are read in this process and not by tasks of the cluster, as trials side by side do."""
+    """Whether rows on disk are read in this process, as in trials side by side, instead of by tasks of the cluster."""
 
     def checkpoints(self, stage: Stage) -> Checkpoints | None:
-        """Return where the stage keeps how far it has come, if anywhere."""
+        """Return the checkpoints of a stage; None where none are written."""
         if self.checkpoint_folder is None:
             return None
         return checkpoints_of(stage, self.checkpoint_folder, self.checkpoint_seconds)
 
 
 def assign(tracker: "Tracker", parent: str, share: Share, resources: Resources, in_study: bool = False) -> Assignment:
-    """Return the assignment of the stages of a job.
+    """Return the assignment that all stages of a job have in common.
 
     Args:
         parent: The job's MLflow run.
-        share: What each stage gets of the cluster.
+        share: CPUs and GPUs of each stage.
         in_study: The stages belong to trials of a study, which run side by side.
     """
     from pipelines.store.lease import held_leases
@@ -77,8 +77,8 @@ def assign(tracker: "Tracker", parent: str, share: Share, resources: Resources, 
 
 
 def checkpoint_folder(store_uri: str, storage_path: str | None) -> str | None:
-    """Return where checkpoints go: to `storage_path`, else beside a local store or, with an embedded Ray, into the
-    working directory; nowhere on a cluster whose nodes share no folder that is known here."""
+    """Return the folder or URI for checkpoints: `storage_path`, else a folder beside a local store or, with an embedded
+    Ray, in the working directory. Return None on a cluster with a remote store, whose nodes may share no folder."""
     if storage_path is not None:
         return storage_path
     if store_uri.startswith("sqlite:///"):

@@ -1,4 +1,4 @@
-"""Chained Ray tasks: the driver submits stages, waits for them, tries again what was lost, and tells."""
+"""Chained Ray tasks: the driver submits stages, waits for them, and submits lost stages again."""
 
 import time
 from collections import Counter
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-"""Seconds before the second attempt at a stage, doubled before each further one, and at most."""
+"""Seconds of pause before the second attempt at a stage, doubled for each further attempt, and the longest pause."""
 
 
 class Outcome(NamedTuple):
-    """A stage that is finished."""
+    """The run and the metrics of a finished stage, and whether the stage was restored instead of computed."""
 
     run_id: str
     metrics: dict[str, float]
@@ -46,25 +46,26 @@ def compute(
     tell: Callable[[str], None],
     in_study: bool = False,
 ) -> dict[str, Outcome]:
-    """Finish every stage, restoring those that are finished already; Ray starts only if one is not, and stays up.
+    """Restore the stages that are finished already and compute the others; Ray starts only if a stage is missing.
 
-    A stage that fails ends those that stand on it; all others go on, and then its error is raised.
+    If a stage fails, the stages that need its result are not computed. All others are; then the error is raised.
 
     Args:
-        stages: What is wanted, each after those that it stands on; what else they stand on is computed where needed.
+        stages: The wanted stages, each after the stages whose results it needs. Inputs that are not listed, such as the
+            data, are computed where needed.
         parent: The MLflow run in which the runs of the stages are nested.
         tell: Called with a line for each stage that is restored.
         in_study: The stages belong to trials of a study.
 
     Returns:
-        What became of each stage, by its name.
+        The outcome of each stage, by the stage's name.
     """
     outcomes: dict[str, Outcome] = {}
     folder = checkpoint_folder(tracker.uri, resources.storage_path)
     for stage in stages:
         if run_id := tracker.find(stage.key):
             outcomes[stage.key] = Outcome(run_id, tracker.metrics(run_id), True)
-            if folder is not None:  # its worker may have been killed between the commit and this
+            if folder is not None:  # the worker may have been killed between the commit and the clearing
                 checkpoints_of(stage, folder).clear()
             tell(f"{stage.name}: restored")
     missing = [stage for stage in stages if stage.key not in outcomes]
@@ -94,15 +95,16 @@ class _Chain:
         self.submitted: dict[str, ObjectRef] = {}
         """References to results, by the keys of stages."""
         self.waiting: dict[ObjectRef, Stage] = {}
-        """Stages that are wanted and run or wait for others, each after those that it stands on."""
+        """Wanted stages that run or wait for their inputs, each after the stages whose results it needs."""
         self.paused: list[tuple[float, list[Stage]]] = []
-        """Stages to be submitted again, and when (monotonic seconds)."""
+        """Stages to be submitted, and when (monotonic seconds)."""
         self.attempts: Counter[str] = Counter()
         self.halved: set[str] = set()
         """Keys of stages that ran out of their node's memory: their batches are cut in two."""
 
     def run(self, stages: Sequence[Stage]) -> dict[str, Outcome]:
-        """Compute stages; all that do not stand on a failed one are finished before its error is raised."""
+        """Return the outcomes of stages by key. If a stage fails, all stages that do not need its result are finished
+        before its error is raised."""
         import ray
 
         outcomes: dict[str, Outcome] = {}
@@ -116,7 +118,7 @@ class _Chain:
                     time.sleep(pause or 0.0)
                     continue
                 ready, _ = ray.wait(list(self.waiting), timeout=pause)
-                for reference in ready:  # the first that is ready, and so none before one that it stands on
+                for reference in ready:  # the first that is ready: inputs come before the stages that need them
                     stage = self.waiting.pop(reference)
                     try:
                         run_id, result = ray.get(reference)
@@ -142,11 +144,15 @@ class _Chain:
             self.waiting[self._submit(stage)] = stage
 
     def _seconds_to_next(self) -> float | None:
-        """Seconds until a stage is to be submitted again; None where none is."""
+        """Return the seconds until the next paused stage is to be submitted; None if no stage is paused."""
         return max(0.0, min(at for at, _ in self.paused) - time.monotonic()) if self.paused else None
 
     def _try_again(self, stages: list[Stage], error: Exception) -> Exception | None:
-        """Have a stage that failed, and those behind it, computed again; return its error where that is of no use."""
+        """Plan another attempt at `stages[0]`, which failed, and at the other `stages`, which need its result.
+
+        Returns:
+            None, or the error to raise where another attempt would not help or the attempts are used up.
+        """
         first, pause = stages[0], 0.0
         if isinstance(error, _ray_exceptions().OutOfMemoryError):
             if first.key in self.halved or not first.trains:
@@ -171,7 +177,7 @@ class _Chain:
         return None
 
     def _submit(self, stage: Stage) -> "ObjectRef":
-        """Start the task of a stage, and those that it waits for; returns the reference to its result."""
+        """Start the task of a stage and the tasks of its inputs; return the reference to the stage's result."""
         import ray
 
         if stage.key not in self.submitted:
@@ -190,15 +196,16 @@ class _Chain:
         if isinstance(stage.spec, LoadSpec):
             return _as_task(load_rows).options(name=stage.name, num_cpus=1).remote(stage.spec)
         assignment = replace(self.assignment, parts=2 if stage.key in self.halved else 1)
-        if is_trained_by_team(stage, self.resources):  # its members get CPUs and devices of their own
+        if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
             options: dict[str, Any] = {"name": stage.name, "num_cpus": 0}
             return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
         options = {"name": stage.name, "num_cpus": assignment.share.cpus, "num_gpus": assignment.share.gpus}
         return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
 
     def _fail(self, stage: Stage, error: Exception) -> None:
-        """End the run of a stage as failed, if its worker did not live to do so, or to open it."""
-        with suppress(OutageError):  # what happened matters more than that it cannot be written down
+        """Mark the MLflow run of a stage as failed where its worker died before it did so. If the worker died before it
+        opened the run, open the run first, so that the failure is visible."""
+        with suppress(OutageError):  # the error itself matters more than that MLflow cannot record it
             hasty = self.tracker._replace(patience=0.0)
             hasty.fail(stage.key, one_line(error, 500))
             if not hasty.is_known(stage.key):
@@ -209,9 +216,9 @@ class _Chain:
 def _as_task(function: Callable[..., Any]) -> Any:
     """Return a function as a Ray task, defined once.
 
-    Ray does not try it again by itself: the driver does, after a pause in which the stage holds no device. And a worker
-    with a GPU goes on to the next stage: by default (`max_calls` 1) Ray ends it after each task, to free the device's
-    memory, and then every stage starts a process, imports torch and MLflow, and makes a CUDA context.
+    Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device. And a
+    worker with a GPU goes on to the next stage. By default (`max_calls` 1) Ray ends such a worker after each task, to
+    free the device's memory; then every stage starts a process, imports torch and MLflow, and makes a CUDA context.
     """
     import ray
 
@@ -219,7 +226,7 @@ def _as_task(function: Callable[..., Any]) -> Any:
 
 
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:
-    """The body of a stage's task, after which the device's memory is free for the next one."""
+    """Compute a stage in a Ray task and return it finished; then free the device's memory for the next stage."""
     try:
         (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
         if isinstance(outcome, Exception):
@@ -231,15 +238,15 @@ def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Compute
 
 
 def _cause(error: Exception) -> Exception:
-    """Return what a task raised; Ray wraps it, more than once where it passed through several processes."""
+    """Return the exception that a task raised. Ray wraps it, more than once if it passed through several processes."""
     while isinstance(error, _ray_exceptions().RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     return error
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed, because a worker, a node or a connection was lost. What is wrong with data,
-    mathematics or a disk stays wrong."""
+    """Return whether another attempt may succeed, because a worker, a node or a connection was lost. Errors in data,
+    mathematics or a disk would come again."""
     ray = _ray_exceptions()
     lost = ray.WorkerCrashedError, ray.RayActorError, ray.NodeDiedError, ray.LocalRayletDiedError, ray.ObjectLostError
     return isinstance(error, (*lost, ConnectionError, TimeoutError))

@@ -1,6 +1,6 @@
 """The one way in which stages are computed: restored if they are finished, else computed, logged and committed.
 
-Whoever computes a stage goes through here: a chained task, a trial of a study, the first member of a worker group.
+A chained task, a trial of a study and the first member of a worker group all compute their stages here.
 """
 
 import gc
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 Results = dict[str, Any]
-"""By the keys of stages: `Computed` of stages that are kept, rows of the data."""
+"""Results by the keys of stages: a `Computed` for each stage that MLflow keeps, and the rows of the data."""
 
 
 class Work(NamedTuple):
-    """A stage to be computed now."""
+    """A stage with its assignment and the results that it needs: enough to restore or compute the stage."""
 
     stage: Stage
     assignment: Assignment
     inputs: Mapping[str, Any]
-    """Arguments of the stage's function by parameter, see `inputs_of`."""
+    """The arguments of the stage's function, by parameter; `inputs_of` makes them from results."""
 
 
 def load_rows(spec: LoadSpec) -> Arrays | Stream:
-    """Read a data set as stages take it: held in memory, or opened to be read from disk each epoch."""
+    """Return the rows of a data set: read into memory, or opened to be read from disk each epoch."""
     if spec.data.in_memory == "never":
         return open_stream(spec.data, spec.facts, spread)
     return load(spec.data, spec.facts)
 
 
 def inputs_of(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:
-    """Arrange the results of `stage.parents()` by the parameters of the stage's function."""
+    """Return the results `values` of `stage.parents()` by the parameters of the stage's function."""
     rest = iter(value.result if isinstance(value, Computed) else value for value in values)
     return {
         name: [next(rest) for _ in parents] if isinstance(parents, tuple) else next(rest)
@@ -60,12 +60,12 @@ def inputs_of(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:
 def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Computed | Exception]:
     """Compute stages in this process, log their epochs and commit their results.
 
-    Training stages that differ in numbers alone are trained as one where that gains something (see
-    `aecore.training.fused`). Each stage fails for itself.
+    On a GPU, several training stages that differ in numbers alone are trained together as one (see
+    `aecore.training.fused`). If a stage fails, the others go on.
 
     Args:
         works: One stage or several; all have the same share of the machine.
-        everywhere: Train as one on a CPU, too.
+        everywhere: Train several stages together as one on a CPU as well; for tests.
 
     Returns:
         The finished stage, or the exception with which it failed, in the order of `works`.
@@ -79,18 +79,18 @@ def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Comp
 def compute_graphs(
     stages: Sequence[Stage], assignments: Sequence[Assignment], results: Results, everywhere: bool = False
 ) -> list[Computed | Exception]:
-    """Compute stages with all that they stand on in this process, step by step side by side.
+    """Compute stages and all stages whose results they need in this process, all graphs step by step side by side.
 
-    What several graphs share is computed once, and training stages at the same step are trained as one if they can be.
-    The runs of the stages that a stage stands on are nested in its own run.
+    A stage that several graphs share is computed once. Training stages at the same step are trained together as one
+    where `compute_stages` can do so. The runs of the stages of a graph are nested in the run of its last stage.
 
     Args:
         stages: The last stage of each graph.
         assignments: One for each graph.
-        results: Results that are there already, the data among them; those that are made here are added.
+        results: Results that exist already, the data among them; the results that are computed here are added.
 
     Returns:
-        The finished stage of each graph, or the exception with which it or a stage before it failed.
+        The last stage of each graph, finished, or the exception with which this stage or a stage before it failed.
     """
     finished: list[Computed | Exception | None] = [_restored(*pair) for pair in zip(stages, assignments, strict=True)]
     wanted = [pair for pair, one in zip(zip(stages, assignments, strict=True), finished, strict=True) if one is None]
@@ -126,10 +126,13 @@ def compute_graphs(
 
 
 def finish(works: Sequence[Work], everywhere: bool = False) -> dict[str, Computed | Exception]:
-    """Restore the stages that are finished and compute the others in this process; returns all by key.
+    """Restore the stages that are finished and compute the others in this process.
 
     Args:
-        everywhere: Train as one on a CPU, too.
+        everywhere: See `compute_stages`.
+
+    Returns:
+        Each stage finished, or the exception with which it failed, by the stage's key.
     """
     finished: dict[str, Computed | Exception] = {}
     for work in works:
@@ -144,7 +147,7 @@ def finish(works: Sequence[Work], everywhere: bool = False) -> dict[str, Compute
 
 
 def train_along(work: Work) -> None:
-    """Take part in the training of a team without being its first member: nothing is logged or committed here."""
+    """Train a stage as a member of a team other than the first member: nothing is logged or committed here."""
     import torch
 
     torch.set_num_threads(work.assignment.share.cpus)
@@ -152,7 +155,7 @@ def train_along(work: Work) -> None:
 
 
 def free_device_memory() -> None:
-    """Give the memory of the GPU back that nothing refers to any more, CUDA graphs that lie in cycles included."""
+    """Free the GPU memory that nothing refers to any more, CUDA graphs in reference cycles included."""
 
     import torch
 
@@ -161,7 +164,7 @@ def free_device_memory() -> None:
 
 
 def stages_below(stage: Stage) -> Iterator[Stage]:
-    """Yield the stages that a stage stands on, each once and after those that it stands on itself."""
+    """Yield all stages whose results a stage needs, directly or through others: each once, after its own inputs."""
     seen: set[str] = set()
 
     def below(one: Stage) -> Iterator[Stage]:
@@ -175,7 +178,7 @@ def stages_below(stage: Stage) -> Iterator[Stage]:
 
 
 def restore(run_id: str, tracker: "Tracker") -> Result | None:
-    """Return the result of a finished stage, or None where its artifacts are lost, so that it is computed again."""
+    """Return the result of a finished stage, or None if its artifacts are lost: the stage is computed again."""
     from pipelines.store.errors import LostResultError
 
     try:
@@ -205,7 +208,7 @@ def _failure_below(stage: Stage, failures: Mapping[str, Exception]) -> Exception
 def _outcomes(
     works: Sequence[Work], journals: Sequence[Journal], everywhere: bool = False
 ) -> list[Result | Exception]:  # fmt: skip
-    """Call the functions of stages: as one where all of several train, else one after the other."""
+    """Return the result of each stage, or the exception that its function raised."""
     with fast_imports():
         import torch
 

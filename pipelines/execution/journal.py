@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 """Time between two logs to MLflow, and between two lines on stderr."""
 _LAST_LOG_SECONDS = 5.0
-"""How long the end of a stage waits for a log that is under way."""
+"""Seconds that the end of a stage waits for logging that is under way."""
 _MONITOR_SECONDS = 30.0
-"""A stage that takes longer also logs the load of its machine."""
+"""Seconds after which a stage also logs the load of its machine."""
 
 
 class Computed(NamedTuple):
-    """A stage that is finished: what goes back to the driver and on to the next stages."""
+    """The run and the result of a finished stage, which are sent to the driver and to the next stages."""
 
     run_id: str
     result: Result
@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 
 class Journal:
-    """Keeps the run of one stage while the stage is computed.
+    """Opens, logs and ends the MLflow run of one stage while the stage is computed.
 
     A thread imports MLflow, opens the run and logs the epochs, so that training waits for none of these. An MLflow that
     does not answer costs no training either: epochs are kept and logged later, and `close` waits for as long as the
@@ -62,14 +62,14 @@ class Journal:
         self._line = ""
         self._run: StageRun | None = None
         self._finished_run_id: str | None = None
-        """The stage's run, where another job has finished it meanwhile: what is finished stays as it is."""
+        """The stage's run, if another job has finished the stage meanwhile. A finished run is not changed any more."""
         self._open_lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._log_as_epochs_come, daemon=True)
 
     def __enter__(self) -> Self:
-        # training gives up Python's lock at each operation, and by default waits 5 ms to have it back from a thread
-        # that is busy; while MLflow makes its connections, in a second of computing, that costs small layers 3 s
+        # training releases Python's lock (GIL) at each operation and by default waits 5 ms until a busy thread returns
+        # it; MLflow's connections, a second of computing in such a thread, would cost small layers 3 s
         sys.setswitchinterval(2e-4 if self.stage.trains else 5e-3)
         self._thread.start()
         return self
@@ -81,12 +81,12 @@ class Journal:
 
     @cached_property
     def run_id(self) -> str:
-        """The stage's run, opened now if it is not open yet."""
+        """The id of the stage's run, which is opened now if it is not open yet."""
         self._open(self._tracker)
         return self._finished_run_id or (self._run.run_id if self._run else "")
 
     def report(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of an epoch: to be logged, and told on stderr at most once per second."""
+        """Take the metrics of an epoch, to be logged by the thread; print them on stderr at most once per second."""
         metrics = dict(metrics)
         self.points.append(Point(epoch, round(1000 * metrics.pop("time")), metrics))
         shown = {name: value for name, value in metrics.items() if name in ("train/loss", "val/loss", "val/error")}
@@ -134,7 +134,8 @@ class Journal:
                 )
 
     def _log_as_epochs_come(self) -> None:
-        """Open the run and log what is reported until the stage ends; what cannot be logged stays for the next time."""
+        """Open the run and log the reported epochs until the stage ends; epochs that cannot be logged are tried
+        again."""
         warned = monitored = False
         with ExitStack() as stack:
             while True:
@@ -183,7 +184,7 @@ class Journal:
         return Computed(self.run_id, replace(result, figures={}, example=None))
 
     def _fail(self, error: Exception) -> None:
-        """Write into the stage's run why it failed, if MLflow answers; the error itself matters more."""
+        """End the stage's run as failed, with the error, if MLflow answers; else only print a warning."""
         try:
             hasty = self._tracker._replace(patience=0.0)
             self._open(hasty)
@@ -194,7 +195,7 @@ class Journal:
 
 
 def _node_tags() -> dict[str, str]:
-    """Return a tag that names the node of this process, where Ray runs in it."""
+    """Return a tag that names the node of this process; no tag if the process does not use Ray."""
     ray: Any = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return {}

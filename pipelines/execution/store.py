@@ -1,4 +1,4 @@
-"""Opening the store of results at the start of a command, while Ray starts beside it where that saves time."""
+"""Opening the store of results at the start of a command, and starting Ray at the same time where that is faster."""
 
 import importlib
 import os
@@ -24,12 +24,12 @@ def open_store(
 
     Args:
         create: Make the store where there is none yet.
-        ready: Also get Ray ready: a cluster is connected to before MLflow is imported; an embedded Ray starts meanwhile
-            where the store is new, so that nothing can be restored and Ray is needed for certain.
-        warm: Let a worker import what the first stage needs meanwhile.
+        ready: Also get Ray ready. A cluster is connected to before MLflow is imported. An embedded Ray starts during
+            the import, but only if the store is new: then nothing can be restored, and Ray is certainly needed.
+        warm: Meanwhile let a worker import the modules that the first stage needs.
 
     Returns:
-        None where there is no store yet and `create` is false.
+        The tracker, or None where there is no store yet and `create` is false.
 
     Raises:
         InputError: The store cannot be reached, or lies in a folder that is thrown away; or an embedded Ray is about to
@@ -49,10 +49,10 @@ def open_store(
             start_ray(warm_up)  # takes no time, and a worker does its imports while MLflow is imported here
         except Exception:
             if new:
-                raise  # otherwise all may be restored, which needs no Ray; who does need it meets this error again
+                raise  # otherwise all stages may be restored without Ray; if not, this error comes again
     elif create and ready and new:
         check_this_machine(resources)
-        import_ray()  # not beside MLflow's import: each might find half imported what both need
+        import_ray()  # not during MLflow's import: a module that both need might be half imported
         connecting = ThreadPoolExecutor(1).submit(_connect, create)
         start_ray(warm_up)
     tracker = connecting.result() if connecting else _connect(create)
@@ -60,13 +60,13 @@ def open_store(
 
 
 def _warm_up(uri: str) -> None:
-    """Import in a worker what stages need, and let MLflow make its first connection, which takes a second."""
+    """Import the modules of stages in a worker, and let MLflow make its first connection, which takes a second."""
     with fast_imports():
         for module in ("aecore.stages.pretrain", "aecore.stages.finetune", "pipelines.store.runs"):
             importlib.import_module(module)
     from pipelines.store.connection import connect
 
-    with suppress(InputError):  # the job itself will say so
+    with suppress(InputError):  # the driver raises the same error
         connect(uri, create=False)
 
 

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def is_trained_by_team(stage: Stage, resources: Resources) -> bool:
-    """Whether a stage trains, and with more than one worker."""
+    """Return whether a stage trains a model, and with more than one worker."""
     return resources.workers > 1 and stage.trains
 
 
 def compute_in_team(
     stage: Stage, assignment: Assignment, resources: Resources, references: "Sequence[ObjectRef]"
 ) -> Computed:  # fmt: skip
-    """Compute a training stage as a Ray Train worker group; its first member logs and commits it.
+    """Train a stage with a Ray Train worker group and return it finished; the group's first member logs and commits it.
 
-    A lost worker ends the group. The driver then tries the stage again from its last checkpoint, as it does with a
-    stage of one worker, so that the attempts of the two are not multiplied.
+    If a worker is lost, the group ends, and the driver tries the stage again from its last checkpoint. Ray Train itself
+    makes no further attempt: its attempts and the driver's would be multiplied.
 
     Args:
-        references: The results of `stage.parents()`, which each member fetches for itself.
+        references: References to the results of `stage.parents()`; each member fetches the results itself.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -52,7 +52,7 @@ def compute_in_team(
                 use_gpu=share.gpus > 0,
                 resources_per_worker={"CPU": share.cpus, "GPU": share.gpus},
             ),
-            # a name that was used before would make Ray Train take that run up again
+            # with a name that was used before, Ray Train would continue the earlier run
             run_config=ray.train.RunConfig(
                 name=f"{stage.key[:16]}-{uuid4().hex[:8]}",
                 storage_path=resources.storage_path or str(folder),
@@ -62,7 +62,7 @@ def compute_in_team(
         try:
             return cast(Any, trainer.fit()).return_value
         except ray.train.WorkerGroupError as error:
-            # where one member raised an error and others were lost because of it, the error is what happened
+            # if one member raised an error and others were lost because of it, the error is the cause
             failures = error.worker_failures.values()
             raise min(failures, key=lambda failure: isinstance(failure, ray.exceptions.RayError)) from error
 
@@ -70,7 +70,7 @@ def compute_in_team(
 def _work_as_member(
     stage: Stage, assignment: Assignment, references: "Sequence[ObjectRef]"
 ) -> Computed | None:  # fmt: skip
-    """What each member of the group does; only the first one keeps a journal and returns the finished stage."""
+    """Do the work of one member of the group; only the first one logs, commits and returns the finished stage."""
     import ray.train
 
     from aecore.training.team import Team

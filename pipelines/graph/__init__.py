@@ -1,1 +1,1 @@
-"""Stages with their keys, and the recipe that makes a chain of stages of an experiment."""
+"""Stages with their keys, and the recipe that builds a chain of stages from an experiment."""

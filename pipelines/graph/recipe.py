@@ -63,13 +63,13 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
             )  # fmt: skip
             inputs: Inputs = {"data": data, "below": layers}
             layers += (Stage(f"{label}layer {number}", "stages.pretrain_layer", pretrain, inputs),)
-        # from here on a code is its mean, until finetuning makes the bottleneck stochastic again
+        # from here on a layer's code is the mean and no sample, until finetuning makes the bottleneck stochastic again
         specs = tuple(spec.model_copy(update={"stochastic": False}) for spec in specs)
 
     finetune = control = evaluate_control = None
     if experiment.finetune is not None and task is not None:
         tuned = _with_dropout(specs, experiment.finetune, experiment.network.dropout)
-        if task == "reconstruct":  # in a stack as a whole only the bottleneck is the variant's
+        if task == "reconstruct":  # in the whole stack the variant builds the bottleneck only
             tuned = (*tuned[:-1], variant.build(tuned[-1], len(tuned)))
         tuning = FinetuneSpec(
             layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
@@ -95,8 +95,8 @@ def _evaluation(name: str, spec: EvaluateSpec, inputs: Inputs, finetuned: Stage 
 
 
 def from_parent(graph: Stacked, parent: Stage) -> Stacked:
-    """Return the graph of the same experiment without pretraining, whose finetuning starts from the weights of the
-    stage `parent`: the finetuning of an earlier day."""
+    """Return the graph of the same experiment without pretraining: finetuning starts from the weights of `parent`, the
+    finetuning stage of an earlier day."""
     assert graph.finetune is not None
     finetune = replace(graph.finetune, inputs={"data": graph.data, "parent": parent})
     evaluate = replace(graph.evaluate, inputs={"data": graph.data, "finetuned": finetune})

@@ -1,4 +1,4 @@
-"""A stage: a function, its spec, and the stages that it stands on. Building one runs nothing."""
+"""A stage: a function, its spec, and the stages whose results it needs. Building a stage runs nothing."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ The names on the left never change, so that results of earlier versions are foun
 """
 
 PREPARATIONS = {"stages.pretrain_layer": "pretrain:prepare", "stages.finetune": "finetune:prepare"}
-"""Of the stages that train: the first half of their function, which returns what is to be trained."""
+"""For stages that train: the first half of their function, which returns a `Training`, ready to be fitted."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Stage:
     """One node of the graph, identified by `key`."""
 
     name: str
-    """For people; not part of the key."""
+    """Name for people; not part of the key."""
     fn: str
     """A name in `FUNCTIONS`. The function is named and not imported, so that the driver needs no torch."""
     spec: BaseModel
     inputs: Inputs = field(default_factory=dict)
     """The stages whose results the function takes, by parameter."""
     kept: bool = True
-    """Whether the result is kept in MLflow. That of reading the data is not: each job that needs it reads again."""
+    """Whether MLflow keeps the result. The rows of the data are not kept: each job that needs them reads them again."""
     revision: int = REVISION
 
     @cached_property
     def key(self) -> str:
-        """The identity of the result: the hash of what computes it and of what it is computed from."""
+        """The identity of the result: a hash of function, revision and spec, and of the keys of the inputs."""
         keys = {name: [s.key for s in i] if isinstance(i, tuple) else i.key for name, i in self.inputs.items()}
         return fingerprint(self.fn, self.revision, self.spec, keys)
 
@@ -67,18 +67,18 @@ class Stage:
         return _imported(PREPARATIONS[self.fn])
 
     def parents(self) -> tuple["Stage", ...]:
-        """Return the stages that this one stands on, in the order of its inputs."""
+        """Return the stages whose results this stage takes, in the order of `inputs`."""
         return tuple(s for i in self.inputs.values() for s in (i if isinstance(i, tuple) else (i,)))
 
 
 class Known(BaseModel):
-    """The spec of a stage that was finished another day, of which the key is all that is known."""
+    """The spec of a stage that was finished on another day: only its key."""
 
     key: str
 
 
 class Finished(Stage):
-    """A stage that is finished, for others to stand on; what it was made of does not matter any more."""
+    """A finished stage that serves as an input of others; only its key is known."""
 
     @cached_property
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""What the environment and this machine say of the store, of the job that this process belongs to and of its code."""
+"""Facts from the environment and this machine: the address of the store, the submitted job, the commit, the user."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def submission_id() -> str | None:
 
 
 def has_embedded_ray() -> bool:
-    """Whether this process starts a Ray of its own, because RAY_ADDRESS names no cluster."""
+    """Return whether this process starts a Ray of its own, because RAY_ADDRESS names no cluster."""
     return not os.environ.get("RAY_ADDRESS")
 
 
@@ -45,7 +45,7 @@ def store_is_empty() -> bool:
 def git_commit() -> str:
     """Return the commit of the code that runs, or "unknown".
 
-    GIT_COMMIT names it where the folder is shipped without its history, as `ray job submit` does.
+    GIT_COMMIT names the commit where the folder is shipped without its history, as `ray job submit` does.
     """
     if commit := os.environ.get("GIT_COMMIT"):
         return commit

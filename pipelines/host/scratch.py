@@ -1,4 +1,4 @@
-"""Temporary folders that go with their process or, if it was killed, with the next process of ours that makes one."""
+"""Temporary folders, deleted at the end of their process or, if it was killed, by the next process that makes one."""
 
 import shutil
 import socket
@@ -43,13 +43,13 @@ def all_temporary() -> Iterator[None]:
 
 
 def me() -> str:
-    """Name this process among those of all machines: host name, process number, start in Unix seconds."""
+    """Return a name that only this process has: host name, process number and start in Unix seconds."""
     process = psutil.Process()
     return f"{socket.gethostname()} {process.pid} {process.create_time()}"
 
 
 def is_dead(owner: str) -> bool:
-    """Return whether a process that `me` named has ended; False for one of another host, of which nothing is known."""
+    """Return whether a process that `me` named has ended; False for any process of another host."""
     host, pid, created = (owner + "  ").split(" ")[:3]
     return host == socket.gethostname() and not _is_alive(int(pid), float(created))
 

@@ -1,4 +1,4 @@
-"""The measures that the report of a study compares, and what it says of each."""
+"""The measures that the report of a study compares, and their comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ class Measure(NamedTuple):
     better: str = ""
     """`higher` or `lower`; empty for measures that are only described, since neither is better."""
     points: str = ""
-    """The array of the measure's values per test row, where it has one: test rows then count as well as seeds."""
+    """Name of the array with a value per test row, if there is one: test rows then count as well as seeds."""
     ratios: bool = False
-    """Whether rows are compared by their ratio, as errors are."""
+    """Whether study rows are compared by their ratio, as is done with errors."""
 
     def show(self, value: float, places: int = 4) -> str:
-        """Write a value, to so many significant digits where it is no accuracy."""
+        """Return a value as text: an accuracy in percent, any other value with `places` significant digits."""
         if not np.isfinite(value):
             return "–"
         return f"{100 * value:.2f} %" if self.name.endswith("accuracy") else f"{value:.{places}g}"
 
     def show_difference(self, value: float) -> str:
-        """Write a difference of two rows as `compare` gives it: of logarithms as the ratio they stand for."""
+        """Return a difference of two study rows as text; a difference of logarithms is shown as a ratio."""
         return f"× {np.exp(value):.3g}" if self.ratios and np.isfinite(value) else self.show(value, 3)
 
 
@@ -60,21 +60,21 @@ MEASURES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What the report shows of one measure."""
+    """One measure in the report: means of all study rows, their differences, and a verdict."""
 
     measure: Measure
     means: dict[str, float]
-    """Means over seeds, by row."""
+    """Means over seeds, by study row."""
     verdict: str
-    """In words; empty where nothing is compared."""
+    """Which study row is best, in words; empty where nothing is compared."""
     cells: list[tuple[str, bool]]
-    """For each row of the study its mean and spread as text, and whether it is among the best."""
+    """For each study row its mean and spread as text, and whether the row is among the best."""
     pairs: list[tuple[Pair, str, str, str]]
-    """Each pair of rows with its difference and the ends of its interval as text."""
+    """Each pair of study rows with its difference and the ends of its interval as text."""
 
 
 def compare_measures(trials: Sequence[Trial], rows: Sequence[str]) -> list[Comparison]:
-    """Compare the rows by each measure that some row has."""
+    """Compare the study rows by each measure that at least one of them has."""
     comparisons = (_compare(measure, trials, rows) for measure in MEASURES)
     return [comparison for comparison in comparisons if comparison]
 
@@ -105,8 +105,8 @@ def _compare(measure: Measure, trials: Sequence[Trial], rows: Sequence[str]) -> 
 
 
 def _values(trials: Sequence[Trial], measure: Measure) -> dict[str, np.ndarray]:
-    """Return an array per row: (seeds,) or, where every trial has values per test row, (seeds, test rows); NaN for the
-    seeds that a row lacks."""
+    """Return an array per study row: (seeds,) or, where every trial has values per test row, (seeds, test rows); NaN
+    for the seeds that the study row lacks."""
     scored = [t for t in trials if t.status == "finished" and np.isfinite(t.metrics.get(measure.name, np.nan))]
     seeds = sorted({trial.seed for trial in scored})
     points = bool(measure.points) and all(measure.points in trial.arrays for trial in scored)
@@ -119,7 +119,7 @@ def _values(trials: Sequence[Trial], measure: Measure) -> dict[str, np.ndarray]:
 
 
 def _cell(measure: Measure, values: np.ndarray) -> str:
-    """Write the mean over seeds and, with more than one, the standard deviation."""
+    """Return as text the mean over seeds and, with several seeds, the standard deviation."""
     values = values[np.isfinite(values)]
     mean = measure.show(float(values.mean()))
     if len(values) == 1:

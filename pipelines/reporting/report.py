@@ -35,14 +35,14 @@ CAPTIONS = {
 
 
 class Report(NamedTuple):
-    """What the report found, besides its files."""
+    """The files of a report, and the verdicts and means that it contains."""
 
     files: list[Path]
     """The page comes first."""
     verdicts: dict[str, str]
-    """In words, by measure."""
+    """Which study row is best, in words, by measure."""
     means: dict[str, dict[str, float]]
-    """Means over seeds of the chosen settings, by measure and row."""
+    """Means over seeds of the chosen settings, by measure and study row."""
 
 
 def write(
@@ -51,17 +51,17 @@ def write(
     """Write the report of a study into `folder`: `report.html`, `results.parquet`, `results.csv` and `figures/*.png`.
 
     Args:
-        trials: all trials, however they ended, in the order in which rows are to appear.
-        facts: what to say under the title, by name.
+        trials: all trials, however they ended, in the order in which study rows are to appear.
+        facts: lines to print under the title, by name.
         classes: names of the classes; empty without labels.
-        choose: the validation metric by which a row's settings are chosen, where several were tried: more is better if
-            the name contains `accuracy`, else less.
+        choose: the validation metric by which a study row's settings are chosen, where several were tried: more is
+            better if the name contains `accuracy`, else less.
     """
     chosen = _choose_settings(trials, choose)
     compared = [trial for trial in trials if _key(trial.settings) == _key(chosen[trial.row])]
     stopped = [t for t in trials if t.status == "stopped" and _key(t.settings) != _key(chosen[t.row])]
     with ThreadPoolExecutor(1) as thread:
-        maps = thread.submit(codes.planes, compared)  # takes as long as all the rest, which goes on meanwhile
+        maps = thread.submit(codes.planes, compared)  # takes as long as all other figures together
         comparisons = compare_measures(compared, list(chosen))
         drawn = {
             "learning_curves": curves.learning_curves([*compared, *stopped]),
@@ -95,7 +95,8 @@ def write(
 
 
 def _choose_settings(trials: Sequence[Trial], choose: str) -> dict[str, dict[str, Any]]:
-    """Return each row's settings with the best mean of `choose` over seeds; the first where no trial has it."""
+    """Return the settings of each study row that have the best mean of the metric `choose` over seeds, or the first
+    settings if no trial has the metric."""
     scores: dict[str, dict[str, list[float]]] = {}
     known = {_key(trial.settings): trial.settings for trial in trials}
     for trial in trials:
@@ -138,7 +139,7 @@ def _describe(settings: dict[str, Any]) -> str:
 
 
 def _describe_seeds(trials: Sequence[Trial]) -> str:
-    """Say how many seeds stand behind the numbers."""
+    """Return sentences that say over how many seeds the means are taken."""
     finished: dict[str, list[int]] = {trial.row: [] for trial in trials}
     for trial in trials:
         if trial.status == "finished":
@@ -159,7 +160,7 @@ def _describe_seeds(trials: Sequence[Trial]) -> str:
 
 
 def _costs(trials: Sequence[Trial]) -> list[list[str]]:
-    """Return the cells of the table of costs, a line per row and one for all rows."""
+    """Return the cells of the table of costs (trials, epochs, hours): a line per study row, then a line of totals."""
     frame = pd.DataFrame(
         {
             "row": [trial.row for trial in trials],
@@ -175,8 +176,8 @@ def _costs(trials: Sequence[Trial]) -> list[list[str]]:
 
 
 def _table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Make a table with a line per trial: `settings.<name>`, and every metric under its own name. Settings that are not
-    scalars are written as JSON."""
+    """Return a table with a line per trial and a column per field, setting (`settings.<name>`) and metric. Settings
+    that are not scalars are written as JSON."""
 
     def scalar(value: Any) -> Any:
         return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=str)

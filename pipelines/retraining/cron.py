@@ -43,7 +43,7 @@ def parse_cron(text: str) -> Cron:
     """Parse a cron expression of five fields, or one of `@yearly`, `@monthly`, `@weekly` and `@daily`.
 
     Raises:
-        InputError: it is not valid, never fires, or fires more often than once a day.
+        InputError: the expression is not valid, never fires, or fires more often than once a day.
     """
     fields = _MACROS.get(text.strip(), text).split()
     if len(fields) != 5:

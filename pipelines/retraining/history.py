@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run_key(model: str, day: date) -> str:
-    """Return the key of the run that decides on a model for a logical date; there is one run for both."""
+    """Return the key of the one run that decides on this model for this logical date."""
     return fingerprint("retrain", model, day.isoformat())
 
 
@@ -34,11 +34,11 @@ def dates_to_decide(model: str, rule: Rule, tracker: "Tracker") -> list[date]:
 
 
 def why_unchanged(model: str, identity: str, decided: list[Mapping[str, str]], tracker: "Tracker") -> str:
-    """Say why there is nothing to train: the same data and recipe were decided on before. Empty where they were not.
+    """Return why nothing is to be trained: a decision was made on the same data and recipe. Empty if none was.
 
     Args:
         identity: hash of data and recipe (`Candidate.identity`).
-        decided: see `decided_runs`.
+        decided: tags of the runs that have decided on the model (`decided_runs`).
     """
     for alias in (CHAMPION, PREVIOUS):
         version = tracker.models.version(model, alias)
@@ -51,7 +51,7 @@ def why_unchanged(model: str, identity: str, decided: list[Mapping[str, str]], t
 
 
 def report(run_id: str, tracker: "Tracker") -> dict[str, Any]:
-    """Return what a run has decided, as the command prints it in JSON."""
+    """Return the decision of a run, its metrics and the versions, as the command prints them in JSON."""
     tags = tracker.client.get_run(run_id).data.tags
     versions = {alias: tracker.models.version(tags["model"], alias) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
     return {

@@ -26,20 +26,20 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 
 @dataclass(frozen=True)
 class Champion:
-    """The version of a registered model that is the champion, with the stages that made it."""
+    """The version of a registered model that is the champion, with the stages that made this version."""
 
     name: str
     """models:/NAME@champion."""
     number: str
-    """Its version in the registry."""
+    """The number of its version in MLflow's registry."""
     finetune: Finished
-    """The stage that trained it."""
+    """The stage that trained the champion."""
     contest: Finished
-    """The contest that it won."""
+    """The contest stage that made this version the champion."""
     model: Result
     """The result of `finetune`."""
     contest_result: Result
-    """Ids of the test rows of that day, and in its config what the data were like."""
+    """The result of `contest`: ids of that day's test rows and, in `config`, the facts about that day's data."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Candidate:
 
 
 def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champion:
-    """Load the champion and the results that it rests on.
+    """Load the champion and the results of the stages that trained and compared it.
 
     Raises:
-        InputError: it was not made champion by this command, or its artifacts are lost.
+        InputError: the version was not made champion by this command, or its artifacts are lost.
     """
     from pipelines.store.errors import LostResultError
 
@@ -106,7 +106,7 @@ def candidate_of(experiment: Experiment, day: date, rule: Rule, resources: Resou
 
 
 def resolve_metric(rule: Rule, candidate: Candidate, champion: Champion | None) -> Metric:
-    """Return the measure by which the models are compared; raise an InputError where one of them does not have it."""
+    """Return the measure by which the models are compared; raise an InputError where a model lacks this measure."""
     classifies = candidate.spec.task == "classify"
     if rule.metric == "accuracy" and not classifies:
         raise InputError("metric: accuracy needs a model that classifies, this one reconstructs; use reconstruction")
@@ -159,7 +159,8 @@ def drift_stage(candidate: Candidate, champion: Champion, rule: Rule) -> Stage:
 
 
 def contest_stage(candidate: Candidate, champion: Champion | None, metric: Metric) -> Stage:
-    """Return the stage that compares the candidate with the champion, or scores it alone where there is none yet."""
+    """Return the stage that compares the candidate with the champion, or scores only the candidate where there is no
+    champion yet."""
     data = candidate.graph.experiment.data
     spec = ContestSpec(metric=metric, facts=candidate.facts, split=data.split, test=data.test)
     inputs: dict[str, Stage] = {"data": candidate.graph.data, "challenger": candidate.finetune}

@@ -1,7 +1,7 @@
 """Retrains a model: trains a challenger where that is needed, and makes the better model champion; plans; rolls back.
 
-Every decision is a run in MLflow, one for a model and a logical date, however often the command is fired for them. The
-aliases of the model in MLflow's registry say what was decided.
+A firing is one scheduled run of `jobs.retrain`. Each decision is one run in MLflow, for a model and a logical date,
+however many firings there are for them. The aliases of the model in MLflow's registry say what was decided.
 """
 
 import uuid
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Firing:
-    """A model and a logical date to decide on, and the means to do it."""
+    """One scheduled run of `jobs.retrain`: the model and the logical date to decide on, and the means to do so."""
 
     model: str
     """Name of the registered model."""
@@ -63,7 +63,7 @@ def retrain(firing: Firing) -> dict[str, Any]:
         known = tracker.client.get_run(run_id).data.tags
         version = tracker.models.version(model, CHAMPION)
         if version and version.tags.get("run") == run_id:
-            # an earlier firing was cut off after it had promoted its model and before it wrote that down
+            # an earlier firing was cut off between the promotion of its model and this entry
             tracker.log_summary(run_id, {}, {"decision": "promoted"})
         elif "decision" not in known:  # otherwise another firing has decided while this one waited for the run
             try:
@@ -128,7 +128,8 @@ def _challenge(
             version = tracker.models.version(model, CHAMPION)
             if (version.number if version else "") == parent:
                 decision = decide(firing.rule, metric, outcomes["contest"].metrics, number, parent, drift)
-                # written before the aliases change: a firing that is cut off in between is repeated with the same end
+                # written before the aliases change: a firing that is cut off in between is repeated with the same
+                # result
                 tags = {"model.version": number, "parent.version": parent, "identity": candidate.identity}
                 tracker.log_summary(run_id, {}, {**tags, "reason": decision.reason})
                 check_lease()
@@ -148,7 +149,7 @@ def _challenge(
 
 
 def _measure_drift(firing: Firing, run_id: str, stage: Stage) -> Mapping[str, Any]:
-    """Compare the new rows with the champion's; return the findings, and log them as a table and a figure."""
+    """Compare the new rows of data with the champion's; return the findings, and log them as a table and a figure."""
     outcome = _compute(firing, run_id, [stage])["drift"]
     findings = firing.tracker.restore(outcome.run_id).config
     with scratch() as folder:
@@ -160,7 +161,7 @@ def _measure_drift(firing: Firing, run_id: str, stage: Stage) -> Mapping[str, An
 
 
 def _compute(firing: Firing, run_id: str, stages: list[Stage]) -> dict[str, Outcome]:
-    """Finish these stages, and log their metrics, keys and runs with the firing's run."""
+    """Restore or compute stages, log their metrics, keys and run ids in the run `run_id`, and return their outcomes."""
     tracker = firing.tracker
     outcomes = compute(stages, tracker, run_id, firing.resources, firing.say)
     logged = {"evaluate", "contest", "drift"} & outcomes.keys()
@@ -187,7 +188,7 @@ def plan(
 ) -> Iterator[str]:
     """Yield, line by line, the dates that would be decided on and the stages that would run; nothing is written.
 
-    Raises an InputError where a firing would.
+    Raises an InputError where `retrain` would.
     """
     days = dates_to_decide(model, rule, tracker) if tracker else [rule.logical_date]
     version = tracker.models.version(model, CHAMPION) if tracker else None
@@ -220,7 +221,7 @@ def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[st
     """Let champion and previous champion change places, in a run with these further tags; return the report.
 
     Raises:
-        InputError: there is no champion, or none before it.
+        InputError: there is no champion, or no previous champion.
     """
     with tracker.lease(_promotion_key(model), f"promotion of {model}") as check_lease:
         champion, previous = tracker.models.version(model, CHAMPION), tracker.models.version(model, PREVIOUS)
@@ -241,5 +242,5 @@ def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[st
 
 
 def _promotion_key(model: str) -> str:
-    """Return the key of the lease without which nobody changes a model's aliases."""
+    """Return the key of the lease that a process must hold to change a model's aliases."""
     return fingerprint("promotion", model)

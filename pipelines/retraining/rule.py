@@ -52,10 +52,10 @@ class Decision(NamedTuple):
 
 
 def judge(metric: Metric, scores: Mapping[str, float], margin: float) -> tuple[bool, str]:
-    """Decide whether the challenger takes over, and say why.
+    """Return whether the challenger takes over, and the reason.
 
-    It takes over if it is better by the margin, if the 95 % interval of the difference excludes zero, and if it is not
-    significantly worse on the frozen rows, which were test rows already when the champion was made.
+    The challenger takes over if it is better by the margin, if the 95 % interval of the difference excludes zero, and
+    if it is not significantly worse on the frozen rows: those that were test rows already when the champion was made.
 
     Args:
         scores: metrics of the contest of challenger and champion (`aecore.stages.contest`).
@@ -79,11 +79,11 @@ def judge(metric: Metric, scores: Mapping[str, float], margin: float) -> tuple[b
 def decide(
     rule: Rule, metric: Metric, scores: Mapping[str, float], number: str, parent: str, drift: Mapping[str, Any] | None
 ) -> Decision:
-    """Decide what becomes of a challenger.
+    """Return whether a challenger is promoted, and the reason.
 
     Args:
-        scores: metrics of its contest with the champion.
-        number: its version.
+        scores: metrics of the challenger's contest with the champion.
+        number: the challenger's version.
         parent: the champion's version, empty where there is none yet.
         drift: findings of `aecore.stages.drift`; None where there is no champion.
     """

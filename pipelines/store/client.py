@@ -18,13 +18,13 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # unpickling runs whatever code a file names
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would stand between those of progress on stderr
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would mix with Diabolo's progress on stderr
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 PAGE_SIZE = 1000
-"""Runs that one search request returns at most."""
+"""Most runs that one search request returns."""
 T = TypeVar("T")
 
 
@@ -34,7 +34,7 @@ class Store(NamedTuple):
     uri: str
     experiment_id: str
     patience: float = 0.0
-    """Seconds for which each call waits for an MLflow that does not answer, before it raises an OutageError."""
+    """Seconds for which each call waits for an MLflow that does not answer; then the call raises an OutageError."""
     marked: bool = False
     """Whether every run of the experiment that has a key also has the key in the name of a tag (`marker`)."""
     leases: tuple[str, ...] = ()

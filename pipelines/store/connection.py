@@ -1,4 +1,4 @@
-"""Connecting to the MLflow store, which is made where it is missing."""
+"""Connecting to the MLflow store, which is created if it does not exist."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from pipelines.store.runs import MARKED, Tracker
 
 
 def connect(uri: str | None = None, experiment: str | None = None, create: bool = True) -> Tracker | None:
-    """Connect to an MLflow store, and make it and the experiment if they are missing.
+    """Connect to an MLflow store; create the store and the experiment if they do not exist.
 
     Args:
         uri: By default MLFLOW_TRACKING_URI, else SQLite in the working directory.
@@ -67,7 +67,7 @@ def _open_experiment(uri: str, name: str, path: Path | None, create: bool) -> Tr
 
 
 def _make_store(path: Path) -> None:
-    """Make MLflow's tables in another place and put the file where it belongs at once.
+    """Make MLflow's SQLite file in another place, then put the finished file in its place in one step.
 
     This takes seconds. MLflow's own way leaves a file that can never be used again if it is killed in the middle, or if
     two drivers make it together. Where a file cannot be put in place so, MLflow makes it.

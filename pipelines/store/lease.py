@@ -1,13 +1,14 @@
 """A lease: the right to work on a job, which one process has at a time, whatever fails.
 
-A lease is a run in an experiment of its own. Whoever wants one creates such a run and then looks: if its run is the
-only one for the job, it holds the lease; else it deletes its run and waits. Of two that come at once the later one at
-least sees the other, so that never two hold it; and the one whose run has the smaller id stays, so that one does.
+A lease is a run in an experiment of its own. A process that wants a lease creates such a run and then looks: if its run
+is the only one for the job, the process holds the lease; else it deletes its run and waits. If two come at once, at
+least the later one sees the run of the other, so that two never hold the lease. The run with the smaller id stays, so
+that one holds the lease.
 
-The holder's heartbeat, a counter in a tag, shows that it lives. Whoever waits deletes the run of a holder that was
-silent for `SILENT_SECONDS`. No clocks of different machines are compared, and no process is looked up by its number,
-since two containers may share a host name. A run that is deleted is never used again, so that a holder which was only
-paused finds that it has lost its lease.
+The holder's heartbeat, a counter in a tag, shows that the holder lives. A process that waits deletes the run of a
+holder that was silent for `SILENT_SECONDS`. No clocks of different machines are compared, and no process is looked up
+by its number, since two containers may share a host name. A deleted run is never used again, so that a holder which was
+only paused finds that its lease is lost.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from pipelines.store.client import PAGE_SIZE, Store, all_pages
 from pipelines.store.patience import HURRY_SECONDS, ignoring, within
 
 BEAT_SECONDS, POLL_SECONDS, SILENT_SECONDS = 5.0, 2.0, 20.0
-"""Seconds between two heartbeats, between two looks at others' leases, and of silence after which a holder is dead."""
+"""Seconds between two heartbeats, between two looks at the leases, and of silence until a holder counts as dead."""
 EXPERIMENT = "diabolo.leases"
 _NOTE = (
     "Each run marks a job of Diabolo that is at work now; it is deleted when the job ends. `mlflow gc` removes deleted "
@@ -37,13 +38,13 @@ _NOTE = (
 )
 _KEY, _TOKEN, _BEAT, _OWNER = "lease.key", "lease.token", "lease.beat", "lease.owner"
 _PROCESS = uuid.uuid4().hex
-"""What the tokens of this process's leases begin with."""
+"""The first part of the tokens of this process's leases."""
 _held: dict[str, "Lease"] = {}
 """This process's leases by token, those included that are being taken."""
 
 
 class Lease:
-    """The right to work on a job.
+    """The right of one process to work on a job: taken, kept by heartbeats, and given up.
 
     Args:
         key: Identity of the job.
@@ -61,9 +62,9 @@ class Lease:
         self._experiment_id = ""
         self._stopped = threading.Event()
         self._beats: dict[str, tuple[str, float]] = {}
-        """Last heartbeat of each other lease, and when it was first seen."""
+        """Last heartbeat of each other lease, and when that heartbeat was first seen."""
         self._unheard: set[str] = set()
-        """Other leases of which no heartbeat came yet since they were first seen."""
+        """Other leases that have shown no new heartbeat since they were first seen."""
         self._looked_at = time.monotonic()
 
     def take(self) -> None:
@@ -89,13 +90,13 @@ class Lease:
         check_leases(self.store, [self.name])
 
     def is_taken_over(self) -> bool:
-        """Return whether another driver has taken the lease over, as far as MLflow answers; see `is_lost`."""
+        """Return whether another driver has taken the lease over; if MLflow does not answer, what was known before."""
         with suppress(Exception):
             self.is_lost = self.is_lost or not _exists(self.store.direct, self.name)
         return self.is_lost
 
     def release(self) -> None:
-        """Give the lease up. If MLflow does not answer within a moment, the heart has stopped at least."""
+        """Give the lease up. If MLflow does not answer within a moment, only the heartbeat ends: the lease expires."""
         self.stop()
         within(HURRY_SECONDS, partial(self.store.wait_for, self.remove))
 
@@ -111,7 +112,7 @@ class Lease:
             _delete(self.store.direct, self.name)
 
     def _claim(self) -> dict[str, str]:
-        """Create the lease, and delete it again if there are rivals, which are returned as `_look` gives them."""
+        """Create the lease; delete it again if it has rivals. Return the rivals: owners of other leases, by lease."""
         self._create()
         until = time.monotonic() + POLL_SECONDS
         while (rivals := self._look(self.store)[0]) and self.name < min(rivals) and time.monotonic() < until:
@@ -134,11 +135,11 @@ class Lease:
         """Read all leases, and delete those that nobody holds.
 
         Returns:
-            Leases of other living drivers on the same job with their owners, and whether any lease was deleted.
+            Other living drivers on the same job by the names of their leases, and whether any lease was deleted.
         """
         runs = _leases(store.client, self._experiment_id)
         now = time.monotonic()
-        if now - self._looked_at > SILENT_SECONDS / 2:  # MLflow or this process was away: nobody could be heard
+        if now - self._looked_at > SILENT_SECONDS / 2:  # MLflow or this process was away: no heartbeat was seen
             self._beats.clear()
         self._looked_at = now
         rivals: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Models in MLflow: logging one that loads without Diabolo, and the registry's versions and aliases."""
+"""Models in MLflow: logging a model that loads without Diabolo, and the registry's versions and aliases."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from pipelines.store.patience import ignoring
 LOADER = "aecore.serving.model"
 """Module that loads our models in MLflow."""
 _LOADERS = (LOADER, "aecore.pyfunc")
-"""The same with the module of models that were logged before it moved."""
+"""`LOADER`, and the module in models that were logged before it moved."""
 _NAME = "model"
 _REQUIREMENTS = ("mlflow", "jaxtyping", "numpy", "pandas", "pydantic", "safetensors", "scikit-learn", "torch")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -47,9 +47,9 @@ class Registered(NamedTuple):
     uri: str
     """models:/NAME/VERSION."""
     digest: str
-    """SHA-256 of its files."""
+    """SHA-256 of the files of the version."""
     result: Result
-    """Result of the finetuning that made it."""
+    """Result of the finetuning that made the model."""
     model_id: str | None
     """Id of MLflow's logged model, if the version was registered from one."""
 
@@ -69,7 +69,7 @@ class Models(NamedTuple):
         """Register a logged model under `name`, unless it is registered there.
 
         Args:
-            tags: Tags of the version; whichever it has already stay as they are.
+            tags: Tags of the version; tags that the version has already stay as they are.
 
         Returns:
             The number of the version.
@@ -98,7 +98,7 @@ class Models(NamedTuple):
         return None
 
     def set_alias(self, name: str, alias: str, number: str) -> None:
-        """Let an alias name this version, and no other version any more."""
+        """Move an alias to this version."""
         self.store.client.set_registered_model_alias(name, alias, number)
 
     def load(self, uri: str) -> Registered:
@@ -150,13 +150,14 @@ class Models(NamedTuple):
 
 
 def log_model(store: Store, run_id: str, folder: Path, example: Any, served: Any) -> str:
-    """Log the model in `folder` as an output of a run, so that it loads anywhere: our own code travels with it.
+    """Log the model in `folder` as an output of a run, so that the model loads anywhere: our own code is logged with
+    it.
 
-    This acts on what an earlier try has left, so that a run has one model. It raises at once if MLflow does not answer.
+    A further try completes the model of an earlier try, so that a run has one model. An outage is raised at once.
 
     Args:
         example: Input rows that are kept with the model.
-        served: What the model returns for them.
+        served: The output of the model for the example.
 
     Returns:
         The id of MLflow's logged model.

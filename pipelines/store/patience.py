@@ -15,7 +15,7 @@ from aecore.core.errors import OutageError, hide_secrets
 from pipelines.host.messages import one_line, say
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds between the first two tries of a call, doubled for each further try, and at most."""
+"""Seconds between the first two tries of a call, doubled for each further try, and the longest pause."""
 HURRY_SECONDS, CLOSE_SECONDS = 1.5, 60.0
 """Seconds that closing a job's runs may take: when the job is to end now, and otherwise."""
 _PASSING_CODES = {
@@ -38,7 +38,7 @@ def wait_for(call: Callable[[], T], uri: str, patience: float) -> T:
         patience: Seconds for which MLflow may be away.
 
     Raises:
-        OutageError: MLflow was away for longer than that.
+        OutageError: MLflow was away for longer than `patience`.
     """
     began, pause, warned = time.monotonic(), FIRST_WAIT, False
     while True:
@@ -87,7 +87,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def within(seconds: float, act: Callable[[], None]) -> None:
-    """Call `act`, but wait no longer than this; if it hangs, a thread that ends with the process goes on with it."""
+    """Call `act`, but wait at most `seconds`; a call that hangs goes on in a thread that ends with the process."""
 
     def act_or_warn() -> None:
         try:

@@ -1,8 +1,8 @@
 """The tracker: finds, opens, restores and ends the runs of jobs and stages.
 
 A stage is one run, tagged with its key, however often it is attempted. Its artifacts come first and the status FINISHED
-last: that is the commit, and a stage that has it is restored instead of computed. A job is one run, too, and one driver
-at a time works on it, by a lease. Calls wait out an outage; each may act twice, since its answer may be lost.
+last. That is the commit: a stage with a FINISHED run is restored instead of computed. A job is one run, too; the driver
+that holds its lease works on it. Calls wait out an outage; each call may act twice, since its answer may be lost.
 """
 
 import json
@@ -36,7 +36,7 @@ _STOPPED, _LEASE = "stopped.epoch", "lease"
 
 
 class Tracker(Store):
-    """Where results are kept; small enough to travel to every task."""
+    """Finds, opens, restores and ends the runs in an MLflow store; small enough to be sent to every task."""
 
     @property
     def models(self) -> Models:
@@ -65,8 +65,8 @@ class Tracker(Store):
         """Return the result of a finished stage.
 
         Raises:
-            LostResultError: Its artifacts are missing or were altered. The run is FAILED then, so that the stage will
-                be computed again.
+            LostResultError: The artifacts are missing or were altered. The run is then set FAILED, so that the stage
+                will be computed again.
             OutageError: MLflow does not answer.
         """
         try:
@@ -79,9 +79,9 @@ class Tracker(Store):
     def open_run(
         self, stage: Stage, parent: str, *, tags: Mapping[str, str] | None = None, started_at: int | None = None
     ) -> StageRun:
-        """Open the run of a stage, nested in the job's: a new one, or that of earlier attempts.
+        """Open the run of a stage, nested in the job's run: a new run, or the run of earlier attempts.
 
-        Whoever computes a stage opens its run once: to open a run again counts as a further attempt.
+        Each opening of a run counts as an attempt, so that a worker opens the run of its stage only once.
 
         Args:
             tags: Further tags of the run.
@@ -99,17 +99,17 @@ class Tracker(Store):
         history = client.get_metric_history(run_id, "seconds") if "seconds" in run.data.metrics else []
         own_tags["attempts"] = str(int(run.data.tags.get("attempts", "0")) + 1)
         if "error" in run.data.tags:
-            own_tags["error"] = ""  # that of an earlier attempt
+            own_tags["error"] = ""  # the error of an earlier attempt
         client.update_run(run_id, status="RUNNING")
         log_batch(client, run_id, tags=own_tags)  # last, so that an opening that fails is not counted
         return StageRun(self, run_id, max((point.step for point in history), default=0), run.data.metrics, params)
 
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
-        """Open the top-level run of a job for the block: FINISHED, FAILED on an error, KILLED when interrupted.
+        """Open the run of a job for the block. The run ends FINISHED, FAILED on an error, or KILLED when interrupted.
 
         A job's earlier run is opened again, so that a job is one run however often it was started. If another driver
-        works on the same job, this one waits until that one has ended or died.
+        works on the same job, this driver waits until the other has ended or died.
 
         Args:
             config: Logged as params of a new run. It holds only what `key` covers, since params never change.
@@ -146,7 +146,7 @@ class Tracker(Store):
 
     @contextmanager
     def lease(self, key: str, purpose: str) -> Iterator[Callable[[], None]]:
-        """Hold the right to do something, which one driver has at a time, for the block.
+        """Hold a lease for the block: the right to do something, which one driver has at a time.
 
         Yields:
             A function that raises a TakenOverError if the lease was lost.
@@ -172,7 +172,7 @@ class Tracker(Store):
         return int(run.data.tags[_STOPPED]) if run else None
 
     def trials(self, study: str, row: str) -> list[tuple[dict[str, Any], str]]:
-        """Return the settings and the run's id of each finished trial of a study's row."""
+        """Return settings and run id of each finished trial of a study row; `study` is the id of the study's run."""
         condition = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study}' and tags.`row` = '{row}'"
         runs = self.search(f"{condition} and attributes.status = 'FINISHED'")
         return [(json.loads(run.data.tags["settings"]), run.info.run_id) for run in runs]
@@ -201,7 +201,7 @@ class Tracker(Store):
     def log_data(
         self, run_id: str, name: str, facts: Facts, context: str = "training", model_id: str | None = None
     ) -> None:
-        """Record which data a run read, and with which model, unless that is recorded."""
+        """Record which data a run read, and with which model, unless data are recorded already."""
         inputs = self.client.get_run(run_id).inputs
         if inputs and inputs.dataset_inputs:
             return
@@ -214,13 +214,13 @@ class Tracker(Store):
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Log final metrics and tags of a job; see `summary_points` for the metrics that are left out."""
+        """Log final metrics and tags of a job, without values that are logged already and seconds of a rerun."""
         known = self.client.get_run(run_id).data.metrics if metrics else {}
         run_tags = [RunTag(name, value) for name, value in tags.items()]
         self.client.log_batch(run_id, summary_points(metrics, known), tags=run_tags)
 
     def find_or_create(self, key: str, tags: Mapping[str, str], started_at: int | None = None) -> tuple[Run, bool]:
-        """Return the run with this key, made with these tags if there is none, and whether there was one before."""
+        """Return the run with this key, and whether it existed before. If it did not, it is created with these tags."""
         client, has_tried = self.direct, False
         started_at = round(1000 * time.time()) if started_at is None else started_at
 
@@ -234,7 +234,7 @@ class Tracker(Store):
         return self.wait_for(look_then_create)
 
     def close_run(self, run_id: str, status: str) -> None:
-        """End a run and whichever runs nested in it are open, the innermost first."""
+        """End a run and the open runs that are nested in it, the innermost first."""
         parents = {run.info.run_id: run.data.tags.get(MLFLOW_PARENT_RUN_ID) for run in self._open_runs()}
         to_close = [run_id]
         for outer in to_close:
@@ -248,7 +248,7 @@ class Tracker(Store):
         jobs = [run for run in open_runs if "job" in run.data.tags and _LEASE in run.data.tags]
         leases = existing_leases(self) if jobs else set()
         for job in (run for run in jobs if run.data.tags[_LEASE] not in leases):
-            run = client.get_run(job.info.run_id)  # it may have ended since, or have a new driver
+            run = client.get_run(job.info.run_id)  # the run may have ended since, or have a new driver
             if run.info.status == "RUNNING" and run.data.tags[_LEASE] == job.data.tags[_LEASE]:
                 self.close_run(run.info.run_id, "KILLED")
         open_runs = self._open_runs() if open_runs else []

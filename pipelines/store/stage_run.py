@@ -29,7 +29,7 @@ _MOST_VALUES, _MOST_PARAMS, _MOST_CHARACTERS = 1000, 100, 6000
 
 
 class StageRun:
-    """The open run of a stage.
+    """The open run of a stage, to which epochs, the result and the status are written.
 
     Args:
         last_epoch: The last epoch that an earlier attempt has logged, 0 if there is none.
@@ -45,7 +45,7 @@ class StageRun:
         self._metrics, self._params = dict(metrics), list(params)
 
     def waiting_like(self, tracker: Store) -> "StageRun":
-        """Return the same run, whose calls wait for MLflow for as long as those of `tracker`."""
+        """Return an object for the same run whose calls wait for MLflow as long as those of `tracker`."""
         return StageRun(tracker, self.run_id, self.last_epoch, self._metrics, self._params)
 
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
@@ -60,10 +60,10 @@ class StageRun:
         self.last_epoch = max([self.last_epoch, *(point[0] for point in points)])
 
     def commit(self, result: Result, served: Any = None) -> None:
-        """Upload everything that the stage returned, then set FINISHED, which makes it count.
+        """Upload the result of the stage, then set the run FINISHED, which makes the result count.
 
         Args:
-            served: What the model returns for `result.example`, where there is one.
+            served: The output of the model for `result.example`, if there is an example.
 
         Raises:
             TakenOverError: Another driver has taken the job over; the run is left to it.
@@ -87,7 +87,7 @@ class StageRun:
     def fail(self, error: Exception) -> None:
         """End the run as FAILED and write down why, if MLflow answers."""
         client = self.tracker._replace(patience=0.0).client
-        with suppress(OutageError):  # the error itself matters more than that it cannot be written down
+        with suppress(OutageError):  # the error itself matters more than that MLflow cannot record it
             tags = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
             log_batch(client, self.run_id, params=self._params, tags=tags)
             client.set_terminated(self.run_id, "FAILED")
@@ -102,7 +102,7 @@ class StageRun:
         self._metrics |= {metric.key: metric.value for metric in values}
 
     def _upload(self, folder: Path) -> None:
-        """Upload, then read back what counts: an upload that was cut short may not become a result."""
+        """Upload a folder, then read the result back: an upload that was cut short may not become a result."""
         hasty = self.tracker._replace(patience=0.0)
         if not (folder / _RESULT).is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
@@ -117,7 +117,7 @@ def download_result(store: Store, run_id: str) -> tuple[dict[str, Any], Weights]
     """Return configuration and weights of a stage's run.
 
     Raises:
-        LostResultError: Its artifacts are missing or were altered.
+        LostResultError: The artifacts are missing or were altered.
         OutageError: MLflow does not answer.
     """
 
@@ -142,7 +142,7 @@ def summary_points(
 ) -> list[Metric]:
     """Return final metrics as points at step 0.
 
-    A value that the run has already is left out, and so is how long a further attempt took, if a first one is logged.
+    Values that are logged already are left out, and so are the seconds of a further attempt.
 
     Args:
         known: The last value of each metric of the run.

@@ -1,7 +1,7 @@
-"""The load of this machine, logged to a run while it is at work.
+"""The load of this machine, logged to a run while the run is open.
 
 MLflow starts its own monitor only for the active run of its fluent interface, whose end would set the run's status, or
-through a class that it does not document. This monitor logs under the same names, with one request per sample for two.
+through a class that it does not document. This monitor logs under the same names, in one request per sample, not two.
 """
 
 import os
@@ -35,7 +35,7 @@ def system_metrics(uri: str, run_id: str) -> Iterator[None]:
         patience = HURRY_SECONDS
     finally:
         ended.set()
-        thread.join(patience)  # it may be waiting for an MLflow that does not answer
+        thread.join(patience)  # the thread may be waiting for an MLflow that does not answer
 
 
 def _log_until(ended: threading.Event, client: MlflowClient, run_id: str) -> None:
@@ -48,7 +48,7 @@ def _log_until(ended: threading.Event, client: MlflowClient, run_id: str) -> Non
         for number, gpu in enumerate(gpus):
             sample |= {f"gpu_{number}_{name}": value for name, value in _gpu(gpu).items()}
         with suppress(Exception):  # whatever fails, a sample is not worth a failed run
-            if step is None:  # after the last one that an earlier attempt has logged
+            if step is None:  # after the last step of an earlier attempt
                 history = client.get_metric_history(run_id, f"{PREFIX}cpu_utilization_percentage")
                 step = max((point.step for point in history), default=-1)
             step, now = step + 1, round(1000 * time.time())
@@ -56,7 +56,7 @@ def _log_until(ended: threading.Event, client: MlflowClient, run_id: str) -> Non
 
 
 def _machine(traffic: Any) -> dict[str, float]:
-    """Return the load of processors, memory, disk and network, the last since `traffic` was counted."""
+    """Return the load of processors, memory, disk and network; traffic is counted from `traffic` on."""
     memory, disk, now = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),

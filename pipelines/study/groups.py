@@ -1,4 +1,4 @@
-"""Which trials train as one: those that differ in numbers alone (see `aecore.training.fused`)."""
+"""Groups of trials that are trained together as one: they differ in numbers alone (see `aecore.training.fused`)."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -8,17 +8,17 @@ from pipelines.study.plan import TrialPlan, reference_groups
 from pipelines.study.trial import REFERENCES
 
 _MOST_AS_ONE = 64
-"""Most trials of one group, all of which a lost worker costs; memory is looked after where they train."""
+"""Most trials of a group, since a lost worker costs all of them. The training sees to memory."""
 
 
 def groups_of(plans: Sequence[TrialPlan], at_once: int | None) -> list[list[TrialPlan]]:
     """Divide trials into the groups that Ray Tune runs as one trial each.
 
-    The references of each kind are one group, since seeds share what a reference is made of.
+    All seeds of a reference (PCA, random weights) are one group, since they share most of their stages.
 
     Args:
-        at_once: Groups that run at the same time on GPUs: there are at least as many, so that no GPU is idle; None
-            where every other trial is a group of its own.
+        at_once: Number of groups that run at the same time on GPUs. The trials are spread over so many groups if
+            possible, so that no GPU is idle. None makes each trial that is no reference a group of its own.
     """
     references = reference_groups(plans)
     others = [plan for plan in plans if plan.kind not in REFERENCES]
@@ -28,7 +28,7 @@ def groups_of(plans: Sequence[TrialPlan], at_once: int | None) -> list[list[Tria
 
 
 def alike(plans: Sequence[TrialPlan], most: int) -> list[list[TrialPlan]]:
-    """Group trials that differ in numbers alone, at most so many together, in order."""
+    """Group trials that differ in numbers alone, in order; each group has at most `most` trials."""
     kinds: dict[str, list[TrialPlan]] = {}
     for plan in plans:
         kinds.setdefault(_all_but_numbers(plan), []).append(plan)
@@ -36,7 +36,7 @@ def alike(plans: Sequence[TrialPlan], most: int) -> list[list[TrialPlan]]:
 
 
 def _all_but_numbers(plan: TrialPlan) -> str:
-    """Return what a trial's training must have in common with those that it is trained with as one."""
+    """Return a hash of all but the numbers of a trial; trials of equal hash can be trained together as one."""
     specs = [stage.spec.model_dump(mode="json") for stage in plan.stages().values() if stage.trains]
     for spec in specs:
         spec["seed"] = None

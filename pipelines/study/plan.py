@@ -31,7 +31,7 @@ _JUDGE_WIDTHS = (128, 64)
 
 
 class TrialPlan(NamedTuple):
-    """A trial that has not run yet: one row of a study with one choice of settings and one seed."""
+    """A trial before it has run: a study row (a variant or a reference) with one choice of settings and one seed."""
 
     row: str
     settings: dict[str, Any]
@@ -56,10 +56,10 @@ class TrialPlan(NamedTuple):
 
 
 def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPlan]:
-    """Plan all trials of a study, the references included, but for those whose settings Optuna is to choose.
+    """Plan all trials of a study, references included, except the trials whose settings Optuna will choose.
 
     Raises:
-        InputError: a row does not fit the data, or changes a field that does not exist.
+        InputError: a study row does not fit the data, or changes a field that does not exist.
     """
     rows = [
         plan_trial(study, row, settings, seed, facts, numerics)
@@ -71,9 +71,9 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
 
 
 def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
-    """Return the settings of a row: all combinations of a grid, or random draws, which are the same at each call.
+    """Return the settings to try in a study row: all combinations of a grid, or random draws, the same at each call.
 
-    A row without settings has one trial a seed; where Optuna chooses, no settings are known yet.
+    A study row without settings has one trial per seed. Where Optuna chooses, no settings are known yet.
     """
     space = study.space(row)
     if not space:
@@ -96,10 +96,10 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
 
 
 def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int) -> Experiment:
-    """Return the experiment of a trial: the base with the row's changes, the settings and the budget's epochs.
+    """Return the experiment of a trial: the base with the study row's fields, the settings and the budget's epochs.
 
     Raises:
-        InputError: the row changes a field that does not exist, or the budget is too small for its layers.
+        InputError: the study row changes a field that does not exist, or the budget is too small for its layers.
     """
     base = study.base.model_dump()
     base["finetune"] = base["finetune"] or Finetune().model_dump()
@@ -124,8 +124,8 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
                 f"budget.epochs: {study.budget.epochs} leave row {row} with its {layers} layers no epoch for the "
                 f"whole; allow at least {layers + 1}"
             )
-        # what neither the row nor the settings say of pretraining is as in finetuning, so that a stacked row differs in
-        # one field from a row that is trained end to end
+        # fields of pretraining that neither the study row nor the settings set are as in finetuning, so that a stacked
+        # row differs in one field from a row that is trained end to end
         own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
         own |= {k.removeprefix("pretrain."): v for k, v in settings.items() if k.startswith("pretrain.")}
         fit = {k: v for k, v in values["finetune"].items() if k != "task"}
@@ -137,7 +137,7 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
 def plan_trial(
     study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
 ) -> TrialPlan:
-    """Plan one trial of a variant or of a reference; raises as `plan_trials` does."""
+    """Plan one trial; raise an InputError if its study row does not fit the data or sets an unknown field."""
     for kind in REFERENCES:
         if row == kind:
             return _plan_reference(study, kind, seed, facts, numerics)
@@ -155,7 +155,7 @@ def plan_trial(
 def _plan_reference(
     study: Study, kind: Literal["pca", "random"], seed: int, facts: Facts, numerics: Numerics
 ) -> TrialPlan:
-    """Plan PCA of the code's width, or the base's network with random weights, measured like any other trial."""
+    """Plan a trial that measures PCA of the code's width, or the base's network with random weights."""
     experiment = resolve(study.base, facts)
     layers = tuple(layer_specs(experiment.network, experiment.data, facts))
     if kind == "pca":
@@ -173,12 +173,12 @@ def _plan_reference(
 
 
 def _measures(study: Study, name: str, stack: Stage, seed: int, facts: Facts, numerics: Numerics) -> Stage:
-    """Return the stage, called `name`, that measures a trained stack, on top of the classifiers that it needs."""
+    """Return the stage `name` that measures a trained stack; the classifiers that it needs are among its inputs."""
     data = stack.inputs["data"]
     assert isinstance(data, Stage) and isinstance(data.spec, LoadSpec)
     assert isinstance(stack.spec, FinetuneSpec | ReferenceSpec)
     variant = stack.spec.variant if isinstance(stack.spec, FinetuneSpec) else None
-    # the splits leave fewer rows than these for training; the stage takes a count that is too large as all of them
+    # the splits leave fewer rows than this for training; the stage takes a count that is too large as all training rows
     rows = min(facts.rows, data.spec.data.limit or facts.rows)
     counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
     classifiers = [
@@ -225,8 +225,8 @@ def shared_stages(plans: Sequence[TrialPlan]) -> list[Stage]:
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return the trials of each reference, all seeds of a kind together: they share most of their stages, and one trial
-    of Tune runs them one after another."""
+    """Return a group for each reference with the trials of all its seeds: they share most of their stages, and one of
+    Tune's trials runs them all."""
     groups = [[plan for plan in plans if plan.kind == kind] for kind in REFERENCES]
     return [group for group in groups if group]
 

@@ -1,4 +1,4 @@
-"""What the report is told of each trial, read back from MLflow."""
+"""The results of a study's trials for the report, read back from MLflow."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 Runs = Mapping[str, tuple[str, dict[str, float]]]
-"""Finished runs with their metrics, by the keys of their stages."""
+"""Id and metrics of each finished run, by the key of its stage."""
 
 
 def finished_runs(plans: Sequence[TrialPlan], tracker: "Tracker") -> Runs:
-    """Return the runs of those stages of the trials that are finished."""
+    """Return id and metrics of the run of each finished stage of the trials."""
     keys = {key for plan in plans for key, stage in plan.stages().items() if stage.kept}
     runs = {key: tracker.finished(key) for key in keys}
     return {key: run for key, run in runs.items() if run}
 
 
 def trial_of(plan: TrialPlan, tracker: "Tracker", runs: Runs, epochs: int, endings: Endings) -> Trial:
-    """Return a trial as the report shows it.
+    """Return the outcome of a trial, finished or not, in the form that the report reads.
 
     Args:
         epochs: Passes over the training rows that each trial may spend.

@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 
 class Ended(NamedTuple):
-    """A study that is over."""
+    """The trials of a study that has ended, and how many stages were computed and restored."""
 
     trials: list[Trial]
     """All trials, the stopped and the failed ones included."""
@@ -33,12 +33,12 @@ class Ended(NamedTuple):
 def run(
     study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources, say: Say
 ) -> Ended:  # fmt: skip
-    """Finish every trial; those that are finished are restored, and Ray starts only if one is not.
+    """Restore the trials that are finished already and run the others; Ray starts only if a trial is missing.
 
     Args:
         parent: The study's MLflow run.
     """
-    # trials side by side, each with one thread, outrun one trial with all threads
+    # trials side by side with one thread each are faster than one trial after another with all threads
     resources = resources if resources.cpus else resources.model_copy(update={"cpus": 1})
     plans = plan_trials(study, facts, resources.numerics)
     runner = TrialRunner(study, facts, tracker, parent, resources)
@@ -71,7 +71,7 @@ def run(
 def _compute_shared(
     plans: Sequence[TrialPlan], tracker: "Tracker", parent: str, resources: Resources, say: Say
 ) -> None:  # fmt: skip
-    """Compute the stages that several trials stand on, each once, as chained tasks."""
+    """Compute the stages whose results several trials need, each once, as chained tasks."""
     stages = shared_stages(plans)
     if stages:
         say(f"{len(stages)} stages that several trials share come first")

@@ -11,7 +11,7 @@ from aecore.core.fingerprint import Frozen
 from pipelines.study.trial import REFERENCES
 
 _ROW_NAME = r"\w[\w .:-]{0,99}"
-"""The characters that MLflow allows in the name of a metric, of which a row's name is a part."""
+"""Pattern of a study row's name: it becomes part of the names of metrics, and MLflow allows these characters there."""
 _ROW_FIELDS = {"variant", "network", "pretrain", "finetune", "settings"}
 
 
@@ -39,10 +39,10 @@ class Budget(Frozen):
     """What each trial may spend; it is the same for all trials."""
 
     epochs: PositiveInt = 40
-    """Passes over the training rows in a trial's unsupervised training. A row with `pretrain` spends half of them layer
-    by layer, in equal parts, and the rest on the whole network."""
+    """Passes over the training rows in a trial's unsupervised training. A study row with `pretrain` spends half of them
+    layer by layer, in equal parts, and the rest on the whole network."""
     settings: PositiveInt = 8
-    """Number of settings that the searches random and optuna try for each row."""
+    """Number of settings that the searches random and optuna try for each study row."""
     hours: PositiveFloat | None = None
     """Wall time in hours after which all trials are ended; null sets no limit."""
 
@@ -65,19 +65,19 @@ class Study(Frozen):
     base: Experiment = Experiment(pretrain=None, finetune=Finetune(task="reconstruct", batch_size=32), control=False)
     """The experiment that all trials share."""
     variants: dict[str, dict[str, Any]] = Field({"plain": {}}, min_length=1)
-    """The rows of the comparison, by name. Each says what it changes of the base in `variant`, `network`, `pretrain` or
-    `finetune`, and may have `settings` of its own."""
+    """The study rows, by name: what is compared. Each sets fields that differ from the base, in `variant`, `network`,
+    `pretrain` or `finetune`, and may have `settings` of its own."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds of weights, batches and noise; each row is trained once with each seed."""
+    """Seeds of weights, batches and noise; each study row is trained once with each seed."""
     settings: Settings = Field({})
-    """Fields that are searched in every row, by dotted name: a list of values, or a range {low, high, log}."""
+    """Fields that are searched in every study row, by dotted name: a list of values, or a range {low, high, log}."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """How settings are chosen: all combinations, random draws, or by Optuna, which searches with the first seed; the
     best settings are then trained with the other seeds."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops trials early whose reconstruction error lags behind (Li et al. 2020)."""
     choose: Literal["reconstruction", "probe"] = "reconstruction"
-    """The validation measure by which a row's best settings are chosen: the squared reconstruction error, or the
+    """The validation measure by which a study row's best settings are chosen: the squared reconstruction error, or the
     accuracy of a linear probe."""
     budget: Budget = Budget()
     labels: Labels = Labels()
@@ -100,7 +100,7 @@ class Study(Frozen):
         return self
 
     def space(self, row: str) -> Settings:
-        """Return the settings that are searched in a row: those of the study, then those of the row itself."""
+        """Return the settings that are searched in a study row: those of the study, and those of the row itself."""
         try:
             return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
         except ValidationError as error:
@@ -108,7 +108,7 @@ class Study(Frozen):
 
     @property
     def choose_metric(self) -> str:
-        """The name of the metric by which a row's best settings are chosen."""
+        """The name of the metric by which a study row's best settings are chosen."""
         return "val/probe_accuracy" if self.choose == "probe" else "val/reconstruction_mse"
 
 

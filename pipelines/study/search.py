@@ -1,4 +1,4 @@
-"""Optuna chooses the settings of a row with the first seed; the best settings then get the other seeds."""
+"""Optuna chooses the settings of a study row with the first seed; the best settings are then run with the others."""
 
 import json
 from collections.abc import Callable
@@ -9,16 +9,16 @@ from pipelines.study.trial import trial_name
 from pipelines.study.trials import Endings, TrialRunner, config_of, settings_in
 
 Tried = dict[str, tuple[dict[str, Any], float]]
-"""Settings and the measure to choose by, by the settings' JSON."""
+"""Each choice of settings that was tried and its value of the measure to choose by; keys are the settings as JSON."""
 
 
 def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[list[TrialPlan], Endings]:
-    """Search the settings of a row, then run the best with the other seeds.
+    """Search the settings of a study row, then run the best settings with the other seeds.
 
     Trials that an earlier call of the same study has finished count as tried.
 
     Returns:
-        The trials of the row and how those ended that did not finish.
+        The plans of all trials of the study row, and the endings of the trials that did not finish.
     """
     study, first = runner.study, runner.study.seeds[0]
     tried: Tried = {}
@@ -46,7 +46,7 @@ def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[l
 
 
 def _fit(runner: TrialRunner, row: str, tried: Tried, count: int) -> Any:
-    """Let Optuna try so many settings, told of those that were tried before; returns Tune's results."""
+    """Let Optuna try `count` more settings, given the scores of those in `tried`; return Tune's results."""
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 

@@ -6,14 +6,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 REFERENCES: tuple[Literal["pca", "random"], ...] = ("pca", "random")
-"""The rows that every study contains besides its variants: PCA, and the base's network with random weights."""
+"""The study rows that every study contains besides its variants: PCA, and the base's network with random weights."""
 
 
 class Trial(NamedTuple):
-    """A trial that has ended: one row of a study with one choice of settings and one seed."""
+    """A trial that has ended: one study row (a variant or a reference) with one choice of settings and one seed."""
 
     row: str
-    """The study's name for the variant, or `pca` or `random`."""
+    """Name of the study row: the study's name for the variant, or `pca` or `random`."""
     settings: dict[str, Any]
     """The values of the searched fields, by dotted name; empty where nothing is searched."""
     seed: int
@@ -36,7 +36,7 @@ class Trial(NamedTuple):
     epochs_used: int = 0
     """Passes over the training rows. Those of a shared stage count for each trial that uses the stage."""
     seconds: float = 0.0
-    """Seconds that training the trial's stages took, retries included; of a restored stage, what it took back then."""
+    """Seconds that training the trial's stages took, retries and the former training of restored stages included."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: each a plain function on its share of a device, which computes its stages in its own process."""
+"""Trials on Ray Tune: a function computes the stages of a trial in one process, on a share of a device."""
 
 import math
 import os
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 LATE = "the study's time was up"
-"""Why a trial did not finish that was cut off by `budget.hours`."""
+"""The error of a trial that `budget.hours` cut off."""
 _TELL_SECONDS = 1.0
-"""Least time between two reports of a trial to Tune where no scheduler looks at them."""
+"""Least time between two reports of a trial to Tune where no scheduler uses them."""
 Choice = tuple[str, dict[str, Any], int]
 """Row, settings and seed of a trial."""
 
 
 @dataclass
 class Endings:
-    """How trials ended that did not finish, by the keys of their stages."""
+    """Errors of trials that failed and last epochs of trials that were stopped, by the key of the trial's stage."""
 
     errors: dict[str, str] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Endings:
 
 
 class TrialRunner:
-    """Runs trials of one study; once Ray is up it keeps the data, which all trials share."""
+    """Runs the trials of one study. The data are read once into the memory of Ray, and all trials share them."""
 
     def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
@@ -68,11 +68,12 @@ class TrialRunner:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def plan_of(self, row: str, settings: dict[str, Any], seed: int) -> TrialPlan:
-        """Return one trial of the study before it has run."""
+        """Return the plan of one trial of the study."""
         return plan_trial(self.study, row, settings, seed, self.facts, self.resources.numerics)
 
     def run(self, plans: Sequence[TrialPlan], tell: Callable[[str], None]) -> Endings:
-        """Run trials; those that lose their worker or node are run again, `resources.retries` times."""
+        """Run trials and return the endings of those that did not finish. A trial that loses its worker or node runs
+        again, up to `resources.retries` times."""
         endings = Endings()
         if not plans:
             return endings
@@ -106,7 +107,7 @@ class TrialRunner:
         """Let Ray Tune run trials.
 
         Args:
-            space: What trials are made of, `param_space` of a `ray.tune.Tuner`.
+            space: The configs that trials are drawn from, `param_space` of a `ray.tune.Tuner`.
             search: A searcher of `ray.tune.search`, or None.
             count: How many trials are drawn from the space.
 
@@ -159,7 +160,7 @@ class TrialRunner:
             ).fit()
 
     def endings(self, results: Any) -> Endings:
-        """Return how those of Tune's trials ended that did not finish, and end their MLflow runs."""
+        """Return the endings of the trials that did not finish in Tune's `results`, and end their MLflow runs."""
         endings = Endings()
         for result, choice in [(one, choice) for one in results for choice in choices(one.config)]:
             plan = self.plan_of(*choice)
@@ -181,8 +182,8 @@ class TrialRunner:
         return endings
 
     def _groups_at_once(self) -> int | None:
-        """Return how many groups of trials run at the same time where trials are trained as one: on GPUs, if no
-        scheduler looks at each trial."""
+        """Return how many groups of trials run at the same time; None where trials are not trained together as one: on
+        CPUs, and with a scheduler, which needs the epochs of each trial."""
         start_ray()
         share = share_of(self.resources)
         if not share.gpus or self.study.scheduler != "none":
@@ -204,8 +205,8 @@ class TrialRunner:
 
 
 def choices(config: Mapping[str, Any] | None) -> list[Choice]:
-    """Return the trials of the study that are one of Tune's trials, read from its config; none of a trial that never
-    started, whose config Tune forgets."""
+    """Return the study's trials that one of Tune's trials consists of, read from the config of Tune's trial. Tune
+    forgets the config of a trial that never started; then none are returned."""
     if config is None:
         return []
     if "trials" in config:
@@ -232,10 +233,11 @@ def compute_trial(
     assignment: Assignment,
     data: "list[ObjectRef]",
 ) -> None:
-    """The body of one of Tune's trials: one trial of the study, or several that train as one.
+    """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
 
-    It restores or computes its stages in this process and reports to Tune: once per epoch where a scheduler looks at
-    each, else once per second for the eye; at the end what a search chooses by, and the errors of those that failed.
+    All stages are restored or computed in this process. Tune gets a report per epoch if there is a scheduler, else at
+    most one per second, to be displayed. The last report holds the measure by which a search chooses, or the errors of
+    the trials that failed.
     """
     with fast_imports():
         import ray
@@ -263,7 +265,7 @@ def compute_trial(
         if isinstance(outcome, Exception)
     }
     if plans[0].kind in REFERENCES:
-        # at an epoch that no scheduler looks at, since other trials are not to be compared with references
+        # epoch 0, which no scheduler judges, since other trials are not to be compared with references
         tune.report({"epoch": 0, "score": math.nan, "chosen": math.nan, "errors": errors})
     elif len(plans) > 1:
         tune.report({"epoch": study.budget.epochs, "errors": errors})
