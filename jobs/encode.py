@@ -101,7 +101,9 @@ def encode(settings: Encode) -> dict[str, Any]:
 def _find_rows(
     settings: Encode, result: Result, model: str, digest: str
 ) -> tuple[Operation, Data | None, Facts | None, int]:
-    """Return the operation, the data that it reads, the facts about these data, and the number of rows.
+    """Return what to do with the model (see `Operation`), the data to read, their facts, and the number of rows.
+
+    Data and facts are None where rows are drawn from the model.
 
     Raises:
         InputError: the data, the codes or the sampling do not fit the model.

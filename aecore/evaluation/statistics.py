@@ -183,7 +183,13 @@ def _t_test(difference: float, error: float, freedom: int) -> tuple[float, float
 
 
 def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[float, float, float]:
-    """Return the 95 % interval and p of a difference from its means in the draws (replicates,) and error over seeds."""
+    """Return the bounds of the 95 % interval and the p value of a mean difference.
+
+    Args:
+        sample: The mean difference in each bootstrap draw, (replicates,).
+        error: The standard error of the mean difference over seeds.
+        freedom: Degrees of freedom of this error.
+    """
     if error:
         sample = sample + _draws_of_t(freedom, len(sample)) * error
     low, high = np.quantile(sample, [0.025, 0.975])

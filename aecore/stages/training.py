@@ -22,7 +22,7 @@ class Training(NamedTuple):
 
 
 def train(training: Training) -> Result:
-    """Fit the job of a prepared stage and return the stage's result."""
+    """Train the model of a prepared stage and return the stage's result."""
     return training.finish(fit(training.job))
 
 

@@ -84,7 +84,7 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
 
 @contextmanager
 def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the block on another stream: after the current stream's work so far, and before its later work."""
+    """Run the block on another stream, after the current stream's earlier work and before its later work."""
     if stream is None:
         yield
         return

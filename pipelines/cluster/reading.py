@@ -1,4 +1,4 @@
-"""Ray Data, which reads what is larger than memory; nothing else imports it."""
+"""Reading data and working on their pieces in parallel with Ray Data, which only this module imports."""
 
 import logging
 import time

@@ -57,7 +57,8 @@ class Assignment:
 
 
 def assign(tracker: "Tracker", parent: str, share: Share, resources: Resources, in_study: bool = False) -> Assignment:
-    """Return the assignment that all stages of a job have in common.
+    """Return what whoever computes a stage of a job must know: the store, the parent run, the share of the machine and
+    the place of checkpoints.
 
     Args:
         parent: The job's MLflow run.

@@ -42,7 +42,7 @@ class Store(NamedTuple):
 
     @property
     def client(self) -> MlflowClient:
-        """The client whose calls wait out an outage; only for calls that may act twice."""
+        """The client whose calls are repeated during an outage; for calls that do no harm if executed twice."""
         return cast(MlflowClient, PatientClient(self.direct, self.uri, self.patience))
 
     @property

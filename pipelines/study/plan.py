@@ -225,8 +225,10 @@ def shared_stages(plans: Sequence[TrialPlan]) -> list[Stage]:
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return a group for each reference with the trials of all its seeds: they share most of their stages, and one of
-    Tune's trials runs them all."""
+    """Return the trials of PCA and those of random weights, all seeds of each as a group.
+
+    The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
+    """
     groups = [[plan for plan in plans if plan.kind == kind] for kind in REFERENCES]
     return [group for group in groups if group]
 

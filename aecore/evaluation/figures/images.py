@@ -77,7 +77,8 @@ def samples(trials: Sequence[StudyTrial]) -> bytes | None:
 
 
 def identity_risk(trials: Sequence[StudyTrial]) -> bytes | None:
-    """Draw error, probe accuracy and weights of codes wider than the data, one without a constraint and one sparse."""
+    """Draw error, probe accuracy and weights of two autoencoders whose code is wider than their input: one without a
+    constraint, which may learn the identity map, and a sparse one. None if the study lacks one of them."""
     members = {row: seeds for row, seeds in by_row(trials).items() if row in _OVERCOMPLETE}
     if len(members) < 2:
         return None
