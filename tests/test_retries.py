@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.train import WorkerGroupError
 
 from aecore.config.experiment import Fit
+from aecore.core.errors import DivergenceError, TakenOverError
 from aecore.models.storage import Result
 from aecore.stages.context import Context
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment, checkpoints_of
 from pipelines.execution.chain import _as_task, _Chain, _compute_task, compute
-from pipelines.execution.journal import Computed
+from pipelines.execution.journal import Computed, Journal
+from pipelines.execution.team import what_happened
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import all_temporary, me, scratch
 from pipelines.store.runs import Tracker
@@ -132,7 +135,7 @@ def graph_of(name: str) -> list[Stage]:
 
 @pytest.fixture
 def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> Iterator[Job]:
-    def train(spec: Fit, context: Context, below: Result | None = None) -> Result:
+    def train(spec: Fit, context: Context, below: Result | None = None, beside: Result | None = None) -> Result:
         if spec.weight_decay:
             raise ValueError("wrong")
         context.report(1, {"train/loss": 1.0, "seconds": 0.1, "time": 1.0, "parts": context.parts})
@@ -219,6 +222,65 @@ def test_what_is_wrong_is_not_tried_again_and_ends_no_unrelated_stage(
     with pytest.raises(ValueError, match=r"^wrong$"):
         job("wrong", {}, wrong="first")
     assert statuses(tracker, "wrong") == {"first": "FAILED", "other": "FINISHED"} and slept == []
+
+
+def test_a_stage_behind_one_that_pauses_and_one_that_fails_does_not_begin(
+    job: Job, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _, other = graph_of("two inputs")
+    object.__setattr__(other, "spec", other.spec.model_copy(update={"weight_decay": 1.0}))
+    both = Stage("both", first.fn, Fit(epochs=9), {"below": first, "beside": other})
+    monkeypatch.setattr(sys.modules[__name__], "graph_of", lambda name: [first, other, both])
+    with pytest.raises(ValueError, match=r"^wrong$"):
+        job("two inputs", {"first": [LOST]})
+    assert statuses(tracker, "two inputs") == {"first": "FINISHED", "other": "FAILED"}
+
+
+def test_a_driver_that_was_taken_over_leaves_the_runs_to_the_other(job: Job, tracker: Tracker) -> None:
+    with pytest.raises(TakenOverError):
+        job("taken", {"first": [TaskError(TakenOverError("another driver has taken this job over"))]})
+    assert "first" not in statuses(tracker, "taken")
+
+
+class LostMemberError(Exception):
+    """The loss of a member as Ray Train reports it."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.health_check_failure = failure
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind"),
+    [
+        ([RuntimeError("connection closed by peer"), LostMemberError(LOST)], ray.exceptions.WorkerCrashedError),
+        ([RuntimeError("closed"), LostMemberError(FULL)], ray.exceptions.OutOfMemoryError),
+        ([LostMemberError(LOST), DivergenceError("train/loss is nan")], DivergenceError),
+        ([ValueError("wrong")], ValueError),
+    ],
+)
+def test_what_ends_a_team_is_its_own_error_or_the_loss_of_a_member(failures: list[Exception], kind: type) -> None:
+    error = WorkerGroupError("failed", dict(enumerate(failures)))
+    assert isinstance(what_happened(error), kind)
+
+
+def test_an_epoch_that_is_reported_twice_is_logged_once(tracker: Tracker) -> None:
+    with tracker.job_run("test", "twice", {}, {}) as top:
+        run = tracker.open_run(Stage("twice", "stages.pretrain_layer", Fit()), top)
+        run.log([(1, 1, {"seconds": 1.0}), (2, 2, {"seconds": 2.0}), (1, 3, {"seconds": 3.0})])
+    history = tracker.client.get_metric_history(run.run_id, "seconds")
+    assert sorted(point.step for point in history) == [1, 2]
+
+
+def test_the_last_epochs_before_a_failure_are_logged(tracker: Tracker) -> None:
+    stage = Stage("diverged", "stages.pretrain_layer", Fit(epochs=7))
+    assignment = Assignment(store=tuple(tracker), parent="parent", share=Share(0, 1))
+    with Journal(stage, assignment) as journal:
+        assert journal.run_id
+        for epoch in (1, 2):
+            journal.report(epoch, {"seconds": 1.0, "time": float(epoch)})
+        journal.close(DivergenceError("train/loss is nan"))
+    history = tracker.client.get_metric_history(journal.run_id, "seconds")
+    assert [point.step for point in history] == [1, 2]
 
 
 def test_an_interrupted_driver_cancels_its_tasks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,11 @@ def possible_nodes() -> list[Node]:
     return [{"CPU": 0, **node} for node in max(up, planned, key=len)]
 
 
+def most_gpus_of_a_node() -> float:
+    """Return the number of GPUs of the node that has or will have the most."""
+    return max(node.get("GPU", 0) for node in possible_nodes())
+
+
 def check_reach(store: str, storage_path: str | None, field: str = "resources.storage_path") -> None:
     """Check that all nodes of the cluster can write to the MLflow store and to the folder of checkpoints.
 

@@ -9,9 +9,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aecore.config.specs import LoadSpec
-from aecore.core.errors import OutageError
+from aecore.core.errors import OutageError, TakenOverError
 from pipelines.cluster.connection import start_ray
-from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.nodes import check_reach, most_gpus_of_a_node
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
@@ -124,9 +124,10 @@ class _Chain:
                         run_id, result = ray.get(reference)
                         outcomes[stage.key] = Outcome(run_id, result.metrics, False)
                     except Exception as error:
-                        behind = [other for other in self.waiting.values() if _stands_on(other, stage)]
-                        self.waiting = {r: other for r, other in self.waiting.items() if other not in behind}
-                        if final := self._try_again([stage, *behind], _cause(error)):
+                        cause = _cause(error)
+                        if isinstance(cause, TakenOverError):
+                            raise cause from error  # the job's runs belong to another driver now
+                        if final := self._try_again([stage, *self._take_behind(stage)], cause):
                             errors[stage.key] = final
         except BaseException:
             for reference in self.waiting:  # nothing may open a run any more when the job closes its runs
@@ -135,6 +136,16 @@ class _Chain:
         for failure in errors.values():
             raise failure
         return outcomes
+
+    def _take_behind(self, stage: Stage) -> list[Stage]:
+        """Take the stages that need the result of `stage` out of those that wait and those that pause; return them."""
+        behind = [other for other in self.waiting.values() if _stands_on(other, stage)]
+        self.waiting = {reference: other for reference, other in self.waiting.items() if other not in behind}
+        for _, stages in self.paused:
+            behind += [other for other in stages if _stands_on(other, stage)]
+        self.paused = [(at, [other for other in stages if other not in behind]) for at, stages in self.paused]
+        self.paused = [(at, stages) for at, stages in self.paused if stages]
+        return behind
 
     def _submit_what_is_due(self) -> None:
         now = time.monotonic()
@@ -188,10 +199,13 @@ class _Chain:
     def _restored(self, stage: Stage) -> Computed | None:
         run_id = self.tracker.find(stage.key) if stage.kept else None
         result = restore(run_id, self.tracker) if run_id else None
-        return Computed(run_id, result) if run_id and result else None
+        if not (run_id and result):
+            return None
+        if checkpoints := self.assignment.checkpoints(stage):
+            checkpoints.clear()  # its worker may have been lost between the commit and this
+        return Computed(run_id, result)
 
     def _start(self, stage: Stage) -> "ObjectRef":
-
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
             return _as_task(load_rows).options(name=stage.name, num_cpus=1).remote(stage.spec)
@@ -199,8 +213,11 @@ class _Chain:
         if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
             options: dict[str, Any] = {"name": stage.name, "num_cpus": 0}
             return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
-        options = {"name": stage.name, "num_cpus": assignment.share.cpus, "num_gpus": assignment.share.gpus}
-        return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
+        share = assignment.share
+        options = {"name": stage.name, "num_cpus": share.cpus, "num_gpus": share.gpus}
+        # a process keeps the GPU that it has used first, and so must not go on where the next stage may get another
+        keeps_worker = not share.gpus or most_gpus_of_a_node() <= 1
+        return _as_task(_compute_task, keeps_worker).options(**options).remote(stage, assignment, *inputs)
 
     def _fail(self, stage: Stage, error: Exception) -> None:
         """Mark the MLflow run of a stage as failed where its worker died before it did so. If the worker died before it
@@ -213,16 +230,19 @@ class _Chain:
 
 
 @cache
-def _as_task(function: Callable[..., Any]) -> Any:
+def _as_task(function: Callable[..., Any], keeps_worker: bool = True) -> Any:
     """Return a function as a Ray task, defined once.
 
-    Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device. And a
-    worker with a GPU goes on to the next stage. By default (`max_calls` 1) Ray ends such a worker after each task, to
-    free the device's memory; then every stage starts a process, imports torch and MLflow, and makes a CUDA context.
+    Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device.
+
+    Args:
+        keeps_worker: A worker with a GPU goes on to the next stage. By default (`max_calls` 1) Ray ends such a worker
+            after each task, to free the device's memory; then every stage starts a process, imports torch and MLflow,
+            and makes a CUDA context.
     """
     import ray
 
-    return ray.remote(max_retries=0, max_calls=0)(function)
+    return ray.remote(max_retries=0, max_calls=0 if keeps_worker else 1)(function)
 
 
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:

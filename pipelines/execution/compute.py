@@ -5,6 +5,7 @@ A chained task, a trial of a study and the first member of a worker group all co
 
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
@@ -71,6 +72,10 @@ def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Comp
         The finished stage, or the exception with which it failed, in the order of `works`.
     """
     with redirect_stdout(sys.stderr), ExitStack() as stack:
+        # before the journals' threads import MLflow: two imports at once may each find a package half made
+        with fast_imports():
+            for work in works:
+                work.stage.function()
         journals = [stack.enter_context(Journal(work.stage, work.assignment)) for work in works]
         outcomes = _outcomes(works, journals, everywhere)
         return [journal.close(outcome) for journal, outcome in zip(journals, outcomes, strict=True)]
@@ -194,7 +199,11 @@ def _restored(stage: Stage, assignment: Assignment) -> Computed | None:
     tracker = Tracker(*assignment.store)
     run_id = tracker.find(stage.key)
     result = restore(run_id, tracker) if run_id else None
-    return Computed(run_id, result) if run_id and result else None
+    if not (run_id and result):
+        return None
+    if checkpoints := assignment.checkpoints(stage):
+        checkpoints.clear()  # whoever computed the stage may have died between the commit and this
+    return Computed(run_id, result)
 
 
 def _inputs(stage: Stage, results: Results) -> dict[str, Any]:
@@ -242,10 +251,14 @@ def _train_as_one(
 
 
 def _try(call: Callable[[], Any]) -> Any:
-    """Return what `call` returns, or the exception that it raises; interruptions pass through."""
+    """Return what `call` returns, or the exception that it raises; interruptions pass through.
+
+    The exception lets go of what was computed, so that it holds no memory of a device.
+    """
     try:
         return call()
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)
         return error
 
 

@@ -189,6 +189,7 @@ class Journal:
             hasty = self._tracker._replace(patience=0.0)
             self._open(hasty)
             if self._run is not None:
+                self._log_points()
                 self._run.fail(error)
         except Exception as outage:
             say(f"warning: {self.stage.name}: its failure is not in MLflow ({one_line(outage)})")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
+from aecore.core.errors import InputError, OutageError
 from pipelines.cluster.resources import Resources
 from pipelines.execution.assignment import Assignment
 from pipelines.execution.compute import Work, compute_stages, inputs_of, train_along
@@ -61,10 +62,25 @@ def compute_in_team(
         )
         try:
             return cast(Any, trainer.fit()).return_value
-        except ray.train.WorkerGroupError as error:
-            # if one member raised an error and others were lost because of it, the error is the cause
-            failures = error.worker_failures.values()
-            raise min(failures, key=lambda failure: isinstance(failure, ray.exceptions.RayError)) from error
+        except ray.train.TrainingFailedError as error:
+            raise what_happened(error) from error
+
+
+def what_happened(error: Exception) -> Exception:
+    """Return the failure that explains the end of a worker group.
+
+    That is an error of the stage itself, if a member raised one; else the loss of a member, since the others then fail
+    because their messages stay without an answer; else whatever the first failure is.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    failures: list[Exception] = list(getattr(error, "worker_failures", {}).values())
+    failures = failures or [getattr(error, "controller_failure", error)]
+    # Ray Train wraps the loss of a member into an error of its own
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    own = [cause for cause in causes if isinstance(cause, InputError | ArithmeticError | MemoryError | OutageError)]
+    lost = [cause for cause in causes if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
+    return (own or lost or causes)[0]
 
 
 def _work_as_member(

@@ -50,7 +50,7 @@ class StageRun:
 
     def log(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log epochs (number from 1, Unix time in milliseconds, metrics), each once whatever the number of attempts."""
-        fresh = [point for point in points if point[0] > self.last_epoch]
+        fresh = list({point[0]: point for point in points if point[0] > self.last_epoch}.values())
         # whole epochs up to MLflow's limit: if killed between two requests, no epoch is there in part
         size = max(1, _MOST_VALUES // max((len(metrics) for _, _, metrics in fresh), default=1))
         for start in range(0, len(fresh), size):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
+from aecore.core.errors import TakenOverError
 from aecore.core.imports import fast_imports
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import share_of
 from pipelines.execution.assignment import Assignment, assign
-from pipelines.execution.compute import compute_graphs, load_rows
+from pipelines.execution.compute import compute_graphs, free_device_memory, load_rows
 from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line, say
@@ -171,14 +172,17 @@ class TrialRunner:
             reported = metrics.get("errors", {})
             if result.error is not None or key in reported:
                 cause = getattr(result.error, "cause", None) or result.error
-                endings.errors[key] = reported.get(key) or one_line(str(cause).strip().splitlines()[-1], 300)
-                self.tracker.fail(key, endings.errors[key])
+                text = str(cause).strip() or type(cause).__name__
+                endings.errors[key] = reported.get(key) or one_line(text.splitlines()[-1], 300)
+                if TakenOverError.__name__ not in endings.errors[key]:  # else the run belongs to another driver now
+                    self.tracker.fail(key, endings.errors[key])
             elif not self.late and (epoch := metrics.get("epoch")):
                 endings.stopped[key] = epoch
                 self.tracker.stop(key, epoch)
                 self._clear_checkpoints(plan)
             else:
                 endings.errors[key] = LATE
+                self.tracker.fail(key, LATE)
         return endings
 
     def _groups_at_once(self) -> int | None:
@@ -258,7 +262,9 @@ def compute_trial(
             told_at = time.monotonic()
 
     assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
-    outcomes = compute_graphs([m.stage for m in plans], assignments, {load.key: ray.get(data[0])})
+    outcomes = compute_graphs([plan.stage for plan in plans], assignments, {load.key: ray.get(data[0])})
+    if assignment.share.gpus:
+        free_device_memory()  # the next trial may run in this process
     errors = {
         plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
         for plan, outcome in zip(plans, outcomes, strict=True)
