@@ -63,6 +63,8 @@ def import_ray() -> None:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # by default a task that runs its node out of memory is tried again and again without an end
     os.environ.setdefault("RAY_task_oom_retries", "0")
+    # by default Ray prints the errors of tasks that nobody waits for any more, as of those behind a stage that was lost
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     with fast_imports():
         importlib.import_module("ray")
 
