@@ -15,6 +15,7 @@ from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.core.imports import fast_imports
 from aecore.data.dataset import inspect
+from aecore.evaluation.trial import Trial
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
@@ -23,7 +24,6 @@ from pipelines.host.scratch import scratch
 from pipelines.study.plan import describe_plans, plan_trials
 from pipelines.study.run import run
 from pipelines.study.schema import Study
-from pipelines.study.trial import Trial
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report

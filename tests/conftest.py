@@ -43,7 +43,7 @@ def mnist_root() -> Path:
     """The folder that holds MNIST/raw."""
     root = os.environ.get("DIABOLO_DATA")
     if not root:
-        pytest.skip("MNIST is neither shipped nor downloaded by tests; DIABOLO_DATA=FOLDER names what holds MNIST/raw")
+        pytest.skip("needs real MNIST, which tests never download; set DIABOLO_DATA to the folder of MNIST/raw")
     return Path(root).resolve()
 
 

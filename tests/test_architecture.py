@@ -55,18 +55,18 @@ ROOMS: dict[str, set[str]] = {
         "aecore.stages", "pipelines.host", "pipelines.graph", "pipelines.store", "pipelines.cluster",
     },
     "pipelines.study": {
-        "aecore.core", "aecore.models", "aecore.config", "pipelines.host", "pipelines.graph",
+        "aecore.evaluation", "aecore.core", "aecore.models", "aecore.config", "pipelines.host", "pipelines.graph",
         "pipelines.store", "pipelines.cluster", "pipelines.execution",
     },
     "pipelines.retraining": {
         "aecore.core", "aecore.models", "aecore.config", "aecore.data", "pipelines.host", "pipelines.graph",
         "pipelines.store", "pipelines.cluster", "pipelines.execution",
     },
-    "pipelines.reporting": {"aecore.evaluation", "pipelines.study"},
+    "pipelines.reporting": {"aecore.evaluation"},
     "pipelines.encoding": {"aecore.models", "aecore.data", "aecore.serving", "pipelines.cluster"},
     "jobs": {
-        "aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.serving", "pipelines.host",
-        "pipelines.graph", "pipelines.cluster", "pipelines.execution", "pipelines.study", "pipelines.retraining",
+        "aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation", "aecore.serving",
+        "pipelines.host", "pipelines.graph", "pipelines.cluster", "pipelines.execution", "pipelines.study", "pipelines.retraining",
         "pipelines.reporting", "pipelines.encoding",
     },
 }  # fmt: skip

@@ -286,7 +286,7 @@ def test_validation_noise_is_the_same_at_every_epoch(vectors: Arrays) -> None:
 
 
 # nothing stands in for it: what is tested is the step as the compiler has built it
-@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile builds C++ by g++, which is not here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU, and there is none")
 def test_a_compiled_step_trains_the_same(vectors: Arrays) -> None:
     rows = (torch.tensor(vectors.train.x),), (torch.tensor(vectors.validation.x),)
     losses = []

@@ -332,7 +332,10 @@ def test_the_step_of_all_is_captured_as_one(
 
 
 # on a CPU the tests above ask for it (`everywhere`); that it comes unasked, and what its kernels give, only a GPU shows
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fits are fused unasked on a GPU only, and there is none")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="fits are trained as one by default on a GPU only; there is none",
+)
 @pytest.mark.parametrize("case", ["plain", "kl", "topk", "conv"])
 def test_on_a_gpu_as_one_they_are_what_they_are_alone(
     case: str, digits: tuple[Facts, Arrays], fusions: list[int]

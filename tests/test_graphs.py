@@ -23,7 +23,7 @@ from tests.fits import CPU, fit_model, job
 from tests.test_checkpoint import KilledError, same, spec, until
 
 # CPU tests have `captures` in place of the driver's graphs; that a real one gives the same, only a GPU shows
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph, and there is no GPU")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a real CUDA graph, and there is no GPU")
 FITS = [{}, {"schedule": "cosine", "clip": 0.5, "weight_decay": 0.1}, {"schedule": "plateau", "patience": 2}]
 
 

@@ -158,7 +158,7 @@ def test_a_store_that_the_job_cannot_use_ends_it_with_one_line(
 def test_a_folder_that_only_one_node_has_is_no_storage_path(world: World) -> None:
     # both nodes are this machine: one must see another folder at the same path, which takes a mount of its own
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("a mount that one process alone sees takes root and mount namespaces (unshare -m)")
+        pytest.skip("hiding a folder from one of two local nodes takes root and `unshare -m`, which fails here")
     folder = world.nodes.folder / "mine"
     folder.mkdir()
     hidden = f'mount -t tmpfs none {folder} && exec "$@"'

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.figures.trials import COLOURS, looks
+from aecore.evaluation.trial import Trial
 from pipelines.reporting.measures import MEASURES
 from pipelines.reporting.report import write
-from pipelines.study.trial import Trial
 
 CLASSES = tuple("0123456789")
 ROWS = {

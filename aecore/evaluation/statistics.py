@@ -67,7 +67,7 @@ class Verdict(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """By how much one model is better than another on the same rows, with a 95 % interval."""
+    """The mean gain of one model over another, measured on the same rows, and its 95 % interval."""
 
     rows: int
     mean: float

@@ -1,4 +1,4 @@
-"""What the units of a code do: how active they are, and what they stand for in the input."""
+"""Measures and images of the units of a code: how active they are, and which inputs they stand for."""
 
 import numpy as np
 import torch

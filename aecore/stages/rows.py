@@ -20,7 +20,7 @@ from aecore.training.numerics import numerics
 _RESIDENT_BYTES = 2**30
 """On a CPU, the largest set that is kept as the floats that a layer reads."""
 _PREPARED_BYTES = 2**26
-"""The same limit where floats only spare the preprocessing, which costs a step next to nothing."""
+"""The same limit for the layer that reads the data. There, kept floats save only the preprocessing, which is cheap."""
 
 
 class TrainingRows(NamedTuple):

@@ -28,7 +28,7 @@ class Job:
     """The input of a fit: the objective with its model, the rows, the settings and the device."""
 
     objective: Objective
-    """What is minimised, with the model that is trained."""
+    """The function that training minimises; it holds the model that is trained."""
     train: tuple[Tensor, ...] | Shuffled
     """Tensors of equal length, cut into batches together, or the rows of a stream."""
     validation: tuple[Tensor, ...]

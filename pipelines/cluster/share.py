@@ -1,4 +1,4 @@
-"""What share of the cluster each stage gets."""
+"""The share of the cluster, CPUs and GPUs, that each stage gets."""
 
 import os
 import sys

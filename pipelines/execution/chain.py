@@ -15,7 +15,7 @@ from pipelines.cluster.nodes import check_reach, most_gpus_of_a_node
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
-from pipelines.execution.compute import Work, compute_stages, free_device_memory, inputs_of, load_rows, restore
+from pipelines.execution.compute import Work, compute_stages, free_device_memory, inputs_of, load_rows, restored
 from pipelines.execution.journal import Computed
 from pipelines.execution.team import compute_in_team, is_trained_by_team
 from pipelines.graph.stage import Stage
@@ -63,8 +63,8 @@ def compute(
     outcomes: dict[str, Outcome] = {}
     folder = checkpoint_folder(tracker.uri, resources.storage_path)
     for stage in stages:
-        if run_id := tracker.find(stage.key):
-            outcomes[stage.key] = Outcome(run_id, tracker.metrics(run_id), True)
+        if finished := tracker.finished(stage.key):
+            outcomes[stage.key] = Outcome(*finished, restored=True)
             if folder is not None:  # the worker may have been killed between the commit and the clearing
                 checkpoints_of(stage, folder).clear()
             tell(f"{stage.name}: restored")
@@ -166,11 +166,11 @@ class _Chain:
         """
         first, pause = stages[0], 0.0
         if isinstance(error, _ray_exceptions().OutOfMemoryError):
-            if first.key in self.halved or not first.trains:
+            if first.key in self.halved:
                 self._fail(first, error)
                 return MemoryError(
-                    f"{first.name}: its node ran out of memory{' with batches in halves, too' * first.trains}; lower "
-                    "batch_size or the widths, or set data.in_memory never"
+                    f"{first.name}: its node ran out of memory with batches in halves, too; lower batch_size or the "
+                    "widths, or set data.in_memory never"
                 )
             self.halved.add(first.key)
             say(f"warning: {first.name}: its node ran out of memory; it is tried once more with batches in halves")
@@ -192,18 +192,9 @@ class _Chain:
         import ray
 
         if stage.key not in self.submitted:
-            finished = self._restored(stage)
+            finished = restored(stage, self.assignment) if stage.kept else None
             self.submitted[stage.key] = self._start(stage) if finished is None else ray.put(finished)
         return self.submitted[stage.key]
-
-    def _restored(self, stage: Stage) -> Computed | None:
-        run_id = self.tracker.find(stage.key) if stage.kept else None
-        result = restore(run_id, self.tracker) if run_id else None
-        if not (run_id and result):
-            return None
-        if checkpoints := self.assignment.checkpoints(stage):
-            checkpoints.clear()  # its worker may have been lost between the commit and this
-        return Computed(run_id, result)
 
     def _start(self, stage: Stage) -> "ObjectRef":
         inputs = [self._submit(parent) for parent in stage.parents()]

@@ -97,7 +97,7 @@ def compute_graphs(
     Returns:
         The last stage of each graph, finished, or the exception with which this stage or a stage before it failed.
     """
-    finished: list[Computed | Exception | None] = [_restored(*pair) for pair in zip(stages, assignments, strict=True)]
+    finished: list[Computed | Exception | None] = [restored(*pair) for pair in zip(stages, assignments, strict=True)]
     wanted = [pair for pair, one in zip(zip(stages, assignments, strict=True), finished, strict=True) if one is None]
     failures: dict[str, Exception] = {}
     with redirect_stdout(sys.stderr), ExitStack() as stack:
@@ -141,8 +141,8 @@ def finish(works: Sequence[Work], everywhere: bool = False) -> dict[str, Compute
     """
     finished: dict[str, Computed | Exception] = {}
     for work in works:
-        if restored := _restored(work.stage, work.assignment):
-            finished[work.stage.key] = restored
+        if computed := restored(work.stage, work.assignment):
+            finished[work.stage.key] = computed
     missing = [work for work in works if work.stage.key not in finished]
     together = missing and all(work.stage.trains for work in missing)
     for group in [missing] if together else [[work] for work in missing]:
@@ -193,7 +193,8 @@ def restore(run_id: str, tracker: "Tracker") -> Result | None:
         return None
 
 
-def _restored(stage: Stage, assignment: Assignment) -> Computed | None:
+def restored(stage: Stage, assignment: Assignment) -> Computed | None:
+    """Return a stage that is finished; None if it is not, or if its artifacts are lost."""
     from pipelines.store.runs import Tracker
 
     tracker = Tracker(*assignment.store)

@@ -11,7 +11,8 @@ import psutil
 
 _PREFIX = "diabolo+"
 _CLOCK_SECONDS = 2.0
-"""By how much the start of a process may seem to move when the machine's clock is set."""
+"""Largest difference between two readings of the start time of one process. The readings differ if the machine's clock
+was set in between."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aecore.evaluation.statistics import Pair, compare, judge
-from pipelines.study.trial import REFERENCES, Trial
+from aecore.evaluation.trial import REFERENCES, Trial
 
 
 class Measure(NamedTuple):

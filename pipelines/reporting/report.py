@@ -13,8 +13,8 @@ import pandas as pd
 
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.statistics import resolution
+from aecore.evaluation.trial import Trial
 from pipelines.reporting.measures import compare_measures
-from pipelines.study.trial import Trial
 
 CAPTIONS = {
     "learning_curves": "Means over seeds, to the last epoch that all seeds reached. Faint: trials that the scheduler "
@@ -31,7 +31,7 @@ CAPTIONS = {
     "samples": "Samples and manifold are decoded means; the lowest seed of each row.",
     "importance": "All finished trials of the search. A bar that ends near its tick shows no effect.",
 }
-"""What stands below each figure, in the order of the report."""
+"""The caption of each figure, in the order of the report."""
 
 
 class Report(NamedTuple):

@@ -28,7 +28,7 @@ class Rule(Frozen):
     """Measure by which champion and challenger are compared, on the same test rows; auto takes accuracy where the model
     classifies, else reconstruction."""
     margin: NonNegativeFloat = 0.005
-    """By how much the challenger must be better: a difference of accuracies, or a share of the champion's
+    """Least gain with which the challenger takes over: a difference of accuracies, or a share of the champion's
     reconstruction error. The 95 % interval of the difference must exclude zero as well."""
     warm_start: CliImplicitFlag[bool] = False
     """Finetune from the champion's weights instead of pretraining anew."""
@@ -45,7 +45,7 @@ class Rule(Frozen):
 
 
 class Decision(NamedTuple):
-    """What was decided for a logical date, and why."""
+    """A decision for one logical date: its status and the reason in words."""
 
     status: Literal["promoted", "kept", "unchanged", "drifted"]
     reason: str

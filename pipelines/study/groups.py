@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from math import ceil
 
 from aecore.core.fingerprint import fingerprint
+from aecore.evaluation.trial import REFERENCES
 from pipelines.study.plan import TrialPlan, reference_groups
-from pipelines.study.trial import REFERENCES
 
 _MOST_AS_ONE = 64
 """Most trials of a group, since a lost worker costs all of them. The training sees to memory."""

@@ -17,11 +17,11 @@ from aecore.config.resolve import layer_specs, resolve
 from aecore.config.specs import FinetuneSpec, LoadSpec, MeasureSpec, Numerics, ReferenceSpec
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
+from aecore.evaluation.trial import REFERENCES, trial_name
 from aecore.models.spec import LayerSpec
 from pipelines.graph.recipe import build, load_stage
 from pipelines.graph.stage import Stage
 from pipelines.study.schema import Range, Study, first_problem
-from pipelines.study.trial import REFERENCES, trial_name
 
 if TYPE_CHECKING:
     from pipelines.store.runs import Tracker

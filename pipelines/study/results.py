@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from aecore.evaluation.trial import REFERENCES, Trial
 from pipelines.execution.compute import restore
 from pipelines.study.plan import TrialPlan
-from pipelines.study.trial import REFERENCES, Trial
 from pipelines.study.trials import Endings
 
 if TYPE_CHECKING:

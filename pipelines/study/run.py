@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.config.facts import Facts
+from aecore.evaluation.trial import Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
 from pipelines.study.results import finished_runs, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import search
-from pipelines.study.trial import Trial
 from pipelines.study.trials import LATE, Endings, TrialRunner
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 from aecore.config.experiment import Experiment, Finetune, Fit
 from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen
-from pipelines.study.trial import REFERENCES
+from aecore.evaluation.trial import REFERENCES
 
 _ROW_NAME = r"\w[\w .:-]{0,99}"
 """Pattern of a study row's name: it becomes part of the names of metrics, and MLflow allows these characters there."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from aecore.evaluation.trial import trial_name
 from pipelines.study.plan import TrialPlan
-from pipelines.study.trial import trial_name
 from pipelines.study.trials import Endings, TrialRunner, config_of, settings_in
 
 Tried = dict[str, tuple[dict[str, Any], float]]

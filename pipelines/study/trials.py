@@ -13,6 +13,7 @@ from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.errors import TakenOverError
 from aecore.core.imports import fast_imports
+from aecore.evaluation.trial import REFERENCES, trial_name
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.resources import Resources
@@ -26,7 +27,6 @@ from pipelines.host.scratch import scratch
 from pipelines.study.groups import groups_of
 from pipelines.study.plan import TrialPlan, plan_trial, plan_trials
 from pipelines.study.schema import Study
-from pipelines.study.trial import REFERENCES, trial_name
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -9,10 +9,11 @@ from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 
 from aecore.evaluation.figures.look import hide_axes, plane, png, scatter, show_values, titled
-from aecore.evaluation.figures.trials import FONT, WIDTH, StudyTrial, best_row, looks, lowest_seeds, percent
+from aecore.evaluation.figures.trials import FONT, WIDTH, best_row, looks, lowest_seeds, percent
+from aecore.evaluation.trial import Trial
 
 
-def planes(trials: Sequence[StudyTrial]) -> dict[str, np.ndarray]:
+def planes(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
     """Return the codes of the same test rows in a plane, (test rows, 2), for each study row; takes seconds, in
     threads."""
     rows = lowest_seeds(trials, "map")
@@ -21,7 +22,7 @@ def planes(trials: Sequence[StudyTrial]) -> dict[str, np.ndarray]:
         return dict(zip(rows, mappers.map(lambda trial: plane(trial.arrays["map"]), rows.values()), strict=True))
 
 
-def codes_maps(trials: Sequence[StudyTrial], maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes | None:
+def codes_maps(trials: Sequence[Trial], maps: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes | None:
     """Draw the map of each study row, coloured by class if there are labels.
 
     Args:
@@ -53,7 +54,7 @@ def codes_maps(trials: Sequence[StudyTrial], maps: Mapping[str, np.ndarray], cla
     return png(figure)
 
 
-def _agreement(rows: Mapping[str, StudyTrial], maps: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _agreement(rows: Mapping[str, Trial], maps: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return for each study row with labels the share of points whose nearest neighbour has their class."""
     agreement = {}
     for row, trial in rows.items():
@@ -64,7 +65,7 @@ def _agreement(rows: Mapping[str, StudyTrial], maps: Mapping[str, np.ndarray]) -
     return agreement
 
 
-def activations(trials: Sequence[StudyTrial]) -> bytes | None:
+def activations(trials: Sequence[Trial]) -> bytes | None:
     """Draw codes (test rows, units) of the sparse and plain study rows on one scale, the most active units first."""
     rows = {row: t.arrays["codes"] for row, t in lowest_seeds(trials, "codes").items() if t.kind in ("sparse", "plain")}
     if not any(trial.kind == "sparse" for trial in trials if trial.row in rows):

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from aecore.evaluation.figures.look import open_frame, png, titled
-from aecore.evaluation.figures.trials import FONT, WIDTH, Look, StudyTrial, best_row, by_row, looks, percent
+from aecore.evaluation.figures.trials import FONT, WIDTH, Look, best_row, by_row, looks, percent
 from aecore.evaluation.statistics import listed
+from aecore.evaluation.trial import Trial
 
 _BAND = "band: lowest to highest seed"
 _NOISES = {"gaussian": "Gaussian noise", "masking": "masking", "salt_and_pepper": "salt and pepper"}
@@ -28,14 +29,14 @@ class Line(NamedTuple):
         return float(self.values[:, point].mean())
 
 
-Read = Callable[[StudyTrial], tuple[Any, Any] | None]
+Read = Callable[[Trial], tuple[Any, Any] | None]
 """Reads x and values of a curve from a trial; None where the trial has no such curve."""
 
 
-def learning_curves(trials: Sequence[StudyTrial]) -> bytes | None:
+def learning_curves(trials: Sequence[Trial]) -> bytes | None:
     """Draw `val/reconstruction` by epoch, as far as all seeds of a study row go; stopped trials are faint."""
 
-    def read(trial: StudyTrial) -> tuple[Any, Any] | None:
+    def read(trial: Trial) -> tuple[Any, Any] | None:
         values = [epoch["val/reconstruction"] for epoch in trial.history if "val/reconstruction" in epoch]
         return (range(1, len(values) + 1), values) if values else None
 
@@ -60,7 +61,7 @@ def learning_curves(trials: Sequence[StudyTrial]) -> bytes | None:
     return png(figure)
 
 
-def label_efficiency(trials: Sequence[StudyTrial]) -> bytes | None:
+def label_efficiency(trials: Sequence[Trial]) -> bytes | None:
     """Draw the test accuracy of the probe and of finetuning by the number of labels they were given."""
     names = {"probe": "linear probe", "finetuned": "finetuned"}
     panels = {name: _lines(trials, _curve("labels", x="counts", y=how)) for how, name in names.items()}
@@ -85,7 +86,7 @@ def label_efficiency(trials: Sequence[StudyTrial]) -> bytes | None:
     return png(figure)
 
 
-def robustness(trials: Sequence[StudyTrial]) -> bytes | None:
+def robustness(trials: Sequence[Trial]) -> bytes | None:
     """Draw accuracy, where there are labels, and squared error of corrupted test rows by the level of each noise."""
     panels = {
         (noise, measure): _lines(trials, _curve("robustness", noise, x="levels", y=measure))
@@ -119,7 +120,7 @@ def _most_robust(panels: Mapping[str, Mapping[str, Line]], measure: str) -> str:
     )
 
 
-def contraction(trials: Sequence[StudyTrial]) -> bytes | None:
+def contraction(trials: Sequence[Trial]) -> bytes | None:
     """Draw how far a code moves, as a share of its input's step, by the length of that step (Rifai et al. 2011)."""
     lines = _lines(trials, _curve("contraction", x="radius", y="ratio"))
     if not lines:
@@ -140,7 +141,7 @@ def contraction(trials: Sequence[StudyTrial]) -> bytes | None:
 def _curve(*path: str, x: str, y: str) -> Read:
     """Make a function that reads the values `x` and `y` below `path` in a trial's curves."""
 
-    def read(trial: StudyTrial) -> tuple[Any, Any] | None:
+    def read(trial: Trial) -> tuple[Any, Any] | None:
         curve = trial.curves
         for name in path:
             curve = curve.get(name, {})
@@ -149,7 +150,7 @@ def _curve(*path: str, x: str, y: str) -> Read:
     return read
 
 
-def _lines(trials: Sequence[StudyTrial], read: Read) -> dict[str, Line]:
+def _lines(trials: Sequence[Trial], read: Read) -> dict[str, Line]:
     """Return the line of each study row, up to the last point that all its seeds have."""
     lines = {}
     for row, members in by_row(trials, read).items():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aecore.evaluation.figures.look import hide_axes, open_frame, png, show_image, show_values, tiled, titled
-from aecore.evaluation.figures.trials import FONT, WIDTH, StudyTrial, best_row, by_row, finite, looks, lowest_seeds
+from aecore.evaluation.figures.trials import FONT, WIDTH, best_row, by_row, finite, looks, lowest_seeds
+from aecore.evaluation.trial import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ _OVERCOMPLETE = ("overcomplete", "sparse overcomplete")
 """The study rows that `identity_risk` compares, the row without a constraint first."""
 
 
-def reconstructions(trials: Sequence[StudyTrial]) -> bytes | None:
+def reconstructions(trials: Sequence[Trial]) -> bytes | None:
     """Draw test rows as they are and as each study row reconstructs them."""
     rows = lowest_seeds(trials, "inputs", "reconstructed")
     if not rows:
@@ -33,7 +34,7 @@ def reconstructions(trials: Sequence[StudyTrial]) -> bytes | None:
     return _gallery(title, {"input": truth, **lines})
 
 
-def triptychs(trials: Sequence[StudyTrial]) -> bytes | None:
+def triptychs(trials: Sequence[Trial]) -> bytes | None:
     """Draw test rows clean, corrupted and as each study row restores them."""
     rows = lowest_seeds(trials, "inputs", "corrupted", "restored")
     if not rows:
@@ -51,7 +52,7 @@ def triptychs(trials: Sequence[StudyTrial]) -> bytes | None:
     return _gallery(title, {"clean": clean, "corrupted": corrupted, **lines})
 
 
-def samples(trials: Sequence[StudyTrial]) -> bytes | None:
+def samples(trials: Sequence[Trial]) -> bytes | None:
     """Draw images from the prior of each variational study row, and its manifold where the code is a plane."""
     rows = {row: trial for row, trial in lowest_seeds(trials, "samples").items() if trial.arrays["samples"].ndim == 4}
     if not rows:
@@ -76,7 +77,7 @@ def samples(trials: Sequence[StudyTrial]) -> bytes | None:
     return png(figure)
 
 
-def identity_risk(trials: Sequence[StudyTrial]) -> bytes | None:
+def identity_risk(trials: Sequence[Trial]) -> bytes | None:
     """Draw error, probe accuracy and weights of two autoencoders whose code is wider than their input: one without a
     constraint, which may learn the identity map, and a sparse one. None if the study lacks one of them."""
     members = {row: seeds for row, seeds in by_row(trials).items() if row in _OVERCOMPLETE}

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aecore.evaluation.figures.look import BLACK, BLUE, open_frame, png, titled
-from aecore.evaluation.figures.trials import FONT, WIDTH, StudyTrial, by_row, finite
+from aecore.evaluation.figures.trials import FONT, WIDTH, by_row, finite
+from aecore.evaluation.trial import Trial
 
 
 class Share(NamedTuple):
@@ -17,7 +18,7 @@ class Share(NamedTuple):
     """The share that a setting without any effect would have on average."""
 
 
-def importance(trials: Sequence[StudyTrial], metric: str) -> bytes | None:
+def importance(trials: Sequence[Trial], metric: str) -> bytes | None:
     """Draw, for each setting that was searched, the share of the metric's variance between the setting's values.
 
     The share is one-way: between-group over total sum of squares (the correlation ratio; Fisher 1925), over all
@@ -42,7 +43,7 @@ def importance(trials: Sequence[StudyTrial], metric: str) -> bytes | None:
     return png(figure)
 
 
-def _share(trials: Sequence[StudyTrial], name: str, metric: str) -> Share | None:
+def _share(trials: Sequence[Trial], name: str, metric: str) -> Share | None:
     """Return the share of one setting; None where the setting has one value only or the metric does not vary."""
     rows = by_row([trial for trial in trials if name in trial.settings])
     groups = np.array(_groups([trial.settings[name] for row in rows.values() for trial in row]))

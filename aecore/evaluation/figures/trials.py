@@ -6,11 +6,12 @@ the trials lack its data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aecore.evaluation.figures.look import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from aecore.evaluation.trial import Trial
 
 COLOURS = {
     "plain": BLACK,
@@ -28,29 +29,6 @@ FONT = 10  # points
 WIDTH = 5.4  # inches: at the width of a phone the type is still legible
 
 
-class StudyTrial(Protocol):
-    """The fields of `pipelines.study.trial.Trial` that figures read."""
-
-    @property
-    def row(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def settings(self) -> Mapping[str, Any]: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-    @property
-    def history(self) -> Sequence[Mapping[str, float]]: ...
-    @property
-    def curves(self) -> Mapping[str, Any]: ...
-    @property
-    def arrays(self) -> Mapping[str, np.ndarray]: ...
-
-
 class Look(NamedTuple):
     """A study row's colour and line style (one of matplotlib's)."""
 
@@ -58,7 +36,7 @@ class Look(NamedTuple):
     style: Any
 
 
-def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
+def looks(trials: Sequence[Trial]) -> dict[str, Look]:
     """Choose a look per study row: the kind's colour for the first row of a kind (or the row named like the kind); for
     further rows the colours that the palette has left, and when these are used up, the kind's colour with dashes."""
     kinds = {trial.row: trial.kind for trial in trials}
@@ -72,24 +50,22 @@ def looks(trials: Sequence[StudyTrial]) -> dict[str, Look]:
     return rows
 
 
-def by_row(
-    trials: Sequence[StudyTrial], has: Callable[[StudyTrial], Any] = lambda _: True
-) -> dict[str, list[StudyTrial]]:
+def by_row(trials: Sequence[Trial], has: Callable[[Trial], Any] = lambda _: True) -> dict[str, list[Trial]]:
     """Return the finished trials for which `has` holds, by study row and in the order of their seeds."""
-    rows: dict[str, list[StudyTrial]] = {}
+    rows: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.status == "finished" and has(trial):
             rows.setdefault(trial.row, []).append(trial)
     return {row: sorted(members, key=lambda trial: trial.seed) for row, members in rows.items()}
 
 
-def lowest_seeds(trials: Sequence[StudyTrial], *names: str) -> dict[str, StudyTrial]:
+def lowest_seeds(trials: Sequence[Trial], *names: str) -> dict[str, Trial]:
     """Return the trial with the lowest seed of each study row, among those that have all the arrays `names`."""
     rows = by_row(trials, lambda trial: all(name in trial.arrays for name in names))
     return {row: members[0] for row, members in rows.items()}
 
 
-def finite(trials: Sequence[StudyTrial], metric: str) -> np.ndarray:
+def finite(trials: Sequence[Trial], metric: str) -> np.ndarray:
     """Return the finite values of a metric, (trials that have one,)."""
     values = np.array([trial.metrics.get(metric, np.nan) for trial in trials], np.float64)
     return values[np.isfinite(values)]
