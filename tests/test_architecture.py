@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         "aecore.stages", "pipelines.host", "pipelines.graph", "pipelines.store", "pipelines.cluster",
     },
     "pipelines.study": {
-        "aecore.evaluation", "aecore.core", "aecore.models", "aecore.config", "pipelines.host", "pipelines.graph",
+        "aecore.core", "aecore.models", "aecore.config", "aecore.evaluation", "pipelines.host", "pipelines.graph",
         "pipelines.store", "pipelines.cluster", "pipelines.execution",
     },
     "pipelines.retraining": {
@@ -66,8 +66,8 @@ ROOMS: dict[str, set[str]] = {
     "pipelines.encoding": {"aecore.models", "aecore.data", "aecore.serving", "pipelines.cluster"},
     "jobs": {
         "aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation", "aecore.serving",
-        "pipelines.host", "pipelines.graph", "pipelines.cluster", "pipelines.execution", "pipelines.study", "pipelines.retraining",
-        "pipelines.reporting", "pipelines.encoding",
+        "pipelines.host", "pipelines.graph", "pipelines.cluster", "pipelines.execution", "pipelines.study",
+        "pipelines.retraining", "pipelines.reporting", "pipelines.encoding",
     },
 }  # fmt: skip
 """Each room and the rooms that it may import, type-checking imports included.
