@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
 
 from aecore.config.experiment import overlay
 from aecore.core.errors import (
+    DeviceError,
     InputError,
     OutageError,
     TakenOverError,
@@ -156,7 +157,7 @@ def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
             return _Ending(code, None, message)
     elif isinstance(cause, OSError):  # the disk is full or read-only, a folder vanished, a connection was lost
         message += "; remove the cause and run the same command again, it continues from what is stored"
-    elif not isinstance(cause, OutageError | TakenOverError):
+    elif not isinstance(cause, DeviceError | OutageError | TakenOverError):
         traceback.print_exception(error)
         reason = f"{type(cause).__name__}: {reason[:300]}"
         message = f"error: {reason}"

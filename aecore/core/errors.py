@@ -24,6 +24,10 @@ class OutageError(Exception):
     and how to go on."""
 
 
+class DeviceError(Exception):
+    """A GPU that a stage was given cannot be used. The message is one line: what the driver says, and how to go on."""
+
+
 class TakenOverError(Exception):
     """Another process has taken this job over, and only that process's results count."""
 

@@ -21,8 +21,9 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
     """Connect to the cluster that RAY_ADDRESS names, else start an embedded Ray; do nothing if Ray runs already.
 
     Args:
-        warm_up: A function and its arguments, to import modules for the first stage. On a single idle machine a worker
-            calls it while the driver does other things. Useless for Ray Tune, which starts its own workers.
+        warm_up: A function and its arguments, to import modules for the first stage; another argument says whether
+            the worker has a GPU. On a single idle machine with at most one GPU a worker calls it while the driver does
+            other things. Useless for Ray Tune, which starts its own workers.
 
     Raises:
         InputError: No cluster answers at RAY_ADDRESS.
@@ -43,12 +44,12 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
         ray.init(logging_level=logging.WARNING, **options)
     signal.signal(signal.SIGTERM, handler)  # Ray installs a handler that exits without closing the job's runs
     if warm_up and len(nodes := possible_nodes()) == 1:
-        cpus = nodes[0]["CPU"]
-        if not address or ray.available_resources().get("CPU") == cpus:
-            # one CPU stays free for the task that reads the data; the first stage takes all CPUs, so it waits for the
-            # warm-up and then finds a worker with its imports done
+        cpus, gpus = nodes[0]["CPU"], nodes[0].get("GPU", 0)
+        if gpus <= 1 and (not address or ray.available_resources().get("CPU") == cpus):
+            # one CPU stays free for the task that reads the data; the first stage takes a GPU, or else all CPUs, so
+            # that it waits for the warm-up and then finds a worker with its imports done
             function, *arguments = warm_up
-            ray.remote(num_cpus=max(1, cpus - 1))(function).remote(*arguments)
+            ray.remote(num_cpus=max(1, cpus - 1), num_gpus=gpus, max_calls=0)(function).remote(*arguments, gpus > 0)
 
 
 def import_ray() -> None:

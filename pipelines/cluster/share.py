@@ -2,14 +2,19 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from aecore.core.errors import InputError
-from pipelines.cluster.nodes import Node, possible_nodes
+from aecore.core.errors import InputError, join_names
+from pipelines.cluster.nodes import Node, accelerator_of, check_labels, gpu_memory, possible_nodes
 from pipelines.cluster.resources import Resources
 
 _MOST_DEFAULT_CPUS = 8
 """Most CPUs of a stage by default; layers of usual size gain nothing from more threads."""
+_SHARES = (0.125, 0.25, 0.5, 1.0)
+"""The shares of a GPU that a stage may get by default."""
+_USABLE = 0.9
+"""Share of a GPU's memory that is planned with."""
 
 
 class Share(NamedTuple):
@@ -19,25 +24,37 @@ class Share(NamedTuple):
     cpus: int
 
 
-def share_of(resources: Resources, streamed: bool = False, nodes: list[Node] | None = None) -> Share:
-    """Return the GPUs and CPUs that each stage gets of the cluster that Ray is connected to, or of the given nodes.
+def share_of(
+    resources: Resources, memory: int | None, streamed: bool = False, nodes: list[Node] | None = None
+) -> Share:
+    """Return the GPUs and CPUs that a stage gets of the cluster that Ray is connected to, or of the given nodes.
+
+    A stage that uses a GPU gets an eighth, a quarter, a half or all of one, as its memory needs, and at most the same
+    share of the node's CPUs. By default it gets half of that, so that CPUs are left for the stages without a GPU, which
+    run beside it.
 
     Args:
-        streamed: The stages read their data from disk; one CPU of the default share is left to the tasks that read.
+        memory: Bytes of a GPU's memory that the stage takes by estimate; None for a stage that uses no GPU.
+        streamed: The stage reads its data from disk; one CPU of the default share is left to the tasks that read.
 
     Raises:
         InputError: No node has what was asked for, or the cluster has too little for all workers of a team.
     """
     nodes = nodes or possible_nodes()
-    most_gpus = max(node.get("GPU", 0) for node in nodes)
-    gpus = min(1.0, most_gpus) if resources.gpus is None else resources.gpus
-    fitting = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) >= 1]
+    devices = _nodes_with_devices(resources, nodes)
+    if devices and resources.gpus != 0 and memory is None:
+        return Share(0, resources.cpus or _half_of_the_cpus([node for node in nodes if node["CPU"] >= 1]))
+    gpus = 0.0
+    if memory is not None and resources.gpus != 0:
+        gpus = resources.gpus or (_default_gpus(resources, memory, devices) if devices else 0.0)
+    fitting = [node for node in (devices if gpus else nodes) if node.get("GPU", 0) >= gpus and node["CPU"] >= 1]
     if not fitting:
+        most_gpus = max(node.get("GPU", 0) for node in nodes)
         raise InputError(
             f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most_gpus:g}; ask for less"
         )
-    per_worker = sum(node["CPU"] for node in fitting) // resources.workers
-    default = int(min(_MOST_DEFAULT_CPUS, per_worker, *(node["CPU"] for node in fitting))) - streamed
+    own = [node["CPU"] * (gpus / node["GPU"] / 2 if gpus else 1) for node in fitting]
+    default = int(min(_MOST_DEFAULT_CPUS, sum(own) // resources.workers, *own)) - (streamed and not gpus)
     cpus = resources.cpus or max(1, default)
     most_cpus = max(node["CPU"] for node in fitting)
     if cpus > most_cpus:
@@ -45,15 +62,55 @@ def share_of(resources: Resources, streamed: bool = False, nodes: list[Node] | N
         raise InputError(
             f"resources.cpus: {cpus} asked for a stage, the largest node has {most_cpus:g}{beside}; ask for less"
         )
+    _check_team(resources, Share(gpus, cpus), nodes)
+    return Share(gpus, cpus)
+
+
+def count_gpus(resources: Resources) -> int:
+    """Return the number of GPUs of the type asked for on all nodes that are up or may come."""
+    return int(sum(node["GPU"] for node in _nodes_with_devices(resources, possible_nodes())))
+
+
+def _nodes_with_devices(resources: Resources, nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes with GPUs, of the type that the user asks for where he does."""
+    check_labels(resources.labels)
+    devices = [node for node in nodes if node.get("GPU", 0) > 0]
+    if resources.accelerator is None:
+        return devices
+    # a node that the autoscaler has not started may not say which type it has
+    alike = [node for node in devices if accelerator_of(node) in (resources.accelerator, None)]
+    if not alike:
+        types = sorted({accelerator_of(node) or "" for node in devices})
+        raise InputError(
+            f"resources.accelerator: {resources.accelerator} asked for, the GPUs of the cluster are "
+            f"{join_names(types)}; name one of these"
+        )
+    return alike
+
+
+def _default_gpus(resources: Resources, memory: int, devices: Sequence[Node]) -> float:
+    """Return the smallest of the usual shares that holds `memory` on each of these nodes. A member of a team gets a
+    whole GPU, since NCCL wants one for each."""
+    if resources.workers > 1:
+        return 1.0
+    smallest = min(map(gpu_memory, devices))
+    share = next((share for share in _SHARES if memory <= share * _USABLE * smallest), 1.0)
+    return min(share, max(node["GPU"] for node in devices))
+
+
+def _half_of_the_cpus(nodes: Sequence[Node]) -> int:
+    return max(1, int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] / 2 for node in nodes))))
+
+
+def _check_team(resources: Resources, share: Share, nodes: Sequence[Node]) -> None:
     fewest = resources.min_workers or resources.workers
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
+    for name, each in (("CPU", share.cpus), ("GPU", share.gpus)):
         total = sum(node.get(name, 0) for node in nodes)
         if each * fewest > total:
             raise InputError(
                 f"resources.workers: {fewest} with {each:g} {name}s each asked for, the cluster has {total:g}; "
                 "ask for fewer or for less"
             )
-    return Share(gpus, cpus)
 
 
 def check_this_machine(resources: Resources) -> None:
@@ -73,4 +130,4 @@ def check_this_machine(resources: Resources) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = min(gpus, len(list(filter(None, visible.split(",")))))
-    share_of(resources, nodes=[{"CPU": os.cpu_count() or 1, "GPU": gpus}])
+    share_of(resources, memory=0, nodes=[{"CPU": os.cpu_count() or 1, "GPU": gpus}])

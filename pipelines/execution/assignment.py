@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aecore.training.checkpoint import Checkpoints
+from pipelines.cluster.device import are_fake
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.graph.stage import Stage
@@ -34,6 +35,10 @@ class Assignment:
     parent: str
     """The MLflow run in which the stage's run is nested."""
     share: Share
+    run_id: str | None = None
+    """The stage's run, where another process has opened it already."""
+    fake_gpus: bool = False
+    """Whether the cluster's GPUs are only pretended, so that the stage computes on the CPU."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Further tags of the stage's run."""
     team: "Team | None" = None
@@ -71,6 +76,7 @@ def assign(tracker: "Tracker", parent: str, share: Share, resources: Resources, 
         store=tuple(tracker._replace(leases=held_leases())),
         parent=parent,
         share=share,
+        fake_gpus=are_fake(),
         checkpoint_folder=checkpoint_folder(tracker.uri, resources.storage_path),
         checkpoint_seconds=resources.checkpoint_every,
         reads_alone=in_study,

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aecore.config.specs import LoadSpec
 from aecore.core.errors import OutageError, TakenOverError
 from pipelines.cluster.connection import start_ray
-from pipelines.cluster.nodes import check_reach, most_gpus_of_a_node
+from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.placement import options_of, options_of_a_controller
 from pipelines.cluster.resources import Resources
-from pipelines.cluster.share import check_this_machine, share_of
+from pipelines.cluster.share import Share, check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
 from pipelines.execution.compute import Work, compute_stages, free_device_memory, inputs_of, load_rows, restored
 from pipelines.execution.journal import Computed
 from pipelines.execution.team import compute_in_team, is_trained_by_team
+from pipelines.graph.needs import device_memory, reads_from_disk
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line, say
 
@@ -76,15 +78,9 @@ def compute(
 
         check_reach(tracker.uri, resources.storage_path)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
-        share = share_of(resources, streamed=any(map(_reads_from_disk, missing)))
-        chain = _Chain(tracker, assign(tracker, parent, share, resources, in_study), resources)
+        chain = _Chain(tracker, assign(tracker, parent, Share(0, 1), resources, in_study), resources)
         outcomes |= chain.run(missing)
     return {stage.name: outcomes[stage.key] for stage in stages}
-
-
-def _reads_from_disk(stage: Stage) -> bool:
-    specs = [one.spec for one in (stage, *stage.parents())]
-    return any(isinstance(spec, LoadSpec) and spec.data.in_memory == "never" for spec in specs)
 
 
 class _Chain:
@@ -200,15 +196,13 @@ class _Chain:
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
             return _as_task(load_rows).options(name=stage.name, num_cpus=1).remote(stage.spec)
-        assignment = replace(self.assignment, parts=2 if stage.key in self.halved else 1)
+        share = share_of(self.resources, device_memory(stage), reads_from_disk(stage))
+        assignment = replace(self.assignment, share=share, parts=2 if stage.key in self.halved else 1)
         if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
-            options: dict[str, Any] = {"name": stage.name, "num_cpus": 0}
+            options = options_of_a_controller() | {"name": stage.name}
             return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
-        share = assignment.share
-        options = {"name": stage.name, "num_cpus": share.cpus, "num_gpus": share.gpus}
-        # a process keeps the GPU that it has used first, and so must not go on where the next stage may get another
-        keeps_worker = not share.gpus or most_gpus_of_a_node() <= 1
-        return _as_task(_compute_task, keeps_worker).options(**options).remote(stage, assignment, *inputs)
+        options = options_of(share, self.resources) | {"name": stage.name}
+        return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
 
     def _fail(self, stage: Stage, error: Exception) -> None:
         """Mark the MLflow run of a stage as failed where its worker died before it did so. If the worker died before it
@@ -221,19 +215,17 @@ class _Chain:
 
 
 @cache
-def _as_task(function: Callable[..., Any], keeps_worker: bool = True) -> Any:
+def _as_task(function: Callable[..., Any]) -> Any:
     """Return a function as a Ray task, defined once.
 
-    Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device.
-
-    Args:
-        keeps_worker: A worker with a GPU goes on to the next stage. By default (`max_calls` 1) Ray ends such a worker
-            after each task, to free the device's memory; then every stage starts a process, imports torch and MLflow,
-            and makes a CUDA context.
+    Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device. A worker
+    with a GPU goes on to the next stage. By default (`max_calls` 1) Ray ends such a worker after each task, to free the
+    device's memory; then every stage would start a process, import torch and MLflow, and make a CUDA context. Instead,
+    each stage frees the memory itself.
     """
     import ray
 
-    return ray.remote(max_retries=0, max_calls=0 if keeps_worker else 1)(function)
+    return ray.remote(max_retries=0, max_calls=0)(function)
 
 
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:

@@ -19,9 +19,11 @@ from aecore.data.dataset import load
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream, open_stream, read_in_turn
 from aecore.models.storage import Result
+from pipelines.cluster.device import device_of
 from pipelines.cluster.reading import spread
+from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.journal import Computed, Journal
+from pipelines.execution.journal import Computed, Journal, Opened
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import say
 
@@ -82,8 +84,12 @@ def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Comp
 
 
 def compute_graphs(
-    stages: Sequence[Stage], assignments: Sequence[Assignment], results: Results, everywhere: bool = False
-) -> list[Computed | Exception]:
+    stages: Sequence[Stage],
+    assignments: Sequence[Assignment],
+    results: Results,
+    everywhere: bool = False,
+    up_to_last: bool = False,
+) -> list[Computed | Opened | Exception]:
     """Compute stages and all stages whose results they need in this process, all graphs step by step side by side.
 
     A stage that several graphs share is computed once. Training stages at the same step are trained together as one
@@ -93,9 +99,11 @@ def compute_graphs(
         stages: The last stage of each graph.
         assignments: One for each graph.
         results: Results that exist already, the data among them; the results that are computed here are added.
+        up_to_last: Leave the last stages to be computed elsewhere; their runs stay open.
 
     Returns:
-        The last stage of each graph, finished, or the exception with which this stage or a stage before it failed.
+        The last stage of each graph, finished, or the exception with which this stage or a stage before it failed. With
+        `up_to_last` the open run of the last stage stands for a stage that is left.
     """
     finished: list[Computed | Exception | None] = [restored(*pair) for pair in zip(stages, assignments, strict=True)]
     wanted = [pair for pair, one in zip(zip(stages, assignments, strict=True), finished, strict=True) if one is None]
@@ -103,7 +111,7 @@ def compute_graphs(
     with redirect_stdout(sys.stderr), ExitStack() as stack:
         journals = [stack.enter_context(Journal(*pair)) for pair in wanted]
         nested = [
-            replace(assignment, parent=journal.run_id, tags={})
+            replace(assignment, parent=journal.run_id, run_id=None, tags={})
             for journal, (_, assignment) in zip(journals, wanted, strict=True)
         ]
         for step in zip_longest(*(stages_below(stage) for stage, _ in wanted)):
@@ -120,9 +128,12 @@ def compute_graphs(
                     failures[key] = ending
                 else:
                     results[key] = ending
-        outcomes: list[Computed | Exception] = []
+        outcomes: list[Computed | Opened | Exception] = []
         for (stage, assignment), journal in zip(wanted, journals, strict=True):
             outcome: Result | Exception | None = _failure_below(stage, failures)
+            if outcome is None and up_to_last:
+                outcomes.append(Opened(journal.run_id))
+                continue
             if outcome is None:
                 (outcome,) = _outcomes([Work(stage, assignment, _inputs(stage, results))], [journal])
             outcomes.append(journal.close(outcome))
@@ -223,7 +234,9 @@ def _outcomes(
         import torch
 
     torch.set_num_threads(works[0].assignment.share.cpus)
-    contexts = [_context(work, journal.report) for work, journal in zip(works, journals, strict=True)]
+    contexts = [_try(partial(_context, work, journal.report)) for work, journal in zip(works, journals, strict=True)]
+    if any(isinstance(context, Exception) for context in contexts):  # the device is the same for all
+        return contexts
     if len(works) > 1 and all(work.stage.trains for work in works):
         return _train_as_one(works, contexts, everywhere)
     return [
@@ -264,19 +277,14 @@ def _try(call: Callable[[], Any]) -> Any:
 
 
 def _context(work: Work, report: Callable[[int, dict[str, float]], None]) -> "Context":
-    import torch
-
     from aecore.stages.context import Context
     from aecore.training.team import ALONE
 
     assignment = work.assignment
-    device = torch.device("cuda" if assignment.share.gpus and torch.cuda.is_available() else "cpu")
-    if assignment.team is not None:
-        from ray.train.torch import get_device
-
-        device = get_device()
+    # a trial that holds a share of a GPU also computes stages that use none
+    share = assignment.share if work.stage.trains else Share(0, assignment.share.cpus)
     return Context(
-        device=device,
+        device=device_of(share, assignment.fake_gpus),
         report=report,
         team=assignment.team or ALONE,
         checkpoints=assignment.checkpoints(work.stage),

@@ -36,6 +36,12 @@ class Computed(NamedTuple):
     """Without figures and example rows, which are in MLflow."""
 
 
+class Opened(NamedTuple):
+    """The open run of a stage that another process will compute."""
+
+    run_id: str
+
+
 class Point(NamedTuple):
     """The metrics of one epoch."""
 
@@ -127,6 +133,8 @@ class Journal:
         with self._open_lock:
             if self._run is None and self._finished_run_id is None:
                 self._finished_run_id = tracker.find(self.stage.key)
+            if self._run is None and self._finished_run_id is None and self.assignment.run_id:
+                self._run = tracker.continue_run(self.stage, self.assignment.run_id)
             if self._run is None and self._finished_run_id is None:
                 tags = {**self.assignment.tags, **_node_tags()}
                 self._run = tracker.open_run(

@@ -59,13 +59,20 @@ def open_store(
     return tracker and tracker._replace(patience=resources.mlflow_patience)
 
 
-def _warm_up(uri: str) -> None:
-    """Import the modules of stages in a worker, and let MLflow make its first connection, which takes a second."""
+def _warm_up(uri: str, has_gpu: bool) -> None:
+    """Import the modules of stages in a worker, and let CUDA start and MLflow make its first connection, which takes
+    seconds."""
     with fast_imports():
         for module in ("aecore.stages.pretrain", "aecore.stages.finetune", "pipelines.store.runs"):
             importlib.import_module(module)
     from pipelines.store.connection import connect
 
+    if has_gpu:
+        import torch
+
+        with suppress(AssertionError, RuntimeError):  # the first stage raises the same error
+            rows = torch.ones(8, 8, device="cuda")
+            rows @ rows  # loads the library of products
     with suppress(InputError):  # the driver raises the same error
         connect(uri, create=False)
 

@@ -45,13 +45,16 @@ def compute_in_team(
     if resources.min_workers is not None:
         workers = (resources.min_workers, resources.workers)
     share = assignment.share
+    scaling: Any = ray.train.ScalingConfig  # its hints lack label_selector
     with redirect_stdout(sys.stderr), scratch() as folder:
         trainer = TorchTrainer(
             loop,
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=scaling(
                 num_workers=workers,
                 use_gpu=share.gpus > 0,
                 resources_per_worker={"CPU": share.cpus, "GPU": share.gpus},
+                accelerator_type=resources.accelerator if share.gpus else None,
+                label_selector=resources.labels or None,
             ),
             # with a name that was used before, Ray Train would continue the earlier run
             run_config=ray.train.RunConfig(

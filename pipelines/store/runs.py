@@ -104,6 +104,10 @@ class Tracker(Store):
         log_batch(client, run_id, tags=own_tags)  # last, so that an opening that fails is not counted
         return StageRun(self, run_id, max((point.step for point in history), default=0), run.data.metrics, params)
 
+    def continue_run(self, stage: Stage, run_id: str) -> StageRun:
+        """Return the run of a stage that another process of the same attempt has opened and written nothing to."""
+        return StageRun(self, run_id, params=params_of(stage.spec.model_dump(mode="json")))
+
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
         """Open the run of a job for the block. The run ends FINISHED, FAILED on an error, or KILLED when interrupted.

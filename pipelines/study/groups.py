@@ -1,6 +1,7 @@
 """Groups of trials that are trained together as one: they differ in numbers alone (see `aecore.training.fused`)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil
 
 from aecore.core.fingerprint import fingerprint
@@ -11,28 +12,39 @@ _MOST_AS_ONE = 64
 """Most trials of a group, since a lost worker costs all of them. The training sees to memory."""
 
 
-def groups_of(plans: Sequence[TrialPlan], at_once: int | None) -> list[list[TrialPlan]]:
+def groups_of(plans: Sequence[TrialPlan], gpus: int | None) -> list[list[TrialPlan]]:
     """Divide trials into the groups that Ray Tune runs as one trial each.
 
     All seeds of a reference (PCA, random weights) are one group, since they share most of their stages.
 
     Args:
-        at_once: Number of groups that run at the same time on GPUs. The trials are spread over so many groups if
-            possible, so that no GPU is idle. None makes each trial that is no reference a group of its own.
+        gpus: Number of GPUs. There are at least so many groups if possible, so that no GPU is idle, but not many more:
+            a GPU trains one large group faster than several small ones side by side. None makes each trial that is no
+            reference a group of its own.
     """
     references = reference_groups(plans)
     others = [plan for plan in plans if plan.kind not in REFERENCES]
-    if at_once is None:
+    if gpus is None:
         return [*references, *([plan] for plan in others)]
-    return [*references, *alike(others, max(1, min(_MOST_AS_ONE, ceil(len(others) / at_once))))]
+    groups: list[list[TrialPlan]] = []
+    for same in alike(others):
+        count = max(ceil(len(same) * gpus / len(others)), ceil(len(same) / _MOST_AS_ONE))
+        groups += _in_equal_parts(same, min(count, len(same)))
+    return [*references, *groups]
 
 
-def alike(plans: Sequence[TrialPlan], most: int) -> list[list[TrialPlan]]:
-    """Group trials that differ in numbers alone, in order; each group has at most `most` trials."""
+def alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
+    """Group the trials that differ in numbers alone, in order."""
     kinds: dict[str, list[TrialPlan]] = {}
     for plan in plans:
         kinds.setdefault(_all_but_numbers(plan), []).append(plan)
-    return [same[start : start + most] for same in kinds.values() for start in range(0, len(same), most)]
+    return list(kinds.values())
+
+
+def _in_equal_parts(plans: Sequence[TrialPlan], count: int) -> list[list[TrialPlan]]:
+    """Cut a sequence into `count` parts whose lengths differ by at most one."""
+    bounds = [len(plans) * part // count for part in range(count + 1)]
+    return [list(plans[start:end]) for start, end in pairwise(bounds)]
 
 
 def _all_but_numbers(plan: TrialPlan) -> str:

@@ -210,18 +210,24 @@ def _classifier_spec(
     )  # fmt: skip
 
 
-def shared_stages(plans: Sequence[TrialPlan]) -> list[Stage]:
-    """Return the stages that several trials need, in an order in which they can run.
+def shared_stages(groups: Sequence[Sequence[TrialPlan]], pca: bool = False) -> list[Stage]:
+    """Return the stages that several groups of trials need, in an order in which they can run.
 
-    The seeds of a reference count as one trial, because one worker runs them all (see `reference_groups`).
+    Args:
+        groups: Each group is computed by one worker, which computes a stage that its trials share once.
+        pca: Also return PCA, since the workers of trials have GPUs, which scikit-learn does not use.
     """
-    groups = [[plan] for plan in plans if plan.kind not in REFERENCES] + reference_groups(plans)
     uses = Counter(key for group in groups for key in {key for plan in group for key in plan.stages()})
     stages: dict[str, Stage] = {}
-    for plan in plans:
+    for plan in (plan for group in groups for plan in group):
         for key, stage in plan.stages().items():
             stages.setdefault(key, stage)
-    return [stage for key, stage in stages.items() if stage.kept and uses[key] > 1]
+    return [
+        stage
+        for key, stage in stages.items()
+        if stage.kept
+        and (uses[key] > 1 or (pca and isinstance(stage.spec, ReferenceSpec) and stage.spec.kind == "pca"))
+    ]
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
@@ -235,7 +241,8 @@ def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
 
 def describe_plans(study: Study, plans: Sequence[TrialPlan], tracker: "Tracker | None") -> Iterator[str]:
     """Yield a line for each trial: whether it is finished, and how many of its stages other trials need too."""
-    shared = {stage.key for stage in shared_stages(plans)}
+    groups = [[plan] for plan in plans if plan.kind not in REFERENCES] + reference_groups(plans)
+    shared = {stage.key for stage in shared_stages(groups)}
     for plan in plans:
         stages = [stage for stage in plan.stages().values() if stage.kept]
         counts = f"{len(stages)} stages, {sum(stage.key in shared for stage in stages)} shared"

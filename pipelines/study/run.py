@@ -1,13 +1,13 @@
 """A study from its first trial to its last: what is finished is restored, the rest runs on Ray Tune."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.config.facts import Facts
 from aecore.evaluation.trial import Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
-from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
+from pipelines.study.plan import plan_trials, shared_stages
 from pipelines.study.results import finished_runs, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import search
@@ -52,7 +52,10 @@ def run(
             say(f"{plan.name}: stopped at epoch {epoch} before")
     missing = [m for m in plans if m.stage.key not in before and m.stage.key not in endings.stopped]
     if missing:
-        _compute_shared(missing, tracker, parent, resources, say)
+        stages = shared_stages(runner.groups(missing), pca=runner.uses_gpus)
+        if stages:
+            say(f"{len(stages)} stages come first, which several trials share or which use no GPU")
+            compute(stages, tracker, parent, resources, say, in_study=True)
         ended = runner.run(missing, say)
         if runner.late:
             endings.errors |= {m.stage.key: LATE for m in missing}
@@ -66,13 +69,3 @@ def run(
     after = finished_runs(plans, tracker)
     trials = [trial_of(plan, tracker, after, study.budget.epochs, endings) for plan in plans]
     return Ended(trials, len(after.keys() - before.keys()), len(before))
-
-
-def _compute_shared(
-    plans: Sequence[TrialPlan], tracker: "Tracker", parent: str, resources: Resources, say: Say
-) -> None:  # fmt: skip
-    """Compute the stages whose results several trials need, each once, as chained tasks."""
-    stages = shared_stages(plans)
-    if stages:
-        say(f"{len(stages)} stages that several trials share come first")
-        compute(stages, tracker, parent, resources, say, in_study=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 from aecore.evaluation.trial import trial_name
 from pipelines.study.plan import TrialPlan
-from pipelines.study.trials import Endings, TrialRunner, config_of, settings_in
+from pipelines.study.trials import Endings, TrialRunner
+from pipelines.study.worker import config_of, settings_in
 
 Tried = dict[str, tuple[dict[str, Any], float]]
 """Each choice of settings that was tried and its value of the measure to choose by; keys are the settings as JSON."""

@@ -1,32 +1,34 @@
-"""Trials on Ray Tune: a function computes the stages of a trial in one process, on a share of a device."""
+"""Trials on Ray Tune: which are run, how they end, and which are run again."""
 
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aecore.config.facts import Facts
-from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
+from aecore.config.specs import LoadSpec
 from aecore.core.errors import TakenOverError
 from aecore.core.imports import fast_imports
-from aecore.evaluation.trial import REFERENCES, trial_name
+from aecore.evaluation.trial import trial_name
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.placement import bundle_of
 from pipelines.cluster.resources import Resources
-from pipelines.cluster.share import share_of
+from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import Assignment, assign
-from pipelines.execution.compute import compute_graphs, free_device_memory, load_rows
-from pipelines.execution.journal import Computed
-from pipelines.graph.stage import Stage
-from pipelines.host.messages import one_line, say
+from pipelines.execution.compute import load_rows
+from pipelines.graph.needs import device_memory
+from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.groups import groups_of
+from pipelines.study.measuring import Measuring, is_lost, reason_of
 from pipelines.study.plan import TrialPlan, plan_trial, plan_trials
 from pipelines.study.schema import Study
+from pipelines.study.worker import choices, compute_trial
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
 
 LATE = "the study's time was up"
 """The error of a trial that `budget.hours` cut off."""
-_TELL_SECONDS = 1.0
-"""Least time between two reports of a trial to Tune where no scheduler uses them."""
-Choice = tuple[str, dict[str, Any], int]
-"""Row, settings and seed of a trial."""
 
 
 @dataclass
@@ -83,18 +81,19 @@ class TrialRunner:
             from ray.exceptions import RayActorError
 
         for retries_left in range(self.resources.retries, -1, -1):
-            groups = [
-                [{"row": m.row, "settings": m.settings, "seed": m.seed} for m in group]
-                for group in groups_of(plans, self._groups_at_once())
-            ]
-            results = self.fit({"trials": tune.grid_search(groups)}, None, 1)
-            ended = self.endings(results)
+            groups = self.groups(plans)
+            configs = [[{"row": m.row, "settings": m.settings, "seed": m.seed} for m in group] for group in groups]
+            with self._measuring(groups) as measuring:
+                results = self.fit({"trials": tune.grid_search(configs)}, None, 1, measuring)
+                unmeasured = dict(measuring.wait(self.deadline)) if measuring else {}
+            ended = self.endings(results, unmeasured)
             lost = {
                 self.plan_of(*choice).stage.key
                 for result in results
                 if isinstance(result.error, RayActorError)
                 for choice in choices(result.config)
             }
+            lost |= {key for key, error in unmeasured.items() if is_lost(error)}
             plans = [m for m in plans if retries_left and m.stage.key in lost & ended.errors.keys()]
             for plan in plans:
                 del ended.errors[plan.stage.key]
@@ -104,13 +103,27 @@ class TrialRunner:
             tell(f"warning: {len(plans)} trials lost their worker or node; they run once more")
         return endings
 
-    def fit(self, space: dict[str, Any], search: Any, count: int) -> Any:
+    def groups(self, plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
+        """Divide trials into the groups that Ray Tune runs as one trial each: on GPUs trials are trained together as
+        one, except with a scheduler, which needs the epochs of each trial."""
+        start_ray()
+        gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler == "none" else 0
+        return groups_of(plans, min(gpus, self.resources.max_concurrent or gpus) or None)
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether trials are trained on GPUs."""
+        start_ray()
+        return bool(self._share([]).gpus)
+
+    def fit(self, space: dict[str, Any], search: Any, count: int, measuring: Measuring | None = None) -> Any:
         """Let Ray Tune run trials.
 
         Args:
             space: The configs that trials are drawn from, `param_space` of a `ray.tune.Tuner`.
             search: A searcher of `ray.tune.search`, or None.
             count: How many trials are drawn from the space.
+            measuring: Measures the trials that were trained; None lets the trials measure themselves.
 
         Returns:
             A `ray.tune.ResultGrid`.
@@ -119,22 +132,21 @@ class TrialRunner:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         # Tune would write each report to three files, which nobody reads
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-        import ray
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler
 
         start_ray()
         check_reach(self.tracker.uri, self.resources.storage_path)
-        share = share_of(self.resources)
-        if self.data is None:
-            self.data = ray.remote(num_cpus=1)(load_rows).remote(self._load_spec())
+        share = measuring.assignment.share if measuring else self._share([])
+        bundle, placement = bundle_of(share, self.resources)
         trainable = tune.with_parameters(
             compute_trial,
             study=self.study,
             facts=self.facts,
             numerics=self.resources.numerics,
-            assignment=assign(self.tracker, self.parent, share, self.resources, in_study=True),
-            data=[self.data],  # in a list, a reference stays a reference
+            assignment=self._assign(share),
+            data=self._data(),
+            measured_elsewhere=measuring is not None,
         )
         scheduler = None
         if self.study.scheduler == "asha":
@@ -143,7 +155,7 @@ class TrialRunner:
             )  # fmt: skip
         with redirect_stdout(sys.stderr), scratch() as folder:
             return tune.Tuner(
-                tune.with_resources(trainable, {"CPU": share.cpus, "GPU": share.gpus}),
+                tune.with_resources(trainable, tune.PlacementGroupFactory([bundle], **placement)),
                 param_space=space,
                 tune_config=tune.TuneConfig(
                     search_alg=search,
@@ -156,12 +168,19 @@ class TrialRunner:
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
-                    storage_path=str(folder), name="trials", verbose=0, callbacks=[_line_per_trial()]
+                    storage_path=str(folder),
+                    name="trials",
+                    verbose=0,
+                    callbacks=[_line_per_trial(partial(self._measure, measuring))],
                 ),
             ).fit()
 
-    def endings(self, results: Any) -> Endings:
-        """Return the endings of the trials that did not finish in Tune's `results`, and end their MLflow runs."""
+    def endings(self, results: Any, unmeasured: Mapping[str, Exception] = {}) -> Endings:
+        """Return the endings of the trials that did not finish in Tune's `results`, and end their MLflow runs.
+
+        Args:
+            unmeasured: Why trials that were trained could not be measured, by the key of the trial's stage.
+        """
         endings = Endings()
         for result, choice in [(one, choice) for one in results for choice in choices(one.config)]:
             plan = self.plan_of(*choice)
@@ -169,14 +188,12 @@ class TrialRunner:
             if self.tracker.find(key):
                 continue
             metrics = result.metrics or {}
-            reported = metrics.get("errors", {})
+            reported = metrics.get("errors", {}) | {k: reason_of(error) for k, error in unmeasured.items()}
             if result.error is not None or key in reported:
-                cause = getattr(result.error, "cause", None) or result.error
-                text = str(cause).strip() or type(cause).__name__
-                endings.errors[key] = reported.get(key) or one_line(text.splitlines()[-1], 300)
+                endings.errors[key] = reported.get(key) or reason_of(result.error)
                 if TakenOverError.__name__ not in endings.errors[key]:  # else the run belongs to another driver now
                     self.tracker.fail(key, endings.errors[key])
-            elif not self.late and (epoch := metrics.get("epoch")):
+            elif not self.late and key not in metrics.get("trained", {}) and (epoch := metrics.get("epoch")):
                 endings.stopped[key] = epoch
                 self.tracker.stop(key, epoch)
                 self._clear_checkpoints(plan)
@@ -185,103 +202,59 @@ class TrialRunner:
                 self.tracker.fail(key, LATE)
         return endings
 
-    def _groups_at_once(self) -> int | None:
-        """Return how many groups of trials run at the same time; None where trials are not trained together as one: on
-        CPUs, and with a scheduler, which needs the epochs of each trial."""
-        start_ray()
-        share = share_of(self.resources)
-        if not share.gpus or self.study.scheduler != "none":
-            return None
+    @contextmanager
+    def _measuring(self, groups: Sequence[Sequence[TrialPlan]]) -> Iterator[Measuring | None]:
+        """Yield what measures these groups of trials on CPUs while others train; None where no GPU would be idle."""
+        share = self._share(groups)
+        if not share.gpus:
+            yield None
+            return
+        with Measuring(self._assign(share), self.resources, self._data()).cancelled_at_the_end() as measuring:
+            yield measuring
+
+    def _measure(self, measuring: Measuring | None, trial: Any) -> None:
+        """Submit the measuring of what one of Tune's trials has trained."""
+        plans = {plan.stage.key: plan for plan in (self.plan_of(*choice) for choice in choices(trial.config))}
+        for key, run_id in trial.last_result.get("trained", {}).items():
+            assert measuring is not None
+            measuring.start(plans[key], run_id)
+
+    def _share(self, groups: Sequence[Sequence[TrialPlan]]) -> Share:
+        """Return the share of the cluster that each of these groups gets: what the largest needs.
+
+        Where a search chooses settings there are no groups yet; then the references stand for them, whose networks are
+        the base's.
+        """
+        references = plan_trials(self.study, self.facts, self.resources.numerics)
+        return share_of(
+            self.resources,
+            max(
+                device_memory(stage, len(group)) or 0
+                for group in groups or [[plan] for plan in references]
+                for stage in group[0].stages().values()
+            ),
+        )
+
+    def _assign(self, share: Share) -> Assignment:
+        return assign(self.tracker, self.parent, share, self.resources, in_study=True)
+
+    def _data(self) -> "list[ObjectRef]":
+        """Return the reference to the data, in a list, where a reference that is sent stays a reference."""
         import ray
 
-        at_once = int(ray.cluster_resources().get("GPU", 0) / share.gpus)
-        return max(1, min(at_once, self.resources.max_concurrent or at_once))
+        if self.data is None:
+            self.data = ray.remote(num_cpus=1)(load_rows).remote(self._load_spec())
+        return [self.data]
 
     def _load_spec(self) -> LoadSpec:
         first = plan_trials(self.study, self.facts, self.resources.numerics)[0]
         return next(stage.spec for stage in first.stages().values() if isinstance(stage.spec, LoadSpec))
 
     def _clear_checkpoints(self, plan: TrialPlan) -> None:
-        assignment = assign(self.tracker, self.parent, share_of(self.resources), self.resources)
+        assignment = self._assign(Share(0, 1))
         for stage in plan.stages().values():
             if checkpoints := assignment.checkpoints(stage):
                 checkpoints.clear()
-
-
-def choices(config: Mapping[str, Any] | None) -> list[Choice]:
-    """Return the study's trials that one of Tune's trials consists of, read from the config of Tune's trial. Tune
-    forgets the config of a trial that never started; then none are returned."""
-    if config is None:
-        return []
-    if "trials" in config:
-        return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
-    return [(config["row"], settings_in(config), config["seed"])]
-
-
-def settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the searched settings from the config of one of Tune's trials."""
-    return {name.removeprefix("set:"): value for name, value in config.items() if name.startswith("set:")}
-
-
-def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they stand in the config of one of Tune's trials."""
-    return {f"set:{name}": value for name, value in settings.items()}
-
-
-def compute_trial(
-    config: dict[str, Any],
-    *,
-    study: Study,
-    facts: Facts,
-    numerics: Numerics,
-    assignment: Assignment,
-    data: "list[ObjectRef]",
-) -> None:
-    """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
-
-    All stages are restored or computed in this process. Tune gets a report per epoch if there is a scheduler, else at
-    most one per second, to be displayed. The last report holds the measure by which a search chooses, or the errors of
-    the trials that failed.
-    """
-    with fast_imports():
-        import ray
-        from ray import tune
-
-    plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
-    load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
-    told_at = 0.0
-
-    def tell(stage: Stage, epoch: int, metrics: dict[str, float]) -> None:
-        nonlocal told_at
-        whole = isinstance(stage.spec, FinetuneSpec) and stage.spec.task == "reconstruct"
-        # a report waits for Tune's loop
-        if whole and (study.scheduler != "none" or time.monotonic() - told_at > _TELL_SECONDS):
-            score = metrics["val/reconstruction"]
-            # Tune wants every metric in every report; Optuna goes by the last one
-            tune.report({"epoch": epoch, "score": score, "chosen": score})
-            told_at = time.monotonic()
-
-    assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
-    outcomes = compute_graphs([plan.stage for plan in plans], assignments, {load.key: ray.get(data[0])})
-    if assignment.share.gpus:
-        free_device_memory()  # the next trial may run in this process
-    errors = {
-        plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
-        for plan, outcome in zip(plans, outcomes, strict=True)
-        if isinstance(outcome, Exception)
-    }
-    if plans[0].kind in REFERENCES:
-        # epoch 0, which no scheduler judges, since other trials are not to be compared with references
-        tune.report({"epoch": 0, "score": math.nan, "chosen": math.nan, "errors": errors})
-    elif len(plans) > 1:
-        tune.report({"epoch": study.budget.epochs, "errors": errors})
-    else:
-        (outcome,) = outcomes
-        if not isinstance(outcome, Computed):
-            raise outcome
-        last = outcome.result.config["history"][-1]["val/reconstruction"]
-        chosen = outcome.result.metrics[study.choose_metric]
-        tune.report({"epoch": study.budget.epochs, "score": last, "chosen": chosen})
 
 
 def _name_of(trial: Any) -> str:
@@ -289,8 +262,9 @@ def _name_of(trial: Any) -> str:
     return trial_name(*first) + (f" and {len(others)} more" if others else "")
 
 
-def _line_per_trial() -> Any:
-    """Return a callback for Tune that prints a line when a trial starts and when it ends."""
+def _line_per_trial(then: Callable[[Any], None]) -> Any:
+    """Return a callback for Tune that prints a line when a trial starts and when it ends; `then` gets each trial that
+    ends without an error."""
     from ray import tune
 
     class LinePerTrial(tune.Callback):
@@ -302,6 +276,7 @@ def _line_per_trial() -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._say_end(trial, "ends", len(trials))
+            then(trial)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._say_end(trial, "fails", len(trials))

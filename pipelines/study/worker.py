@@ -1,0 +1,118 @@
+"""What a worker of Ray Tune does: it computes the stages of one trial, or of several as one, on a share of a device."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aecore.config.facts import Facts
+from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
+from aecore.core.imports import fast_imports
+from aecore.evaluation.trial import REFERENCES
+from pipelines.execution.assignment import Assignment
+from pipelines.execution.compute import Results, compute_graphs, free_device_memory
+from pipelines.execution.journal import Opened
+from pipelines.graph.stage import Stage
+from pipelines.host.messages import one_line
+from pipelines.study.plan import plan_trial
+from pipelines.study.schema import Study
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_TELL_SECONDS = 1.0
+"""Least time between two reports of a trial to Tune where no scheduler uses them."""
+Choice = tuple[str, dict[str, Any], int]
+"""Row, settings and seed of a trial."""
+
+
+def choices(config: Mapping[str, Any] | None) -> list[Choice]:
+    """Return the study's trials that one of Tune's trials consists of, read from the config of Tune's trial. Tune
+    forgets the config of a trial that never started; then none are returned."""
+    if config is None:
+        return []
+    if "trials" in config:
+        return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
+    return [(config["row"], settings_in(config), config["seed"])]
+
+
+def settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the searched settings from the config of one of Tune's trials."""
+    return {name.removeprefix("set:"): value for name, value in config.items() if name.startswith("set:")}
+
+
+def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they stand in the config of one of Tune's trials."""
+    return {f"set:{name}": value for name, value in settings.items()}
+
+
+def compute_trial(
+    config: dict[str, Any],
+    *,
+    study: Study,
+    facts: Facts,
+    numerics: Numerics,
+    assignment: Assignment,
+    data: "list[ObjectRef]",
+    measured_elsewhere: bool = False,
+) -> None:
+    """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
+
+    All stages are restored or computed in this process. Tune gets a report per epoch if there is a scheduler, else at
+    most one per second, to be displayed. The last report holds the measure by which a search chooses, or the errors of
+    the trials that failed, or, by the keys of trials, the open runs of those that were trained and are to be measured.
+
+    Args:
+        measured_elsewhere: Leave the measuring to tasks on CPUs, which the driver submits.
+    """
+    with fast_imports():
+        import ray
+        from ray import tune
+
+    plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
+    load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
+    told_at = 0.0
+
+    def tell(stage: Stage, epoch: int, metrics: dict[str, float]) -> None:
+        nonlocal told_at
+        whole = isinstance(stage.spec, FinetuneSpec) and stage.spec.task == "reconstruct"
+        # a report waits for Tune's loop
+        if whole and (study.scheduler != "none" or time.monotonic() - told_at > _TELL_SECONDS):
+            score = metrics["val/reconstruction"]
+            # Tune wants every metric in every report; Optuna goes by the last one
+            tune.report({"epoch": epoch, "score": score, "chosen": score})
+            told_at = time.monotonic()
+
+    assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
+    results: Results = {load.key: ray.get(data[0])}
+    outcomes = compute_graphs([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
+    if assignment.share.gpus:
+        free_device_memory()  # the next trial may run in this process
+    errors = {
+        plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
+        for plan, outcome in zip(plans, outcomes, strict=True)
+        if isinstance(outcome, Exception)
+    }
+    trained = {
+        plan.stage.key: outcome.run_id
+        for plan, outcome in zip(plans, outcomes, strict=True)
+        if isinstance(outcome, Opened)
+    }
+    if plans[0].kind in REFERENCES:
+        # epoch 0, which no scheduler judges, since other trials are not to be compared with references
+        tune.report({"epoch": 0, "score": math.nan, "chosen": math.nan, "errors": errors, "trained": trained})
+    elif len(plans) > 1:
+        tune.report({"epoch": study.budget.epochs, "errors": errors, "trained": trained})
+    else:
+        (outcome,) = outcomes
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, Opened):
+            stack = plans[0].stage.inputs["stack"]
+            assert isinstance(stack, Stage)
+            last = chosen = results[stack.key].result.config["history"][-1]["val/reconstruction"]
+        else:
+            last = outcome.result.config["history"][-1]["val/reconstruction"]
+            chosen = outcome.result.metrics[study.choose_metric]
+        tune.report({"epoch": study.budget.epochs, "score": last, "chosen": chosen, "trained": trained})
