@@ -12,14 +12,21 @@ from typing import Any
 
 import pytest
 import ray
+from pydantic import ValidationError
 from ray.core.generated import autoscaler_pb2
 
-from aecore.config.experiment import Fit
+from aecore.config.experiment import Data, Dense, Experiment, Fit, overlay
+from aecore.config.facts import Facts
+from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
+from pipelines.cluster.device import position_of
 from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.placement import bundle_of, options_of, options_of_a_controller
 from pipelines.cluster.resources import Resources
-from pipelines.cluster.share import Share, share_of
+from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import checkpoint_folder, checkpoints_of
+from pipelines.graph.needs import device_memory
+from pipelines.graph.recipe import build
 from pipelines.graph.stage import Stage
 
 PROTO: Any = autoscaler_pb2  # generated, without hints
@@ -39,26 +46,166 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def share(**resources: Any) -> Share:
-    return share_of(Resources.model_validate(resources))
+def share(memory: float | None = 12.0, **resources: Any) -> Share:
+    """The share of a stage that needs so many GiB of a GPU; None needs no GPU."""
+    return share_of(Resources.model_validate(resources), None if memory is None else int(memory * 2**30))
 
 
 def test_a_machine_without_gpu_gives_its_cpus(cluster: Any) -> None:
     cluster({"CPU": 2})
-    assert share()[:2] == (0, 2)
-    assert share(workers=2)[:2] == (0, 1)
+    assert share() == share(None) == (0, 2)
+    assert share(workers=2) == (0, 1)
 
 
-def test_where_there_are_gpus_a_stage_gets_one(cluster: Any) -> None:
-    cluster({"CPU": 4}, {"CPU": 16, "GPU": 2})
-    assert share()[:2] == (1, 8) and share(gpus=0.25)[:2] == (0.25, 8)
+def test_a_stage_gets_the_share_of_a_gpu_that_it_needs_and_cpus_in_proportion(cluster: Any) -> None:
+    cluster({"CPU": 0}, {"CPU": 16, "GPU": 2, "accelerator_type:A10G": 1})
+    # half of what belongs to the share; the rest is for stages without a GPU
+    assert share(15) == (1, 4) and share(9) == (0.5, 2) and share(4) == (0.25, 1) and share(1) == (0.125, 1)
+    assert share(40) == (1, 4)  # more than a GPU has; rows may lie elsewhere, and batches may be cut
+    assert share(1, gpus=1) == (1, 4) and share(15, gpus=0.25) == (0.25, 1)
+    assert share(None) == (0, 8) and share(None, cpus=3) == (0, 3)
+    assert share(1, gpus=0) == share(None, gpus=0) == (0, 8)
+    assert share(1, workers=2) == (1, 4)  # NCCL wants a GPU for each worker
+
+
+def test_a_small_node_holds_four_trials(cluster: Any) -> None:
+    """As CLUSTER.md says of a g5.xlarge."""
+    cluster({"CPU": 4, "GPU": 1, "accelerator_type:A10G": 1})
+    assert share(4) == (0.25, 1) and share(15) == (1, 2)
+
+
+CLASSES = tuple("0123456789")
+MNIST = Facts(digest="", shape=(1, 28, 28), levels=256, classes=CLASSES, rows=70_000)
+CIFAR = Facts(digest="", shape=(3, 32, 32), levels=256, classes=CLASSES, rows=60_000)
+WIDE = Facts(digest="", shape=(50_000,), levels=0, classes=(), rows=10_000)
+DENOISING = {"kind": "denoising"}
+MODELS: dict[str, tuple[Facts, dict[str, Any], dict[str, list[float]]]] = {
+    # the shares of the layers and of finetuning
+    "784-256-128-64": (
+        MNIST, {"network": {"kind": "dense", "widths": (256, 128, 64)}},
+        {"T4": [1 / 8] * 4, "A10G": [1 / 8] * 4, "H100": [1 / 8] * 4},
+    ),
+    "784-1000-1000-1000": (
+        MNIST, {"network": {"kind": "dense", "widths": (1000, 1000, 1000)}, "variant": DENOISING},
+        {"T4": [1 / 8, 1 / 4, 1 / 4, 1 / 4], "A10G": [1 / 8] * 4, "H100": [1 / 8] * 4},
+    ),
+    "conv of 256 levels": (
+        CIFAR, {"network": {"kind": "conv", "widths": (32, 64, 128)}, "variant": DENOISING},
+        {"T4": [1 / 4, 1 / 2, 1 / 2, 1 / 4], "A10G": [1 / 4, 1 / 2, 1 / 4, 1 / 4], "H100": [1 / 8] * 4},
+    ),
+    "50000-4096-256": (
+        WIDE, {"network": {"kind": "dense", "widths": (4096, 256)}},
+        {"T4": [1, 1 / 2, 1], "A10G": [1, 1 / 4, 1], "H100": [1 / 4, 1 / 8, 1 / 2]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["T4", "A10G", "H100"])
+@pytest.mark.parametrize("name", MODELS)
+def test_shares_of_models_on_gpus(name: str, gpu: str, cluster: Any) -> None:
+    facts, fields, wanted = MODELS[name]
+    cluster({"CPU": 16, "GPU": 1, f"accelerator_type:{gpu}": 1})
+    values = overlay(Experiment(data=Data(name="mnist"), control=False).model_dump(), fields)
+    graph = build(Experiment.model_validate(values), facts, Numerics())
+    *trained, evaluated = [share_of(Resources(), device_memory(stage)).gpus for stage in graph.kept()]
+    assert trained == wanted[gpu] and evaluated == 0
+
+
+def test_fits_that_are_trained_as_one_need_more(cluster: Any) -> None:
+    graph = build(Experiment(data=Data(name="mnist"), network=Dense(widths=(500, 250))), MNIST, Numerics())
+    one, many = (device_memory(graph.layers[0], fits) for fits in (1, 64))
+    assert one and many and one < many < 64 * one  # the rows lie on the device once
+
+
+def test_a_gpu_of_an_unknown_type_is_taken_for_a_small_one(cluster: Any) -> None:
+    cluster({"CPU": 16, "GPU": 1})
+    assert share(4).gpus == 0.5
+    cluster({"CPU": 16, "GPU": 1, "accelerator_type:H200": 1})
+    assert share(4).gpus == 0.125
+
+
+def test_gpus_of_a_type_are_chosen(cluster: Any) -> None:
+    nodes = [{"CPU": 4, "GPU": 1, "accelerator_type:T4": 1}, {"CPU": 16, "GPU": 1, "accelerator_type:H100": 1}]
+    cluster(*nodes)
+    assert share(4) == (0.5, 1) and share(4, accelerator="H100") == (0.125, 1)
+    assert count_gpus(Resources()) == 2 and count_gpus(Resources(accelerator="H100")) == 1
+    with pytest.raises(InputError, match=r"resources\.accelerator: A100 is not in .* its GPUs are H100, T4; name one"):
+        share(accelerator="A100")
+    share_with, options = Share(0.5, 1), options_of(Share(0.5, 1), Resources(accelerator="H100"))
+    assert options["accelerator_type"] == "H100" and "accelerator_type" not in options_of(Share(0, 1), Resources())
+    assert bundle_of(share_with, Resources(accelerator="H100"))[0]["accelerator_type:H100"] > 0
+
+
+def test_spot_nodes_come_first_and_are_no_place_for_controllers(cluster: Any) -> None:
+    cluster({"CPU": 4, "GPU": 1})
+    assert options_of(Share(1, 2), Resources()) == {"num_cpus": 2, "num_gpus": 1}
+    cluster({"CPU": 0}, {"CPU": 4, "GPU": 1})
+    spot = {"ray.io/market-type": "spot"}
+    options = options_of(Share(0, 2), Resources())
+    assert options["label_selector"] == spot and options["fallback_strategy"] == [{"label_selector": {}}]
+    chosen = {"ray.io/market-type": "on-demand"}
+    assert options_of(Share(1, 2), Resources(labels=chosen))["label_selector"] == chosen
+    west = {"region": "west"}
+    options = options_of(Share(1, 2), Resources(labels=west))
+    assert options["label_selector"] == west | spot and options["fallback_strategy"] == [{"label_selector": west}]
+    assert options_of_a_controller()["label_selector"] == {"ray.io/market-type": "!spot"}
+    assert bundle_of(Share(1, 2), Resources(labels=west))[1] == {"bundle_label_selector": [west]}
+
+
+def test_workers_see_all_gpus_where_a_node_has_several(cluster: Any) -> None:
+    cluster({"CPU": 4, "GPU": 2})
+    environment = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+    assert options_of(Share(1, 2), Resources())["runtime_env"] == environment
+    assert options_of(Share(0, 2), Resources())["runtime_env"] == environment  # so that they share their workers
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "position"),
+    [(["0"], "0", 0), (["1"], "1", 0), (["1"], None, 1), (["1"], "0,1", 1), (["3"], "2,3", 1), ([], None, 0)],
+)
+def test_a_worker_computes_on_the_gpu_that_it_was_given(given: list[str], visible: str | None, position: int) -> None:
+    assert position_of(given, visible) == position
+
+
+@pytest.mark.parametrize(
+    ("labels", "there"),
+    [({"zone": "b"}, False), ({"zone": "a"}, True), ({"zone": "in(b, a)"}, True), ({"zone": "!in(a)"}, True),
+     ({"zone": "!a"}, True), ({"rack": "1"}, False)],
+)  # fmt: skip
+def test_labels_that_no_node_has_are_refused(
+    labels: dict[str, str], there: bool, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster({"CPU": 4, "GPU": 1}, {"CPU": 4})
+    nodes = [{**node, "Labels": own} for node, own in zip(ray.nodes(), ({"zone": "a"}, {}), strict=True)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    if there:
+        assert share(1, labels=labels).gpus
+    else:
+        with pytest.raises(InputError, match=r"resources\.labels: no node has (zone b \(a\)|rack 1 \(none has)"):
+            share(1, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        (
+            {"gpus": 2},
+            "resources.gpus: 2 asked for a stage, but a worker computes on one GPU .*use resources.workers 2 with",
+        ),
+        ({"gpus": 0.5, "workers": 2}, "resources.gpus: 0.5 for each of 2 workers, but NCCL refuses workers that share"),
+    ],
+)
+def test_gpus_that_would_idle_or_cannot_be_shared_are_refused_at_once(resources: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Resources.model_validate(resources)
 
 
 def test_nodes_that_the_autoscaler_may_start_count(cluster: Any) -> None:
     head = {"head": (1, {"CPU": 4})}
     cluster({"CPU": 4}, may={**head, "gpu": (3, {"CPU": 8, "GPU": 1})})
-    assert share()[:2] == (1, 8)
-    assert share(workers=3)[:2] == (1, 8)
+    assert share() == (1, 4)
+    assert share(workers=3) == (1, 4)
     with pytest.raises(InputError, match="4 with 1 GPUs each asked for, the cluster has 3"):
         share(workers=4, cpus=1)
 

@@ -149,6 +149,7 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept
         monkeypatch.setattr("pipelines.execution.chain.start_ray", lambda: None)
         monkeypatch.setattr("pipelines.execution.chain.check_reach", lambda store, path: None)
         monkeypatch.setattr("pipelines.execution.chain.share_of", lambda *_, **__: Share(0, 1))
+        monkeypatch.setattr("pipelines.cluster.placement.possible_nodes", lambda: [{"CPU": 1}])
         graph = graph_of(name)
         if wrong:
             (spoilt,) = [stage for stage in graph if stage.name == wrong]

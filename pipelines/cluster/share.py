@@ -53,8 +53,11 @@ def share_of(
         raise InputError(
             f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most_gpus:g}; ask for less"
         )
-    own = [node["CPU"] * (gpus / node["GPU"] / 2 if gpus else 1) for node in fitting]
-    default = int(min(_MOST_DEFAULT_CPUS, sum(own) // resources.workers, *own)) - (streamed and not gpus)
+    if gpus:
+        default = int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] * gpus / node["GPU"] / 2 for node in fitting)))
+    else:
+        per_worker = sum(node["CPU"] for node in fitting) // resources.workers
+        default = int(min(_MOST_DEFAULT_CPUS, per_worker, *(node["CPU"] for node in fitting))) - streamed
     cpus = resources.cpus or max(1, default)
     most_cpus = max(node["CPU"] for node in fitting)
     if cpus > most_cpus:
@@ -81,10 +84,8 @@ def _nodes_with_devices(resources: Resources, nodes: Sequence[Node]) -> list[Nod
     alike = [node for node in devices if accelerator_of(node) in (resources.accelerator, None)]
     if not alike:
         types = sorted({accelerator_of(node) or "" for node in devices})
-        raise InputError(
-            f"resources.accelerator: {resources.accelerator} asked for, the GPUs of the cluster are "
-            f"{join_names(types)}; name one of these"
-        )
+        there = f"its GPUs are {join_names(types)}; name one of these" if types else "it has no GPUs; leave this out"
+        raise InputError(f"resources.accelerator: {resources.accelerator} is not in the cluster, {there}")
     return alike
 
 

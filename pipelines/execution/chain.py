@@ -16,7 +16,15 @@ from pipelines.cluster.placement import options_of, options_of_a_controller
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
-from pipelines.execution.compute import Work, compute_stages, free_device_memory, inputs_of, load_rows, restored
+from pipelines.execution.compute import (
+    Work,
+    compute_stages,
+    free_device_memory,
+    import_for_evaluation,
+    inputs_of,
+    load_rows,
+    restored,
+)
 from pipelines.execution.journal import Computed
 from pipelines.execution.team import compute_in_team, is_trained_by_team
 from pipelines.graph.needs import device_memory, reads_from_disk
@@ -107,6 +115,8 @@ class _Chain:
         errors: dict[str, Exception] = {}
         self.paused = [(0.0, list(stages))]
         try:
+            self._submit_what_is_due()
+            self._warm_up_evaluation(stages)
             while self.waiting or self.paused:
                 self._submit_what_is_due()
                 pause = self._seconds_to_next()
@@ -195,7 +205,8 @@ class _Chain:
     def _start(self, stage: Stage) -> "ObjectRef":
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
-            return _as_task(load_rows).options(name=stage.name, num_cpus=1).remote(stage.spec)
+            options = options_of(Share(0, 1), self.resources) | {"name": stage.name}
+            return _as_task(load_rows).options(**options).remote(stage.spec)
         share = share_of(self.resources, device_memory(stage), reads_from_disk(stage))
         assignment = replace(self.assignment, share=share, parts=2 if stage.key in self.halved else 1)
         if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
@@ -203,6 +214,15 @@ class _Chain:
             return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
         options = options_of(share, self.resources) | {"name": stage.name}
         return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
+
+    def _warm_up_evaluation(self, stages: Sequence[Stage]) -> None:
+        """Where GPUs train, let a worker import meanwhile what the evaluation needs, which takes seconds: Ray gives no
+        task without a GPU to a worker that had one. A node with few CPUs needs them for the training."""
+        if any(stage.trains and share_of(self.resources, device_memory(stage)).gpus for stage in stages):
+            share = share_of(self.resources, None)
+            if share.cpus > 1 and not all(stage.trains for stage in stages):
+                options = options_of(Share(0, 1), self.resources) | {"name": "imports"}
+                _as_task(import_for_evaluation).options(**options).remote()
 
     def _fail(self, stage: Stage, error: Exception) -> None:
         """Mark the MLflow run of a stage as failed where its worker died before it did so. If the worker died before it

@@ -4,6 +4,7 @@ A chained task, a trial of a study and the first member of a worker group all co
 """
 
 import gc
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,6 +169,13 @@ def train_along(work: Work) -> None:
 
     torch.set_num_threads(work.assignment.share.cpus)
     work.stage.function()(work.stage.spec, _context(work, lambda epoch, metrics: None), **work.inputs)
+
+
+def import_for_evaluation() -> None:
+    """Import what stages need that use no GPU."""
+    with fast_imports():
+        for name in ("aecore.stages.evaluate", "pipelines.store.runs", "sklearn.linear_model", "sklearn.manifold"):
+            importlib.import_module(name)
 
 
 def free_device_memory() -> None:
