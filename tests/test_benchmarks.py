@@ -1,6 +1,5 @@
 """The instruments of the benchmarks: a job's seconds are all accounted for, once each."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aecore.data.splits import Split
-from tests.benchmarks import gpu, training
+from tests.benchmarks import training
 from tests.benchmarks.tables import shown
 from tests.benchmarks.timeline import HOOK, PARTS, ROOT, Note, read, split
 
@@ -46,18 +44,6 @@ def test_a_process_notes_what_takes_how_long(tmp_path: Path) -> None:
 
 def test_three_digits_that_count() -> None:
     assert [shown(value) for value in (1234.5, 12.345, 60_000, "fit")] == ["1,234", "12.3", "60,000", "fit"]
-
-
-def test_the_gpu_benchmark_says_that_there_is_none_and_its_pipeline_trains_here_too() -> None:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.gpu"], env=env, cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (2, "error: no CUDA GPU here; run this where there is one\n")
-    data = gpu.rows(None)
-    assert data.train.y is not None
-    few = data._replace(train=Split(data.train.x[:200], data.train.y[:200]))
-    assert gpu.pipeline(few, (1, 1), "cpu") > 0
 
 
 def test_the_floors_products_end_with_the_weights_gradient() -> None:
