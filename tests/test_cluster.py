@@ -70,11 +70,13 @@ def lint_cluster(config: dict[str, Any]) -> list[str]:
     for name, node in config["available_node_types"].items():
         found += [f"{name}.node_config.{key}: unknown" for key in set(node["node_config"]) - NODE_CONFIG]
         found += [f"{name}.resources.{key}: unknown" for key in set(node["resources"]) - {"CPU", "GPU", "memory"}]
-        if bool(node["resources"]["GPU"]) == (name == head):
-            found.append(f"{name}: a GPU on the head, or none on a worker")
+        if any(bool(node["resources"][kind]) == (name == head) for kind in ("CPU", "GPU")):
+            found.append(f"{name}: a GPU or CPU for stages on the head, or none on a worker")
         if not node["node_config"].get("SecurityGroupIds"):  # Ray would make one that opens SSH to the world
             found.append(f"{name}: no security group")
         spot = node["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+        if name == head and spot:
+            found.append(f"{name}: drivers on a spot node")
         if name != head and node.get("labels", {}).get("ray.io/market-type") != ("spot" if spot else "on-demand"):
             found.append(f"{name}: its market-type label is wrong")
         if name != head and node["min_workers"] != 0:
@@ -161,8 +163,10 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("provider|aws_credentials", {"aws_access_key_id": "x"}, "provider.aws_credentials: unknown"),
     (NODE + "node_config|InstancType", "g5.xlarge", "gpu_spot.node_config.InstancType: unknown"),
     (NODE + "resources|GPUS", 1, "gpu_spot.resources.GPUS: unknown"),
-    (NODE + "resources|GPU", 0, "a GPU on the head, or none on a worker"),
-    ("available_node_types|head|resources|GPU", 1, "head: a GPU on the head"),
+    (NODE + "resources|GPU", 0, "gpu_spot: a GPU or CPU for stages on the head, or none on a worker"),
+    ("available_node_types|head|resources|GPU", 1, "head: a GPU or CPU for stages on the head"),
+    ("available_node_types|head|resources|CPU", 4, "head: a GPU or CPU for stages on the head"),
+    ("available_node_types|head|node_config|InstanceMarketOptions", {"MarketType": "spot"}, "head: drivers on a spot"),
     (NODE + "node_config|SecurityGroupIds", None, "gpu_spot: no security group"),
     ("available_node_types|head|node_config|SecurityGroupIds", [], "head: no security group"),
     (NODE + "labels", None, "gpu_spot: its market-type label is wrong"),

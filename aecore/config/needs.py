@@ -49,4 +49,3 @@ def weight_count(layer: LayerSpec) -> int:
         one = layer.in_shape[0] * layer.code_shape[0] * layer.kernel**2
     encoder = one * (2 if layer.stochastic else 1)
     return encoder + (0 if layer.tied else one * max(1, layer.levels))
-
