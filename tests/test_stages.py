@@ -23,6 +23,7 @@ from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.rows import preprocessing, resident_bytes, training_rows
+from aecore.training.memory import free_memory
 from aecore.training.numerics import numerics
 from aecore.training.objective import Objective
 from aecore.variants import Plain, Variant
@@ -230,7 +231,17 @@ def test_codes_that_are_computed_once_have_the_numbers_of_a_step(
 
 
 def test_a_gpu_holds_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aecore.stages.rows.free_memory", lambda device: 60 * 2**30)
+    monkeypatch.setattr("aecore.stages.rows.free_memory", lambda device, share: share * 60 * 2**30)
     prepare = torch.nn.Identity()
     assert resident_bytes(torch.device("cuda"), prepare) == 30 * 2**30
+    assert resident_bytes(torch.device("cuda"), prepare, 0.5) == 15 * 2**30
     assert resident_bytes(CPU, prepare) == 2**26
+
+
+@pytest.mark.parametrize(("share", "free"), [(1.0, 55), (0.5, 30), (0.1, 0)])
+def test_a_process_plans_with_its_share_of_a_gpu(share: float, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 units, 45 are free, 15 belong to others and 20 to this process, which uses 10 and holds 10 in reserve."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (45, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert free_memory(torch.device("cuda"), share) == free

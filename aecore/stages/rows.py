@@ -44,8 +44,9 @@ def training_rows(
 
     A small set is turned by `read` into `features` floats per row, once for all epochs and with the arithmetic of
     `precision`, and lies on the device. A larger set lies there as it came (uint8 stays uint8, and a CPU copies
-    nothing), and `read` is applied to each batch. If it takes more than half of a GPU's free memory, it stays in the
-    host's memory. A set that is larger than memory is streamed, except for the validation rows.
+    nothing), and `read` is applied to each batch. If it takes more than half of the free memory that the stage plans
+    with on a GPU, it stays in the host's memory. A set that is larger than memory is streamed, except for the
+    validation rows.
     """
     device, arrays = context.device, rows_in_memory(data)
     read.eval()
@@ -59,7 +60,7 @@ def training_rows(
         return TrainingRows(
             Shuffled(data, labelled, context.spread), with_labels(validation, arrays.validation), read
         )  # fmt: skip
-    splits, room = (arrays.train, arrays.validation), resident_bytes(device, read)
+    splits, room = (arrays.train, arrays.validation), resident_bytes(device, read, context.device_share)
     if 4 * features * sum(len(split.x) for split in splits) <= room:
         train, validation = (_read_once(read, split.x, device, precision) for split in splits)
         read = nn.Identity()
@@ -70,10 +71,14 @@ def training_rows(
     return TrainingRows(with_labels(train, arrays.train), with_labels(validation, arrays.validation), read)
 
 
-def resident_bytes(device: torch.device, read: nn.Module) -> int:
-    """Return the most bytes that a set may take on the device as the floats that `read` makes of it."""
+def resident_bytes(device: torch.device, read: nn.Module, share: float = 1.0) -> int:
+    """Return the most bytes that a set may take on the device as the floats that `read` makes of it.
+
+    Args:
+        share: the share of a GPU's memory that the stage plans with.
+    """
     if device.type == "cuda":
-        return free_memory(device) // 2
+        return free_memory(device, share) // 2
     coded = any(isinstance(module, Encoder) for module in read.modules())
     return _RESIDENT_BYTES if coded else _PREPARED_BYTES
 
