@@ -417,7 +417,10 @@ def test_the_memory_of_every_network_can_be_estimated(
     facts, arrays = few(digits, 100)
     monkeypatch.setattr(groups, "peak_memory", lambda work, device: peak_memory(work, device) + 1000)
     specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
-    jobs = [training.job for training in prepared(specs, arrays)]
+    jobs = [
+        replace(job, train=tuple(x.clone() for x in job.in_memory), validation=tuple(x.clone() for x in job.validation))
+        for job in (training.job for training in prepared(specs, arrays))
+    ]
     weights = sum(p.nbytes for p in jobs[0].model.parameters())
     before = [p.clone() for p in jobs[0].model.parameters()]
     assert not isinstance(jobs[0].train, Shuffled)

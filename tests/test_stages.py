@@ -1,6 +1,7 @@
 """Stages as a whole: the table of variants x problems, and what pretraining hands on."""
 
 import re
+import weakref
 from typing import Any, get_args
 
 import numpy as np
@@ -210,6 +211,24 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
     for one, two in zip(resident, pretrain(arrays, specs, VARIANTS[0]()), strict=True):
         # products of batches of another size may round otherwise
         assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-5) for name in one.weights)
+
+
+def test_rows_that_several_stages_read_are_prepared_once_and_let_go(digits: tuple[Facts, Arrays]) -> None:
+    _, arrays = digits
+
+    def floats(data: Arrays) -> torch.Tensor:
+        train = training_rows(data, preprocessing(data, CPU), Context(), 64, False, "fp32").train
+        assert not isinstance(train, Shuffled)
+        return train[0]
+
+    first = floats(arrays)
+    assert floats(arrays) is first
+    assert torch.equal(floats(arrays._replace(scale=arrays.scale * 2)), 2 * first)
+    copied = arrays._replace(train=arrays.train._replace(x=arrays.train.x.copy()))
+    assert floats(copied) is not first and torch.equal(floats(copied), first)
+    held = weakref.ref(first)
+    del first
+    assert held() is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
