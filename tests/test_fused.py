@@ -17,7 +17,7 @@ from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics, PretrainSpec
 from aecore.core.errors import DivergenceError
-from aecore.core.types import Terms
+from aecore.core.types import Precision, Terms
 from aecore.data.splits import Arrays, Split
 from aecore.data.stream import Shuffled
 from aecore.models.storage import Result
@@ -28,6 +28,7 @@ from aecore.stages.finetune import finetune
 from aecore.stages.training import Training, train, train_as_one
 from aecore.training import fused, graphs, groups
 from aecore.training.checkpoint import Checkpoints
+from aecore.training.memory import peak_memory
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
@@ -66,13 +67,14 @@ NETWORK, DATA = Dense(widths=(12, 6)), Data()
 
 
 def tuning(
-    facts: Facts, variant: Variant, fit: Fit, seed: int, network: Network = NETWORK, data: Data = DATA
+    facts: Facts, variant: Variant, fit: Fit, seed: int, network: Network = NETWORK, data: Data = DATA,
+    precision: Precision = "fp32",
 ) -> FinetuneSpec:  # fmt: skip
     layers = layer_specs(network, data, facts, variant.code_activation)
     built = (*layers[:-1], variant.build(layers[-1], len(layers)))
     return FinetuneSpec(
-        layers=built, task="reconstruct", classes=(), variant=variant, fit=fit, seed=seed, numerics=Numerics(),
-        served=False,
+        layers=built, task="reconstruct", classes=(), variant=variant, fit=fit, seed=seed,
+        numerics=Numerics(precision=precision), served=False,
     )  # fmt: skip
 
 
@@ -336,17 +338,28 @@ def test_the_step_of_all_is_captured_as_one(
     not torch.cuda.is_available(),
     reason="fits are trained as one by default on a GPU only; there is none",
 )
-@pytest.mark.parametrize("case", ["plain", "kl", "topk", "conv"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("case", ["plain", "kl", "topk", "contractive", "conv"])
 def test_on_a_gpu_as_one_they_are_what_they_are_alone(
-    case: str, digits: tuple[Facts, Arrays], fusions: list[int]
-) -> None:  # fmt: skip
+    case: str, precision: Precision, digits: tuple[Facts, Arrays], fusions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one graph: a capture that fails would warn, which is an error here, as would a group that falls apart."""
     network, variants, data = NETWORKS[case]
     facts, arrays = few(digits)
-    device = torch.device("cuda")
-    specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
+    device, captures, capture = torch.device("cuda"), list[Any](), graphs.capture
+    each = enumerate(zip(variants, FITS, strict=True))
+    specs = [tuning(facts, variant, fit, n, network, data, precision) for n, (variant, fit) in each]
     alone = [finetune(spec, Context(device=device), data=arrays) for spec in specs]
+
+    def counted(*arguments: Any) -> Any:
+        captures.append(capture(*arguments))
+        return captures[-1]
+
+    monkeypatch.setattr(graphs, "capture", counted)
     ended = train_as_one(prepared(specs, arrays, device=device))
-    assert fusions == [3] and all(differ(one, two) < SAME for one, two in zip(alone, ended, strict=True))
+    close = {"fp32": SAME, "tf32": 0.02, "bf16": 0.05}[precision]
+    assert fusions == [3] and len(captures) == 1
+    assert all(differ(one, two) < close for one, two in zip(alone, ended, strict=True))
 
 
 def test_an_interrupt_ends_all(digits: tuple[Facts, Arrays]) -> None:
@@ -402,9 +415,12 @@ def test_the_memory_of_every_network_can_be_estimated(
     """The work is that which a GPU is measured by; here it is done, and what it takes is made up."""
     network, variants, data = NETWORKS[case]
     facts, arrays = few(digits, 100)
-    monkeypatch.setattr(groups, "peak_memory", lambda work, device: [work(), 1000][1])
+    monkeypatch.setattr(groups, "peak_memory", lambda work, device: peak_memory(work, device) + 1000)
     specs = [tuning(facts, v, fit, n, network, data) for n, (v, fit) in enumerate(zip(variants, FITS, strict=True))]
-    jobs = [training.job for training in prepared(specs, arrays)]
+    jobs = [
+        replace(job, train=tuple(x.clone() for x in job.in_memory), validation=tuple(x.clone() for x in job.validation))
+        for job in (training.job for training in prepared(specs, arrays))
+    ]
     weights = sum(p.nbytes for p in jobs[0].model.parameters())
     before = [p.clone() for p in jobs[0].model.parameters()]
     assert not isinstance(jobs[0].train, Shuffled)

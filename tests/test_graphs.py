@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from aecore.config.experiment import Fit
-from aecore.core.types import Terms
+from aecore.config.specs import Numerics
+from aecore.core.types import Precision, Terms
 from aecore.data.splits import Arrays
 from aecore.stages.context import Context
 from aecore.stages.pretrain import pretrain_layer
@@ -24,6 +25,7 @@ from tests.test_checkpoint import KilledError, same, spec, until
 
 # CPU tests have `captures` in place of the driver's graphs; that a real one gives the same, only a GPU shows
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a real CUDA graph, and there is no GPU")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FITS = [{}, {"schedule": "cosine", "clip": 0.5, "weight_decay": 0.1}, {"schedule": "plateau", "patience": 2}]
 
 
@@ -102,8 +104,8 @@ def test_what_cannot_be_captured_is_called_after_one_warning(
 def test_only_what_gains_by_it_is_captured() -> None:
     rows, model = (torch.zeros(1),), torch.nn.Linear(1, 1)
     captured = job(model, lambda x: {"r": model(x).sum()}, rows, rows, Fit(), device=torch.device("cuda"))
-    assert graphs.can_be_captured(captured) and graphs.can_be_captured(replace(captured, precision="tf32"))
-    others: list[dict[str, Any]] = [{"device": CPU}, {"precision": "bf16"}, {"compile": True}, {"team": Team(0, 2)}]
+    assert all(graphs.can_be_captured(replace(captured, precision=precision)) for precision in PRECISIONS)
+    others: list[dict[str, Any]] = [{"device": CPU}, {"compile": True}, {"team": Team(0, 2)}]
     assert not any(graphs.can_be_captured(replace(captured, **other)) for other in others)
 
 
@@ -143,6 +145,32 @@ def test_on_a_gpu_the_graph_gives_the_losses_of_eager_steps(
 
 
 @cuda
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_a_gpu_every_precision_is_captured_and_gives_the_losses_of_eager_steps(
+    precision: Precision, vectors: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, lower = Context(device=torch.device("cuda")), pretrain_layer(spec(), Context(), data=vectors)
+    upper = spec().model_copy(update={"number": 2, "numerics": Numerics(precision=precision)})
+    upper = upper.model_copy(update={"layer": upper.layer.model_copy(update={"in_shape": upper.layer.code_shape})})
+    captured: list[Any] = []
+    rounding = 1e-5 if precision == "fp32" else 1e-2  # kernels of other products may be chosen
+    capture = graphs.capture
+
+    def counted(*arguments: Any) -> Any:
+        captured.append(capture(*arguments))
+        return captured[-1]
+
+    monkeypatch.setattr(graphs, "capture", counted)
+    replayed = pretrain_layer(upper, run, data=vectors, below=[lower])  # a failed capture would warn, an error here
+    assert len(captured) == 1
+    monkeypatch.setattr(graphs, "can_be_captured", lambda job: False)
+    eager = pretrain_layer(upper, run, data=vectors, below=[lower])
+    for one, two in zip(replayed.config["history"], eager.config["history"], strict=True):
+        assert one["train/loss"] == pytest.approx(two["train/loss"], rel=rounding)
+        assert one["val/loss"] == pytest.approx(two["val/loss"], rel=rounding)
+
+
+@cuda
 def test_on_a_gpu_noise_differs_from_replay_to_replay() -> None:
     kept = torch.zeros(10, 4, device="cuda")
     at = torch.zeros((), dtype=torch.long, device="cuda")
@@ -170,6 +198,31 @@ def test_on_a_gpu_a_fit_goes_on_after_a_capture_that_fails() -> None:
         spec = Fit(epochs=3, batch_size=32)
         history = fit_model(model, terms, rows, rows, spec, device=torch.device("cuda")).history
     assert history[-1]["val/loss"] < history[0]["val/loss"]
+    # what comes after it in the same process is as good as new: the stream, the allocator, and the next capture
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    later = torch.nn.Linear(4, 4).cuda()
+
+    def others(x: Tensor) -> Terms:
+        return {"r": (later(x + torch.randn_like(x)) - x).square().mean()}
+
+    fit_model(later, others, rows, rows, spec, device=torch.device("cuda"))  # a failed capture would warn, an error
+
+
+@cuda
+def test_on_a_gpu_out_of_memory_in_a_capture_cuts_batches_in_two() -> None:
+    model, rows = torch.nn.Linear(4, 4).cuda(), (torch.randn(256, 4, device="cuda"),)
+
+    def terms(x: Tensor) -> Terms:
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(2**50, device="cuda")
+        return {"r": (model(x) - x).square().mean()}
+
+    with pytest.warns(UserWarning, match="out of memory with batches of 32 rows: cut in two") as warned:
+        spec = Fit(epochs=3, batch_size=32)
+        history = fit_model(model, terms, rows, rows, spec, device=torch.device("cuda")).history
+    assert len(warned) == 1 and history[0]["parts"] == 2
+    torch.cuda.empty_cache()
 
 
 @cuda

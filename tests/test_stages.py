@@ -1,6 +1,7 @@
 """Stages as a whole: the table of variants x problems, and what pretraining hands on."""
 
 import re
+import weakref
 from typing import Any, get_args
 
 import numpy as np
@@ -23,6 +24,7 @@ from aecore.stages.evaluate import evaluate
 from aecore.stages.finetune import finetune
 from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.rows import preprocessing, resident_bytes, training_rows
+from aecore.training.memory import free_memory
 from aecore.training.numerics import numerics
 from aecore.training.objective import Objective
 from aecore.variants import Plain, Variant
@@ -211,6 +213,24 @@ def test_a_large_set_stays_as_it_came_and_gives_the_same_numbers(
         assert all(np.allclose(one.weights[name], two.weights[name], atol=1e-5) for name in one.weights)
 
 
+def test_rows_that_several_stages_read_are_prepared_once_and_let_go(digits: tuple[Facts, Arrays]) -> None:
+    _, arrays = digits
+
+    def floats(data: Arrays) -> torch.Tensor:
+        train = training_rows(data, preprocessing(data, CPU), Context(), 64, False, "fp32").train
+        assert not isinstance(train, Shuffled)
+        return train[0]
+
+    first = floats(arrays)
+    assert floats(arrays) is first
+    assert torch.equal(floats(arrays._replace(scale=arrays.scale * 2)), 2 * first)
+    copied = arrays._replace(train=arrays.train._replace(x=arrays.train.x.copy()))
+    assert floats(copied) is not first and torch.equal(floats(copied), first)
+    held = weakref.ref(first)
+    del first
+    assert held() is None
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_codes_that_are_computed_once_have_the_numbers_of_a_step(
     precision: Precision, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
@@ -230,7 +250,17 @@ def test_codes_that_are_computed_once_have_the_numbers_of_a_step(
 
 
 def test_a_gpu_holds_what_half_of_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aecore.stages.rows.free_memory", lambda device: 60 * 2**30)
+    monkeypatch.setattr("aecore.stages.rows.free_memory", lambda device, share: share * 60 * 2**30)
     prepare = torch.nn.Identity()
     assert resident_bytes(torch.device("cuda"), prepare) == 30 * 2**30
+    assert resident_bytes(torch.device("cuda"), prepare, 0.5) == 15 * 2**30
     assert resident_bytes(CPU, prepare) == 2**26
+
+
+@pytest.mark.parametrize(("share", "free"), [(1.0, 55), (0.5, 30), (0.1, 0)])
+def test_a_process_plans_with_its_share_of_a_gpu(share: float, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 units, 45 are free, 15 belong to others and 20 to this process, which uses 10 and holds 10 in reserve."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (45, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert free_memory(torch.device("cuda"), share) == free

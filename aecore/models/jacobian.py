@@ -30,7 +30,8 @@ def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Flo
         affine = model.encoder.affine
         assert affine.bias is not None
         slope = ACTIVATIONS[model.spec.activation].slope(F.linear(x.flatten(1), affine.weight, affine.bias))
-        return slope.square() @ affine.weight.square().sum(1)
+        with torch.autocast(x.device.type, enabled=False):  # this product is a sum over units
+            return slope.to(affine.weight.dtype).square() @ affine.weight.square().sum(1)
     code, pull, *_ = torch.func.vjp(model.encode, x)
 
     def squared_pullback(direction: Tensor) -> Tensor:

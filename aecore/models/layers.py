@@ -56,7 +56,10 @@ class Encoder(nn.Module):
             self.norm = nn.LayerNorm(spec.code_shape)
 
     def forward(self, x: Batch) -> Batch:
-        h = ACTIVATIONS[self.spec.activation].value(self.norm(_apply(self.affine, x)))
+        h = _apply(self.affine, x)
+        if self.spec.normalization != "none":
+            h = self.norm(h.to(self.affine.weight.dtype))  # means and variances lose too much in bf16
+        h = ACTIVATIONS[self.spec.activation].value(h)
         h = keep_largest(h, self.spec.top_k if self.training else self.spec.top_k_encoding)
         return F.dropout(h, self.spec.dropout) if self.training and self.spec.dropout else h
 

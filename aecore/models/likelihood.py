@@ -43,4 +43,5 @@ def mean(kind: LikelihoodKind, out: Float[Tensor, "batch ..."]) -> Float[Tensor,
     if kind == "continuous_bernoulli":
         return ContinuousBernoulli(logits=out.float(), validate_args=False).mean
     levels = torch.linspace(0, 1, out.shape[1], device=out.device)
-    return torch.einsum("bl...,l->b...", out.float().softmax(1), levels)
+    with torch.autocast(out.device.type, enabled=False):  # this product is a sum over levels
+        return torch.einsum("bl...,l->b...", out.float().softmax(1), levels)

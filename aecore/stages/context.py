@@ -27,6 +27,8 @@ class Context:
     """The checkpoints that training goes on from and writes."""
     spread: ReadPieces = read_in_turn
     """Reads the pieces of a data set that is larger than memory."""
+    device_share: float = 1.0
+    """Share of the device's memory that the stage plans with; the rest belongs to other processes."""
     parts: int = 1
     """Number of parts into which a batch is cut to fit into memory; the gradients of the parts are added up."""
 

@@ -9,6 +9,7 @@ import torch
 
 from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
+from aecore.core.types import Precision
 from aecore.data.splits import Arrays, Split, split_off
 from aecore.data.stream import Stream
 from aecore.evaluation.reconstruction import row_errors
@@ -23,7 +24,7 @@ from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing, training_rows
 from aecore.stages.training import Training, curves, summary, train
 from aecore.training.job import Fitted, Job
-from aecore.training.numerics import get_random_state, own_random_state
+from aecore.training.numerics import get_random_state, numerics, own_random_state
 from aecore.training.objective import Objective
 
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
@@ -74,7 +75,7 @@ def prepare(
 
     def finish(fitted: Fitted) -> Result:
         config = {
-            "task": spec.task, "classes": list(spec.classes),
+            "task": spec.task, "classes": list(spec.classes), "precision": precision,
             "layers": [layer.model_dump(mode="json") for layer in spec.layers], **curves(fitted), "autoencoder": None,
         }  # fmt: skip
         scores = summary(fitted)
@@ -90,7 +91,7 @@ def prepare(
         if supervised and autoencoder is not None:
             config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
             weights |= {f"autoencoder.{name}": value for name, value in get_weights(autoencoder).items()}
-        reference = reference_rows(model, autoencoder, prepare, validation)
+        reference = reference_rows(model, autoencoder, prepare, validation, precision)
         weights |= {f"reference.{name}": value for name, value in reference.items()}
         return Result(config, weights, scores, example=example)
 
@@ -99,7 +100,7 @@ def prepare(
         validation=rows.validation, spec=spec.fit, seed=seed, device=device, precision=precision,
         compile=spec.numerics.compile, monitor="error" if supervised else "loss",
         scoring_rows=spec.layers[0].scoring_rows, report=context.report, team=context.team,
-        checkpoints=context.checkpoints, parts=context.parts, random=random,
+        checkpoints=context.checkpoints, device_share=context.device_share, parts=context.parts, random=random,
     )  # fmt: skip
     return Training(job, finish)
 
@@ -131,18 +132,21 @@ def _unsupervised(layers: Sequence[Result], stack: Result | None, parent: Result
     return Stack(pretrained) if pretrained else None
 
 
-def reference_rows(model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split) -> Weights:
+def reference_rows(
+    model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split, precision: Precision = "fp32"
+) -> Weights:
     """Return `mean`, `std`, `code`, `error` and `label` of some validation rows, for the result of `finetune`."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
-    x = over_batches(prepare, rows.x[chosen], prepare.shift.device)
+    device = prepare.shift.device
+    x = over_batches(prepare, rows.x[chosen], device)
     model.eval()
     reference = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
-    with torch.no_grad():
-        reference["code"] = torch.cat([model.encode(part).flatten(1) for part in x.split(_BATCH_ROWS)])
+    with torch.no_grad(), numerics(precision, device) as autocast, autocast():
+        reference["code"] = torch.cat([model.encode(part).flatten(1).float() for part in x.split(_BATCH_ROWS)])
         if autoencoder is not None:
             autoencoder.eval()
             parts = x.split(autoencoder.first.spec.scoring_rows)
-            reference["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part)) for part in parts])
+            reference["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part).float()) for part in parts])
     label = {} if rows.y is None else {"label": rows.y[chosen]}
     return {name: value.cpu().numpy() for name, value in reference.items()} | label
 

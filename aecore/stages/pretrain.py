@@ -45,13 +45,13 @@ def prepare(spec: PretrainSpec, context: Context, *, data: Arrays | Stream, belo
         random = get_random_state(device)
 
     def finish(fitted: Fitted) -> Result:
-        config = {"layer": spec.layer.model_dump(mode="json"), **curves(fitted)}
+        config = {"layer": spec.layer.model_dump(mode="json"), "precision": precision, **curves(fitted)}
         return Result(config, get_weights(layer), summary(fitted))
 
     job = Job(
         objective=Objective(layer, rows.read, spec.variant), train=rows.train, validation=rows.validation,
         spec=spec.fit, seed=seed, device=device, precision=precision, compile=spec.numerics.compile,
         scoring_rows=spec.layer.scoring_rows, report=context.report, team=context.team,
-        checkpoints=context.checkpoints, parts=context.parts, random=random,
+        checkpoints=context.checkpoints, device_share=context.device_share, parts=context.parts, random=random,
     )  # fmt: skip
     return Training(job, finish)

@@ -1,7 +1,8 @@
 """The rows that a stage trains on, and the memory in which they lie."""
 
 import warnings
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from aecore.data.stream import Shuffled, Stream
 from aecore.evaluation.scoring import over_batches
 from aecore.models.layers import Encoder
 from aecore.models.prepare import Prepare
+from aecore.models.rebuild import get_weights
 from aecore.stages.context import Context, rows_in_memory
 from aecore.training.memory import free_memory
 from aecore.training.numerics import numerics
@@ -21,6 +23,8 @@ _RESIDENT_BYTES = 2**30
 """On a CPU, the largest set that is kept as the floats that a layer reads."""
 _PREPARED_BYTES = 2**26
 """The same limit for the layer that reads the data. There, kept floats save only the preprocessing, which is cheap."""
+_known_floats: dict[tuple[Any, ...], tuple[weakref.ref[np.ndarray], weakref.ref[Tensor]]] = {}
+"""Rows of stages of this process and the floats that their preprocessing makes of them; it keeps neither alive."""
 
 
 class TrainingRows(NamedTuple):
@@ -44,8 +48,9 @@ def training_rows(
 
     A small set is turned by `read` into `features` floats per row, once for all epochs and with the arithmetic of
     `precision`, and lies on the device. A larger set lies there as it came (uint8 stays uint8, and a CPU copies
-    nothing), and `read` is applied to each batch. If it takes more than half of a GPU's free memory, it stays in the
-    host's memory. A set that is larger than memory is streamed, except for the validation rows.
+    nothing), and `read` is applied to each batch. If it takes more than half of the free memory that the stage plans
+    with on a GPU, it stays in the host's memory. A set that is larger than memory is streamed, except for the
+    validation rows.
     """
     device, arrays = context.device, rows_in_memory(data)
     read.eval()
@@ -59,9 +64,9 @@ def training_rows(
         return TrainingRows(
             Shuffled(data, labelled, context.spread), with_labels(validation, arrays.validation), read
         )  # fmt: skip
-    splits, room = (arrays.train, arrays.validation), resident_bytes(device, read)
+    splits, room = (arrays.train, arrays.validation), resident_bytes(device, read, context.device_share)
     if 4 * features * sum(len(split.x) for split in splits) <= room:
-        train, validation = (_read_once(read, split.x, device, precision) for split in splits)
+        train, validation = (_shared_floats(read, split.x, device, precision) for split in splits)
         read = nn.Identity()
     else:
         train, validation = (_in_place(split.x) for split in splits)
@@ -70,12 +75,39 @@ def training_rows(
     return TrainingRows(with_labels(train, arrays.train), with_labels(validation, arrays.validation), read)
 
 
-def resident_bytes(device: torch.device, read: nn.Module) -> int:
-    """Return the most bytes that a set may take on the device as the floats that `read` makes of it."""
+def resident_bytes(device: torch.device, read: nn.Module, share: float = 1.0) -> int:
+    """Return the most bytes that a set may take on the device as the floats that `read` makes of it.
+
+    Args:
+        share: the share of a GPU's memory that the stage plans with.
+    """
     if device.type == "cuda":
-        return free_memory(device) // 2
-    coded = any(isinstance(module, Encoder) for module in read.modules())
-    return _RESIDENT_BYTES if coded else _PREPARED_BYTES
+        return free_memory(device, share) // 2
+    return _RESIDENT_BYTES if _encodes(read) else _PREPARED_BYTES
+
+
+def _encodes(read: nn.Module) -> bool:
+    """Return whether `read` has layers; otherwise it is the preprocessing alone."""
+    return any(isinstance(module, Encoder) for module in read.modules())
+
+
+def _shared_floats(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:
+    """Return `_read_once` of these arguments, or what another stage of this process made of them and still holds.
+
+    So stages that are trained together as one read and move their rows once. Only preprocessed rows are looked for:
+    codes come from layers that each stage has for itself.
+    """
+    if _encodes(read):
+        return _read_once(read, rows, device, precision)
+    key = (id(rows), str(device), *(value.tobytes() for value in get_weights(read).values()))
+    known = _known_floats.get(key)
+    floats = known[1]() if known is not None and known[0]() is rows else None
+    if floats is None:
+        floats = _read_once(read, rows, device, precision)
+        alive = {key: known for key, known in _known_floats.items() if known[1]() is not None}
+        _known_floats.clear()
+        _known_floats.update(alive | {key: (weakref.ref(rows), weakref.ref(floats))})
+    return floats
 
 
 def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:

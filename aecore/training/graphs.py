@@ -6,7 +6,7 @@ GPU runs them.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -62,24 +62,45 @@ def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Calla
     Raises:
         RuntimeError: memory was not enough; see `is_out_of_memory`.
     """
+    pool = torch.cuda.graph_pool_handle()
     random = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         graph = torch.cuda.CUDAGraph()
-        # errors concern this thread alone: others, a logger's for example, may use the device meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # Errors concern this thread alone: others, a logger's for example, may use the device meanwhile. The outer
+        # block returns to the present stream, which torch 2.11 does not do after a capture that failed.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             step()
     except (RuntimeError, MemoryError) as error:
         if random is not None:
-            # a capture that was broken off leaves the generator waiting for the capture's end: it gets a new state
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            fresh = torch.Generator(generator.device).set_state(random)
-            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            _clean_up(pool, random)
         if is_out_of_memory(error):
             raise
         message = f"a step cannot be captured as a CUDA graph ({short_reason(error)}): trained without one"
         warnings.warn(message, stacklevel=2)
         return step
     return graph.replay
+
+
+def _clean_up(pool: Any, random: Tensor) -> None:
+    """Let torch's allocator and generator work on after a capture that failed.
+
+    Args:
+        pool: handle of the memory that the capture allocated from.
+        random: the generator's state before the capture.
+    """
+    device = torch.cuda.current_device()
+    # Where a capture ends in an error, torch before 2.12 does not tell its allocator that it has ended
+    # (pytorch/pytorch#180395), and the next `empty_cache` or capture of the process fails. There is no public function
+    # to tell it. Where the allocator knows, the first call raises.
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    # the generator waits for the capture's end as well: it gets a new state
+    fresh = torch.Generator(f"cuda:{device}").set_state(random)
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 @contextmanager

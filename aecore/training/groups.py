@@ -1,5 +1,6 @@
 """Chooses which fits are trained together as one, and how many at once."""
 
+import gc
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -71,17 +72,26 @@ def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
             return [fit(jobs[0])]
         except Exception as error:
             return [error]
-    try:
-        most = how_many_fit(jobs)
-        if most >= len(jobs):
+    most = how_many_fit(jobs)
+    if most >= len(jobs):
+        try:
             return fit_as_one(jobs)
-    except Exception as error:
-        most = len(jobs) // 2
-        if not is_out_of_memory(error):
-            most, message = 1, f"{len(jobs)} fits cannot be trained as one ({short_reason(error)}): one after the other"
-            warnings.warn(message, stacklevel=2)
-    torch.cuda.empty_cache()  # here, since inside `except` the error still holds the tensors that did not fit
+        except Exception as error:
+            most = len(jobs) // 2
+            if not is_out_of_memory(error):
+                most = 1
+                _warn(jobs, error)
+    # here, since inside `except` the error still holds what did not fit; afterwards a cycle of frames may
+    gc.collect()
+    if jobs[0].device.type == "cuda":
+        torch.cuda.empty_cache()
     return [one for start in range(0, len(jobs), most) for one in _fit_group(jobs[start : start + most])]
+
+
+def _warn(jobs: Sequence[Job], error: Exception) -> None:
+    """Warn that jobs are trained one after the other because of `error`."""
+    message = f"{len(jobs)} fits cannot be trained as one ({short_reason(error)}): one after the other"
+    warnings.warn(message, stacklevel=3)
 
 
 def _share_rows(job: Job, other: Job) -> Job:
@@ -98,35 +108,47 @@ def _share_rows(job: Job, other: Job) -> Job:
 
 
 def how_many_fit(jobs: Sequence[Job]) -> int:
-    """Return how many of these fits the GPU's free memory holds by estimate; on a CPU, all."""
+    """Return how many of these fits the GPU's free memory holds by estimate; on a CPU, all.
+
+    If the estimate fails, it is one at a time, after a warning.
+    """
     device = jobs[0].device
+    try:
+        needed = memory_of_one(jobs)
+    except Exception as error:
+        _warn(jobs, error)
+        return 1
     if device.type != "cuda":
         return len(jobs)
-    return max(1, int(_MEMORY_SHARE * free_memory(device) / memory_of_one(jobs)))
+    return max(1, int(_MEMORY_SHARE * free_memory(device, jobs[0].device_share) / needed))
 
 
 def memory_of_one(jobs: Sequence[Job]) -> int:
     """Return the bytes that each of these fits takes where they are trained as one.
 
     The memory of a step and of a batch of validation is measured on the GPU with the first fit's model, in eval mode,
-    so that the model does not change.
+    so that the model does not change. On a CPU, where it is not measured, the result is less.
     """
     first, device = jobs[0], jobs[0].device
     batch = [tensor[: first.spec.batch_size] for tensor in first.in_memory]
     held = [tensor[: first.scoring_rows] for tensor in first.validation]
 
     def step() -> None:
-        torch.stack(list(first.objective(*batch).values())).sum().backward()
+        with autocast():
+            losses = first.objective(*batch)
+        torch.stack(list(losses.values())).sum().backward()
 
     def score() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             first.objective.scored(*held)
 
     first.model.eval()
-    with own_random_state(device), numerics(first.precision, device):
-        # a captured step has its memory for itself, beside what the steps before it took
-        needed = 2 * peak_memory(step, device) + peak_memory(score, device)
-    first.model.zero_grad()
+    try:
+        with own_random_state(device), numerics(first.precision, device) as autocast:
+            # a captured step has its memory for itself, beside what the steps before it took
+            needed = 2 * peak_memory(step, device) + peak_memory(score, device)
+    finally:
+        first.model.zero_grad()
     modules = ObjectiveModules(first.objective)
     needed += _STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
     for same in zip(*((*job.in_memory, *job.validation) for job in jobs), strict=True):

@@ -53,6 +53,8 @@ class Job:
     """The checkpoints that the fit goes on from and writes: when one is due after an epoch, and after the last."""
     parts: int = 1
     """Number of parts into which a batch is cut from the start, so that it fits into memory."""
+    device_share: float = 1.0
+    """Share of the device's memory that the fit plans with; the rest belongs to other processes."""
     random: RandomState | None = None
     """The random state in which training begins; None for the present one."""
 
@@ -63,10 +65,9 @@ class Job:
 
     @property
     def is_simple(self) -> bool:
-        """Whether the fit has one worker, rows in memory, no compiled loss and no bfloat16. Only then are CUDA graphs
-        used and fits trained as one: a stream is limited by its reading, and bfloat16 is untried there."""
-        simple = self.team.size == 1 and not self.compile and self.precision != "bf16"
-        return simple and not isinstance(self.train, Shuffled)
+        """Whether the fit has one worker, rows in memory and no compiled loss, in whatever precision. Only then are
+        CUDA graphs used and fits trained as one: a stream is limited by its reading."""
+        return self.team.size == 1 and not self.compile and not isinstance(self.train, Shuffled)
 
     @property
     def in_memory(self) -> tuple[Tensor, ...]:

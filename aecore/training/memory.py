@@ -44,14 +44,25 @@ def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_b
     return 2
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU that are free, including those that torch holds in reserve."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def free_memory(device: torch.device, share: float = 1.0) -> int:
+    """Return the bytes of a GPU that a process may still plan with.
+
+    These are the bytes that are free, including those that torch holds in reserve, but no more than are left of the
+    process's share of the whole memory.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    return max(0, min(free + torch.cuda.memory_reserved(device) - allocated, int(share * total) - allocated))
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes of a GPU that `work` needs at most beside what is allocated before it."""
+    """Do some work and return the bytes of a GPU that it needs at most beside what is allocated before it.
+
+    A CPU does the same work, but its memory is not measured: the result is 0.
+    """
+    if device.type != "cuda":
+        work()
+        return 0
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()

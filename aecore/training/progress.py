@@ -100,6 +100,19 @@ class Progress:
     ) -> None:  # fmt: skip
         """Report an epoch, keep its weights if they are the best, and write a checkpoint if one is due.
 
+        The arguments and errors are those of `record`.
+        """
+        self.record(losses, scores, sums, rate, seconds, parts)
+        if self.improved:
+            self.best_weights = {name: value.detach().clone() for name, value in self.snapshot()[0].items()}
+        self.save_if_due(parts)
+
+    def record(
+        self, losses: Mapping[str, float], scores: Mapping[str, float], sums: Mapping[str, float], rate: float,
+        seconds: float, parts: int = 1,
+    ) -> None:  # fmt: skip
+        """Report an epoch and decide by its scores whether it is the best, and how the learning rate goes on.
+
         Args:
             losses: terms of the loss, means over the training rows.
             scores, sums: terms of the loss and further measures, means over the validation rows.
@@ -123,9 +136,16 @@ class Progress:
         score = (scores[self.job.monitor], scores["loss"])
         if self.best is None or score < self.best:
             self.best, self.best_epoch = score, epoch
-            self.best_weights = {name: value.detach().clone() for name, value in self.snapshot()[0].items()}
         if self.job.spec.schedule == "plateau":
             self.plateau = self.plateau.after(scores["loss"])
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last epoch is the best so far."""
+        return self.best_epoch == len(self.history)
+
+    def save_if_due(self, parts: int = 1) -> None:
+        """Write a checkpoint if one is due after the last epoch."""
         # the checkpoint after the last epoch serves if the result is lost before it is stored
         if next(self._due) or (self.is_over and self.job.team.rank == 0):
             self._save(parts)

@@ -72,7 +72,7 @@ class Sparse(Objective):
         code = model.encode(x)
         terms = {"reconstruction": model.reconstruction_loss(code, x)}
         if self.penalty == "l1" and not is_zero(self.weight):
-            terms["l1"] = self.weight * code.abs().sum() / len(code)
+            terms["l1"] = self.weight * code.float().abs().sum() / len(code)
         elif self.penalty == "kl" and not is_zero(self.weight):
             terms["kl"] = self.weight * kl_to_rate(code, self.rate)
         return terms

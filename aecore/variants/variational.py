@@ -53,7 +53,7 @@ class Variational(Objective):
 
         if self.binarize and model.likelihood == "bernoulli":
             x = (torch.rand_like(x) < x).to(x.dtype)  # takes a quarter of torch.bernoulli's time on CPU
-        mean, log_variance = model.posterior(x)
+        mean, log_variance = (parameter.float() for parameter in model.posterior(x))
         code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         return {
             "reconstruction": model.reconstruction_loss(code, x),
