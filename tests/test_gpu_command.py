@@ -23,7 +23,8 @@ from tests.gpu.scale import CPU
 
 ROOT = Path(__file__).parents[1]
 ONE_CASE = {"dense, plain": checks.CASES["dense, plain"]}
-WITH_GRAPHS = replace(CPU, captures=True)
+FP32 = replace(CPU, precisions=("fp32",))
+WITH_GRAPHS = replace(FP32, captures=True)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int | str | None:
@@ -34,7 +35,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int | str | None:
     return ended.value.code
 
 
-def failures_of(part: Callable[[Any, Report], Any], scale: Any = CPU) -> list[str]:
+def failures_of(part: Callable[[Any, Report], Any], scale: Any = FP32) -> list[str]:
     report = Report()
     part(scale, report)
     return report.failures
@@ -118,7 +119,7 @@ def test_an_error_in_one_case_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
     broken = checks.Case(Dense(widths=(4,)), (None, Plain()))
     monkeypatch.setattr(checks, "CASES", {"broken": broken, **ONE_CASE})
     report = Report()
-    rows = checks.check(CPU, report)
+    rows = checks.check(FP32, report)
     assert [row["case"] for row in rows] == ["broken", "dense, plain"] and "broken" in report.failures[0]
     assert not any(failure.startswith("dense, plain") for failure in report.failures)
 

@@ -7,7 +7,7 @@ GPU runs them.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Replayed:
     def __init__(self, step: Callable[..., None]) -> None:
         self.step = step
         self.calls = 0
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.stream = _side_stream(torch.cuda.current_device()) if torch.cuda.is_available() else None
         self.inputs: tuple[Tensor, ...] = ()
         self.replay: Callable[[], Any] | None = None
 
@@ -52,6 +52,15 @@ class Replayed:
         for place, tensor in zip(self.inputs, inputs, strict=True):
             place.copy_(tensor)
         self.replay()
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream on which this process takes the steps that it captures on a device.
+
+    It is the same for all fits, since the library of products keeps memory for each stream that it has worked on.
+    """
+    return torch.cuda.Stream(device)
 
 
 def capture(step: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], Any]:

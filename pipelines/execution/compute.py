@@ -184,6 +184,8 @@ def free_device_memory() -> None:
     import torch
 
     gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()  # modules, for the most part; not searching them again saves 0.2 s per stage
     torch.cuda.empty_cache()
 
 
@@ -297,5 +299,6 @@ def _context(work: Work, report: Callable[[int, dict[str, float]], None]) -> "Co
         team=assignment.team or ALONE,
         checkpoints=assignment.checkpoints(work.stage),
         spread=read_in_turn if assignment.reads_alone else spread,
+        device_share=share.gpus or 1.0,
         parts=assignment.parts,
     )

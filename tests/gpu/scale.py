@@ -59,6 +59,6 @@ GPU = Scale(
     stages=100, tiny_jobs=False,
 )  # fmt: skip
 CPU = Scale(
-    device=torch.device("cpu"), captures=False, precisions=("fp32",), check_rows=148, check_epochs=2, rows=200,
+    device=torch.device("cpu"), captures=False, precisions=("fp32", "bf16"), check_rows=148, check_epochs=2, rows=200,
     held=100, epochs=(1, 1), seeds=3, seed_epochs=1, seeds_alone={"fp32": 2}, stages=6, tiny_jobs=True,
 )  # fmt: skip
