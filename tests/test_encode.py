@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from aecore.config.experiment import Data, Experiment, Finetune
 from aecore.config.specs import Numerics
@@ -98,9 +99,9 @@ class Here:
         return encode(cli.parse(Encode, "python -m jobs.encode", [*args, "--output", str(self.folder)]))
 
     def each(
-        self, make: Callable[[Any], Callable[[int], int]], given: Any, numbers: Sequence[int], *_: Any
+        self, make: Callable[[Any, torch.device], Callable[[int], int]], given: Any, numbers: Sequence[int], *_: Any
     ) -> Iterator[Done]:
-        worker = make(given)
+        worker = make(given, torch.device("cpu"))
         for number in numbers:
             self.made.append(number)
             began = time.time()

@@ -64,7 +64,7 @@ def test_a_gpu_that_cannot_be_used_fails_the_stage_with_what_the_driver_says(tmp
     done = job("train", *SMALL, gpus=1, cwd=tmp_path, fake=False, code_wanted=1)
     last = done.stderr.splitlines()[-1]
     assert re.match(r"error: a stage was given GPU 0 of \S+ and cannot use it: .*(NVIDIA|CUDA)", last), done.stderr
-    assert "--resources.gpus 0" in last and "Traceback" not in done.stderr
+    assert "gpus 0" in last and "Traceback" not in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "failed"
 
 

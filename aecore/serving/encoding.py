@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -152,10 +152,10 @@ def _read_footer(filesystem: pafs.FileSystem, file: str) -> tuple[dict[str, str]
 class Worker:
     """Writes the files of one job, one after the other."""
 
-    def __init__(self, work: Work, result: Result) -> None:
+    def __init__(self, work: Work, result: Result, device: Any = None) -> None:
         from aecore.serving.model import Model  # imports torch, which the driver does without
 
-        self.work, self.pieces, self.model = work, work.pieces(), Model(result)
+        self.work, self.pieces, self.model = work, work.pieces(), Model(result, device)
         self.model.batch = work.batch_size or self.model.batch
         self.filesystem, self.folder = filesystem_of(work.output)
 

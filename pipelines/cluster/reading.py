@@ -3,14 +3,19 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from aecore.core.errors import InputError
+from aecore.core.errors import DeviceError, InputError
 from aecore.data.parquet import Piece
 from aecore.data.splits import Split
 from aecore.data.stream import ReadPiece
+from pipelines.cluster.device import are_fake, device_of
+from pipelines.cluster.share import Share
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 _BLOCK_BYTES, _BUFFER_BYTES = 2**24, 2**26
@@ -53,18 +58,24 @@ class Done(NamedTuple):
 
 
 def each(
-    make: Callable[[T], Callable[[int], int]], given: T, numbers: Sequence[int], workers: int | None, gpus: float | None
+    make: Callable[[T, "torch.device"], Callable[[int], int]],
+    given: T,
+    numbers: Sequence[int],
+    workers: int | None,
+    gpus: float | None,
 ) -> Iterator[Done]:
     """Let workers with one CPU and one thread each process the numbers; yield a `Done` for each number that is
     finished.
 
     Args:
-        make: called once in each worker with `given`; returns a function from a number to the count of its rows.
+        make: called once in each worker with `given` and the worker's device; returns a function from a number to the
+            count of its rows.
         workers: number of workers; None, or a larger number than the cluster holds, takes as many as the cluster holds.
         gpus: GPUs per worker; None takes 1 where the cluster has GPUs, else 0.
 
     Raises:
         InputError: a worker raised it, or the cluster has too few GPUs.
+        DeviceError: a worker cannot use its GPU.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -77,22 +88,27 @@ def each(
     if gpus > all_gpus:
         raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
     most = max(1, int(all_gpus / gpus if gpus else cluster.get("CPU", 1)))
-    shared = ray.put(given)
+    shared, share, fake = ray.put(given), Share(gpus, 1), are_fake()
 
     class Worker:
         def __init__(self) -> None:
             import torch
 
             torch.set_num_threads(1)
-            self.work = make(ray.get(shared))
+            self.unusable = ""
+            try:
+                self.work = make(ray.get(shared), device_of(share, fake))
+            except DeviceError as error:
+                self.unusable = str(error)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+            # errors are values: for an exception, Ray Data prints several pages
             number, began, error, rows = int(batch["item"][0]), time.time(), "", 0
             try:
-                rows = self.work(number)
-            except InputError as told:  # as a value: for an exception, Ray Data prints several pages
+                rows = 0 if self.unusable else self.work(number)
+            except InputError as told:
                 error = str(told)
-            return {"done": [[number, rows, began, time.time()]], "error": [error]}
+            return {"done": [[number, rows, began, time.time()]], "error": [error], "unusable": [self.unusable]}
 
     # blocks in memory: tasks that read blocks would wait for a CPU, and the workers may have all
     jobs = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
@@ -100,7 +116,10 @@ def each(
     pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)), max_tasks_in_flight_per_actor=2)
     done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
-        for (number, rows, began, ended), error in zip(batch["done"], batch["error"], strict=True):
+        columns = batch["done"], batch["error"], batch["unusable"]
+        for (number, rows, began, ended), error, unusable in zip(*columns, strict=True):
+            if unusable:
+                raise DeviceError(str(unusable))
             if error:
                 raise InputError(str(error))
             yield Done(int(number), int(rows), began, ended)
