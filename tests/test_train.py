@@ -248,9 +248,9 @@ def test_a_crash_ends_failed(first: tuple[Path, Done], head: dict[str, str]) -> 
 
 
 def test_asking_for_a_gpu_that_no_node_has(tmp_path: Path) -> None:
-    done = train(tmp_path, "--resources.gpus", "7")
+    done = train(tmp_path, "--resources.gpus", "0.5")
     assert done.code == 2
-    assert "resources.gpus: 7 asked for a stage, the largest node has" in done.err.splitlines()[-1]
+    assert "resources.gpus: 0.5 asked for a stage, the largest node has" in done.err.splitlines()[-1]
 
 
 def test_hugging_face_images_train_and_evaluate(tmp_path: Path, here: Callable[..., dict[str, Any]]) -> None:

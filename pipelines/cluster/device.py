@@ -45,8 +45,8 @@ def device_of(share: Share, fake: bool) -> "torch.device":
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         raise DeviceError(
             f"a stage was given GPU {', '.join(given) or '?'} of {os.uname().nodename} and cannot use it: "
-            f"{one_line(error, 300)}; mend the driver, or ask for no GPU (gpus 0) to compute on CPUs; where the GPUs are "
-            f"only pretended, set {FAKE_GPUS}=1"
+            f"{one_line(error, 300)}; mend the driver, or ask for no GPU (gpus 0) to compute on CPUs; where the GPUs "
+            f"are only pretended, set {FAKE_GPUS}=1"
         ) from None
     own = torch.cuda.memory_reserved(device)
     if free + own < share.gpus * total / 2:
