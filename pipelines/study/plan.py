@@ -210,24 +210,18 @@ def _classifier_spec(
     )  # fmt: skip
 
 
-def shared_stages(groups: Sequence[Sequence[TrialPlan]], pca: bool = False) -> list[Stage]:
+def shared_stages(groups: Sequence[Sequence[TrialPlan]]) -> list[Stage]:
     """Return the stages that several groups of trials need, in an order in which they can run.
 
     Args:
         groups: Each group is computed by one worker, which computes a stage that its trials share once.
-        pca: Also return PCA, since the workers of trials have GPUs, which scikit-learn does not use.
     """
     uses = Counter(key for group in groups for key in {key for plan in group for key in plan.stages()})
     stages: dict[str, Stage] = {}
     for plan in (plan for group in groups for plan in group):
         for key, stage in plan.stages().items():
             stages.setdefault(key, stage)
-    return [
-        stage
-        for key, stage in stages.items()
-        if stage.kept
-        and (uses[key] > 1 or (pca and isinstance(stage.spec, ReferenceSpec) and stage.spec.kind == "pca"))
-    ]
+    return [stage for key, stage in stages.items() if stage.kept and uses[key] > 1]
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:

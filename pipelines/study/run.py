@@ -52,9 +52,9 @@ def run(
             say(f"{plan.name}: stopped at epoch {epoch} before")
     missing = [m for m in plans if m.stage.key not in before and m.stage.key not in endings.stopped]
     if missing:
-        stages = shared_stages(runner.groups(missing), pca=runner.uses_gpus)
+        stages = shared_stages(runner.groups(missing))
         if stages:
-            say(f"{len(stages)} stages come first, which several trials share or which use no GPU")
+            say(f"{len(stages)} stages that several trials share come first")
             compute(stages, tracker, parent, resources, say, in_study=True)
         ended = runner.run(missing, say)
         if runner.late:

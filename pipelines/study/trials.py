@@ -28,7 +28,7 @@ from pipelines.study.groups import groups_of
 from pipelines.study.measuring import Measuring, is_lost, reason_of
 from pipelines.study.plan import TrialPlan, plan_trial, plan_trials
 from pipelines.study.schema import Study
-from pipelines.study.worker import choices, compute_trial
+from pipelines.study.worker import choices, compute_trial, share_of_row
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -110,12 +110,6 @@ class TrialRunner:
         gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler == "none" else 0
         return groups_of(plans, min(gpus, self.resources.max_concurrent or gpus) or None)
 
-    @property
-    def uses_gpus(self) -> bool:
-        """Whether trials are trained on GPUs."""
-        start_ray()
-        return bool(self._share([]).gpus)
-
     def fit(self, space: dict[str, Any], search: Any, count: int, measuring: Measuring | None = None) -> Any:
         """Let Ray Tune run trials.
 
@@ -138,7 +132,6 @@ class TrialRunner:
         start_ray()
         check_reach(self.tracker.uri, self.resources.storage_path)
         share = measuring.assignment.share if measuring else self._share([])
-        bundle, placement = bundle_of(share, self.resources)
         trainable = tune.with_parameters(
             compute_trial,
             study=self.study,
@@ -155,7 +148,7 @@ class TrialRunner:
             )  # fmt: skip
         with redirect_stdout(sys.stderr), scratch() as folder:
             return tune.Tuner(
-                tune.with_resources(trainable, tune.PlacementGroupFactory([bundle], **placement)),
+                tune.with_resources(trainable, partial(self._bundle, share)),
                 param_space=space,
                 tune_config=tune.TuneConfig(
                     search_alg=search,
@@ -234,6 +227,14 @@ class TrialRunner:
                 for stage in group[0].stages().values()
             ),
         )
+
+    def _bundle(self, share: Share, config: dict[str, Any]) -> Any:
+        """Return what one of Tune's trials reserves, a `ray.tune.PlacementGroupFactory`."""
+        from ray import tune
+
+        (row, *_), *_ = choices(config)
+        bundle, placement = bundle_of(share_of_row(row, share), self.resources)
+        return tune.PlacementGroupFactory([bundle], **placement)
 
     def _assign(self, share: Share) -> Assignment:
         return assign(self.tracker, self.parent, share, self.resources, in_study=True)

@@ -10,6 +10,7 @@ from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import REFERENCES
+from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
 from pipelines.execution.compute import Results, compute_graphs, free_device_memory
 from pipelines.execution.journal import Opened
@@ -47,6 +48,12 @@ def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"set:{name}": value for name, value in settings.items()}
 
 
+def share_of_row(row: str, share: Share) -> Share:
+    """Return the share of a study row's trials: `share`, but no GPU for PCA, which scikit-learn computes on CPUs, with
+    classifiers so small that they are trained there as well."""
+    return Share(0, share.cpus) if row == "pca" else share
+
+
 def compute_trial(
     config: dict[str, Any],
     *,
@@ -71,6 +78,7 @@ def compute_trial(
         from ray import tune
 
     plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
+    assignment = replace(assignment, share=share_of_row(plans[0].row, assignment.share))
     load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
     told_at = 0.0
 
