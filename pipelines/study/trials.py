@@ -130,7 +130,6 @@ class TrialRunner:
         from ray.tune.schedulers import ASHAScheduler
 
         start_ray()
-        check_reach(self.tracker.uri, self.resources.storage_path)
         share = measuring.assignment.share if measuring else self._share([])
         trainable = tune.with_parameters(
             compute_trial,
@@ -148,7 +147,7 @@ class TrialRunner:
             )  # fmt: skip
         with redirect_stdout(sys.stderr), scratch() as folder:
             return tune.Tuner(
-                tune.with_resources(trainable, partial(self._bundle, share)),
+                tune.with_resources(trainable, partial(_reserved, share, self.resources)),
                 param_space=space,
                 tune_config=tune.TuneConfig(
                     search_alg=search,
@@ -218,23 +217,9 @@ class TrialRunner:
         Where a search chooses settings there are no groups yet; then the references stand for them, whose networks are
         the base's.
         """
-        references = plan_trials(self.study, self.facts, self.resources.numerics)
-        return share_of(
-            self.resources,
-            max(
-                device_memory(stage, len(group)) or 0
-                for group in groups or [[plan] for plan in references]
-                for stage in group[0].stages().values()
-            ),
-        )
-
-    def _bundle(self, share: Share, config: dict[str, Any]) -> Any:
-        """Return what one of Tune's trials reserves, a `ray.tune.PlacementGroupFactory`."""
-        from ray import tune
-
-        (row, *_), *_ = choices(config)
-        bundle, placement = bundle_of(share_of_row(row, share), self.resources)
-        return tune.PlacementGroupFactory([bundle], **placement)
+        groups = groups or [[plan] for plan in plan_trials(self.study, self.facts, self.resources.numerics)]
+        needs = [device_memory(stage, len(group)) for group in groups for stage in group[0].stages().values()]
+        return share_of(self.resources, max(need or 0 for need in needs))
 
     def _assign(self, share: Share) -> Assignment:
         return assign(self.tracker, self.parent, share, self.resources, in_study=True)
@@ -244,6 +229,7 @@ class TrialRunner:
         import ray
 
         if self.data is None:
+            check_reach(self.tracker.uri, self.resources.storage_path)
             self.data = ray.remote(num_cpus=1)(load_rows).remote(self._load_spec())
         return [self.data]
 
@@ -256,6 +242,15 @@ class TrialRunner:
         for stage in plan.stages().values():
             if checkpoints := assignment.checkpoints(stage):
                 checkpoints.clear()
+
+
+def _reserved(share: Share, resources: Resources, config: dict[str, Any]) -> Any:
+    """Return what one of Tune's trials reserves of the cluster, a `ray.tune.PlacementGroupFactory`."""
+    from ray import tune
+
+    (row, *_), *_ = choices(config)
+    bundle, placement = bundle_of(share_of_row(row, share), resources)
+    return tune.PlacementGroupFactory([bundle], **placement)
 
 
 def _name_of(trial: Any) -> str:
