@@ -16,10 +16,17 @@ from aecore.evaluation.generative import likelihood_bounds
 from aecore.evaluation.pictures import SHOWN_ROWS
 from aecore.evaluation.probes import accuracy_metrics, confusion, labels_of, linear_probe, nearest
 from aecore.evaluation.reconstruction import reconstruction_mse
-from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches, over_prepared, to_numpy
+from aecore.evaluation.scoring import (
+    BySplit,
+    build_trained,
+    classify,
+    encode_splits,
+    over_batches,
+    over_prepared,
+    to_numpy,
+)
 from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
-from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
@@ -58,8 +65,7 @@ def evaluate(
         codes = None
         whole = finetuned if spec.task == "reconstruct" else None
         if whole or layers:
-            stack = build_stack(whole) if whole else Stack([build_layer(result) for result in layers])
-            stack = stack.to(context.device).eval()
+            stack = build_trained(whole, layers, context.device)
             scores, codes = _evaluate_autoencoder(spec, context, prepare, data, stack, pen)
             metrics |= scores
         if spec.pictures:

@@ -15,10 +15,8 @@ from aecore.evaluation.pictures import study_arrays
 from aecore.evaluation.probes import Probe, labels_of, linear_probe, nearest, probe_with_few_labels
 from aecore.evaluation.reconstruction import reconstruction_errors
 from aecore.evaluation.robustness import mean_robustness, robustness_curves
-from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches
+from aecore.evaluation.scoring import BySplit, build_trained, classify, encode_splits, over_batches
 from aecore.evaluation.units import unit_activity
-from aecore.models.rebuild import build_layer, build_stack
-from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing
@@ -47,8 +45,7 @@ def measure(
     """
     prepare = preprocessing(data, context.device)
     sample = rows_in_memory(data)
-    net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
-    net = net.to(context.device).eval()
+    net = build_trained(stack, layers, context.device)
     x = over_batches(prepare, sample.test.x, context.device)
     codes = encode_splits(net, prepare, sample, context.device)
     labels = labels_of(sample)
