@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "aecore.config": {"aecore.core", "aecore.models", "aecore.variants"},
     "aecore.data": {"aecore.core", "aecore.config"},
     "aecore.training": {"aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data"},
-    "aecore.evaluation": {"aecore.core", "aecore.models", "aecore.variants", "aecore.data"},
+    "aecore.evaluation": {"aecore.core", "aecore.models", "aecore.variants", "aecore.data", "aecore.training"},
     "aecore.serving": {"aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation"},
     "aecore.stages": {
         "aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data", "aecore.training",

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
 
 from aecore.config.experiment import Conv, Data, Dense, Fit
 from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, ReferenceSpec
 from aecore.data.splits import Arrays
+from aecore.evaluation.clusters import cluster_agreement
+from aecore.evaluation.probes import labels_of, linear_probe, nearest
+from aecore.evaluation.scoring import BySplit
+from aecore.evaluation.threads import Threads, side_by_side
 from aecore.evaluation.units import unit_activity
 from aecore.models.layers import Layer
 from aecore.models.spec import LayerSpec
@@ -185,7 +191,7 @@ def test_dead_and_saturated_units_are_counted() -> None:
 
 
 IMPORTS_IN_THREADS = """
-import sys, threading
+import sys, threading, torch
 
 class Watch:
     def find_spec(self, name, path=None, target=None):
@@ -200,8 +206,11 @@ from aecore.config.experiment import Dense, Experiment, Finetune, Fit
 from aecore.data.dataset import inspect, load
 from aecore.config.resolve import resolve
 from aecore.config.specs import Numerics
+from aecore.config.specs import MeasureSpec
+from aecore.stages.measure import measure
 from pipelines.graph.recipe import build
 
+torch.set_num_threads(3)
 experiment = Experiment(network=Dense(widths=(4,)), pretrain=Fit(epochs=1), finetune=Finetune(epochs=1))
 facts = inspect(experiment.data)
 experiment = resolve(experiment, facts)
@@ -210,6 +219,8 @@ specs = {stage.name: stage.spec for stage in build(experiment, facts, Numerics()
 layer = pretrain_layer(specs["layer 1"], Context(), data=arrays)
 found = evaluate(specs["evaluate"], Context(), data=arrays, layers=[layer])
 print(*sorted(found.figures), "probe/accuracy" in found.metrics)
+spec = MeasureSpec(variant=experiment.variant, classes=facts.classes, labels=(100,), seed=0, pictures=False)
+print("cluster/nmi" in measure(spec, Context(), data=arrays, layers=[layer]).metrics)
 """
 
 
@@ -217,4 +228,42 @@ def test_no_two_threads_import_scikit_learn() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", IMPORTS_IN_THREADS], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "codes loss_curves reconstructions units True\n"
+    assert done.stdout == "codes loss_curves reconstructions units True\nTrue\n"
+
+
+def test_threads_read_the_same_out_of_codes(digits: tuple[Facts, Arrays]) -> None:
+    _, arrays = digits
+    codes = BySplit(*(split.x.reshape(len(split.x), -1).astype(np.float32) for split in arrays[:3]))
+    labels = labels_of(arrays)
+    assert labels is not None
+    train, test = (codes.train, labels.train), (codes.test, labels.test)
+
+    def read(threads: Threads) -> list[Any]:
+        probe = linear_probe(threads, train, (codes.validation, labels.validation))
+        neighbours = nearest(threads, train, np.tile(codes.test, (9, 1)))  # so many that they are cut into parts
+        clusters = threads.start(cluster_agreement, codes.train, test, 10)
+        models = [(score, model.coef_.tolist()) for score, model in (fitted() for fitted in probe.candidates)]
+        return [models, probe.predict(codes.test).tolist(), neighbours().tolist(), clusters()]
+
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with side_by_side("sklearn.cluster") as threads:
+                found.append(read(threads))
+    finally:
+        torch.set_num_threads(1)
+    assert found[0] == found[1]
+    theirs = KNeighborsClassifier(5).fit(*train).predict(codes.test)
+    assert np.array_equal(found[0][2], np.tile(theirs, 9))
+
+
+def test_a_failure_in_a_thread_is_told() -> None:
+    try:
+        torch.set_num_threads(2)
+        with side_by_side() as threads:
+            failure = threads.start(int, "no number")
+            with pytest.raises(ValueError, match="no number"):
+                failure()
+    finally:
+        torch.set_num_threads(1)

@@ -12,10 +12,11 @@ from scipy.stats import binomtest
 
 from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.figures import model as figures
-from aecore.evaluation.figures.look import legible
+from aecore.evaluation.figures.look import legible, plane
 from aecore.evaluation.generative import frechet
 from aecore.evaluation.probes import accuracy_interval, confusion, linear_probe, nearest
 from aecore.evaluation.scoring import over_batches
+from aecore.evaluation.threads import side_by_side
 from aecore.models.storage import load_weights, save_weights
 
 RNG = np.random.default_rng(0)
@@ -81,10 +82,11 @@ def separable(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_probe_and_neighbours_on_known_clusters() -> None:
     train, validation, test = separable(600, 0), separable(200, 1), separable(500, 2)
     # of three unit normals, 4 sqrt 2 apart, the best classifier gets about 99.5 % right
-    probe = linear_probe(train, validation)
-    assert (probe.predict(test[0]) == test[1]).mean() > 0.98
-    scaled = (train[0] / [1, 100, 0.01], train[1])
-    assert (nearest(scaled, test[0] / [1, 100, 0.01]) == test[1]).mean() > 0.98
+    with side_by_side() as threads:
+        probe = linear_probe(threads, train, validation)
+        assert probe.accuracy(test) == (probe.predict(test[0]) == test[1]).mean() > 0.98
+        scaled = (train[0] / [1, 100, 0.01], train[1])
+        assert (nearest(threads, scaled, test[0] / [1, 100, 0.01])() == test[1]).mean() > 0.98
     noise = RNG.permutation(test[1])
     assert (probe.predict(test[0]) == noise).mean() == pytest.approx(1 / 3, abs=0.08)
 
@@ -141,7 +143,7 @@ def test_reconstructions_and_units(shape: tuple[int, ...]) -> None:
 def test_codes_map(features: int, labelled: bool) -> None:
     codes = RNG.normal(size=(60, features)).astype(np.float32)
     labels = RNG.integers(0, 3, 60) if labelled else None
-    assert min(size(figures.codes_map(codes, labels, ("a", "b", "c"), "test"))) > 500
+    assert min(size(figures.codes_map(plane(codes), features, labels, ("a", "b", "c"), "test"))) > 500
 
 
 def test_loss_curves_of_layers_and_finetuning() -> None:
@@ -162,7 +164,7 @@ HOSTILE = ("$\\frac$", "$", "a\nb", "\x1b[31m", "\u202e", "<script>", "x" * 500,
 
 def test_names_of_classes_are_text_in_figures() -> None:
     assert min(size(figures.confusion(np.eye(8, dtype=np.int64) * 90 + 1, HOSTILE))) > 500
-    assert min(size(figures.codes_map(RNG.normal(size=(60, 2)), np.arange(60) % 8, HOSTILE, "test"))) > 500
+    assert min(size(figures.codes_map(RNG.normal(size=(60, 2)), 2, np.arange(60) % 8, HOSTILE, "test"))) > 500
     assert [legible(name) for name in HOSTILE[:4]] == [r"\$\frac\$", r"\$", r"a\nb", r"\x1b[31m"]
 
 

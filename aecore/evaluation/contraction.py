@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aecore.models.jacobian import squared_norm
 from aecore.models.stack import Stack
+from aecore.training.numerics import numerics
 
 RADII = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Lengths of the steps of the contraction curve, in units of the input (Rifai et al. 2011, sec. 5.3)."""
@@ -18,17 +19,21 @@ def contraction(stack: Stack, x: Tensor, codes: np.ndarray) -> tuple[dict[str, f
     Returns:
         The mean Frobenius norm of the encoder's Jacobian over the first 256 rows, also relative to the spread of the
         codes (the root of their total variance); and the curve of how far codes move per length of a step in a random
-        direction, by the step's length: `radius` and `ratio`, means over the first 1,000 rows.
+        direction, by the step's length: `radius` and `ratio`, means over the first 1,000 rows. All are computed in
+        fp32, whatever the precision of training: the difference of two codes in bf16 is mostly their rounding.
     """
-    with torch.no_grad():
-        encoder = stack.first if len(stack.layers) == 1 else stack  # one layer's Jacobian may have a closed form
+    with torch.no_grad(), numerics("fp32", x.device):
+        # one layer's Jacobian may have a closed form
+        encoder = stack.first if len(stack.layers) == 1 else Stack(list(stack))
         norm = float(squared_norm(encoder, x[:_JACOBIAN_ROWS], None).sqrt().mean())
         rows = x[:_STEPPED_ROWS]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(rows.shape, generator=generator).to(x.device).flatten(1)
         direction = (direction / direction.norm(dim=1, keepdim=True)).view_as(rows)
-        code = stack.encode(rows).flatten(1)
-        ratio = [float(((stack.encode(rows + r * direction).flatten(1) - code).norm(dim=1) / r).mean()) for r in RADII]
+        code = encoder.encode(rows).flatten(1)
+        ratio = [
+            float(((encoder.encode(rows + r * direction).flatten(1) - code).norm(dim=1) / r).mean()) for r in RADII
+        ]
     metrics = {"contraction/norm": norm}
     spread = float(np.sqrt(codes.var(0).sum()))
     if spread > 0:

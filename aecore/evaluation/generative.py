@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from aecore.data.splits import Arrays
-from aecore.evaluation.scoring import fixed_noise, over_batches, over_prepared, to_numpy
+from aecore.evaluation.scoring import as_trained, fixed_noise, over_batches, over_prepared, precision_of, to_numpy
 from aecore.models import generation
 from aecore.models.prepare import Prepare
 from aecore.models.rebuild import build_classifier
@@ -50,7 +50,8 @@ def sample_distance(
     classifier = build_classifier(judge).to(device).eval()
 
     def features(rows: Tensor) -> np.ndarray:
-        return to_numpy(over_prepared(lambda part: classifier.encode(part).flatten(1), rows, stack))
+        with as_trained(precision_of(judge), device):
+            return to_numpy(over_prepared(lambda part: classifier.encode(part).flatten(1).float(), rows, stack))
 
     count = min(_SAMPLES, len(data.test.x), len(data.train.x))
     test, train = (over_batches(prepare, split.x[:count], device) for split in (data.test, data.train))

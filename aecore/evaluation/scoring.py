@@ -1,6 +1,6 @@
-"""How a trained model is applied to many rows: in batches, on its device, and alike for all measures."""
+"""How a trained model is applied to many rows: in batches, on its device, in the precision of its training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aecore.core.types import Precision
 from aecore.data.splits import Arrays, Split
+from aecore.models.autoencoder import Batch
 from aecore.models.prepare import Prepare
-from aecore.models.rebuild import build_classifier
+from aecore.models.rebuild import build_classifier, build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
+from aecore.training.numerics import numerics
 
 CACHED_ROWS = 512
 """Rows whose values fit into a CPU's cache: passing over memory that is new each time takes ten times as long."""
@@ -24,6 +27,50 @@ class BySplit(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+
+
+def precision_of(result: Result) -> Precision:
+    """Return the precision in which the model in `result` was trained; older results and references name none."""
+    return result.config.get("precision", "fp32")
+
+
+@contextmanager
+def as_trained(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute networks within the block with the arithmetic of a training of this precision."""
+    with numerics(precision, device) as autocast, autocast():
+        yield
+
+
+class TrainedStack(Stack):
+    """An autoencoder on its device and in eval mode, whose methods compute with the arithmetic of its training.
+
+    They return float32 in every precision, since sums over rows and features lose too much in bf16. Its layers, called
+    one by one, compute with whatever arithmetic is set where they are called.
+    """
+
+    def __init__(self, stack: Stack, precision: Precision, device: torch.device) -> None:
+        super().__init__(list(stack))
+        self.to(device).eval()
+        self.precision, self.device = precision, device
+
+    def encode(self, x: Batch) -> Batch:
+        with as_trained(self.precision, self.device):
+            return super().encode(x).float()
+
+    def posterior(self, x: Batch) -> tuple[Batch, Batch]:
+        with as_trained(self.precision, self.device):
+            mean, log_variance = super().posterior(x)
+        return mean.float(), log_variance.float()
+
+    def decode(self, code: Batch) -> Batch:
+        with as_trained(self.precision, self.device):
+            return super().decode(code).float()
+
+
+def build_trained(whole: Result | None, layers: Sequence[Result], device: torch.device) -> TrainedStack:
+    """Build the autoencoder that was trained as a whole or, if there is none, that of the pretrained layers."""
+    stack = build_stack(whole) if whole is not None else Stack([build_layer(result) for result in layers])
+    return TrainedStack(stack, precision_of(whole if whole is not None else layers[-1]), device)
 
 
 def over_batches(
@@ -68,7 +115,8 @@ def encode_splits(stack: Stack, prepare: Prepare, data: Arrays, device: torch.de
 def classify(result: Result, prepare: Prepare, raw: np.ndarray, device: torch.device) -> np.ndarray:
     """Return the class numbers (rows,) that the finetuned classifier in `result` gives to raw rows."""
     classifier = build_classifier(result).to(device).eval()
-    return to_numpy(over_batches(lambda rows: classifier(prepare(rows)).argmax(1), raw, device))
+    with as_trained(precision_of(result), device):
+        return to_numpy(over_batches(lambda rows: classifier(prepare(rows)).argmax(1), raw, device))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch
 
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
+from aecore.training.numerics import numerics
 
 
 def unit_activity(stack: Stack, codes: np.ndarray) -> dict[str, float]:
@@ -35,10 +36,10 @@ def unit_images(
 
     A unit of a dense first layer is shown by its weights. A unit further up is raised by two standard deviations above
     the mean code of the rows `raw`; its image is the difference that this makes to the decoded mean code. Of a
-    convolutional layer, the unit in the centre of each channel is raised.
+    convolutional layer, the unit in the centre of each channel is raised. As differences, images are computed in fp32.
     """
     images = []
-    with torch.inference_mode():
+    with torch.inference_mode(), numerics("fp32", device):
         h = prepare(torch.tensor(raw, device=device))
         first = stack.first.spec
         for depth, layer in enumerate(stack, 1):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from aecore.evaluation.reconstruction import row_errors
+from aecore.evaluation.scoring import TrainedStack, as_trained, precision_of
 from aecore.models import generation
-from aecore.models.classifier import Classifier
-from aecore.models.rebuild import build_autoencoder, build_classifier, build_prepare, build_stack
+from aecore.models.rebuild import build_autoencoder, build_classifier, build_prepare
 from aecore.models.spec import LayerSpec
-from aecore.models.stack import Stack
 from aecore.models.storage import Result, load_weights
 
 
@@ -23,12 +22,9 @@ class Model:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.classes = device, np.array(result.config["classes"])
         self.prepare = build_prepare(result).to(device)
-        self.net: Classifier | Stack
-        self.net = (build_classifier if result.config["task"] == "classify" else build_stack)(result)
-        self.net.to(device).eval()
-        self.autoencoder = self.net if isinstance(self.net, Stack) else build_autoencoder(result)
-        if self.autoencoder is not None:
-            self.autoencoder.to(device).eval()
+        self.precision, autoencoder = precision_of(result), build_autoencoder(result)
+        self.autoencoder = TrainedStack(autoencoder, self.precision, device) if autoencoder is not None else None
+        self.classifier = build_classifier(result).to(device).eval() if result.config["task"] == "classify" else None
         self.batch = LayerSpec.model_validate(result.config["layers"][0]).scoring_rows
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
 
@@ -47,29 +43,32 @@ class Model:
 
     def _measure(self, raw: Tensor) -> dict[str, Tensor]:
         x = self.prepare(raw)
-        code = self.net.encode(x)
-        columns = {"code": code.flatten(1)}
-        if isinstance(self.net, Classifier):
-            best = self.net.head(code.flatten(1)).softmax(1).max(1)
-            columns |= {"prediction": best.indices, "probability": best.values}
+        columns = {}
+        if self.classifier is not None:
+            with as_trained(self.precision, self.device):
+                code = self.classifier.encode(x).flatten(1)
+                logits = self.classifier.head(code)
+            best = logits.float().softmax(1).max(1)
+            columns = {"code": code.float(), "prediction": best.indices, "probability": best.values}
         if self.autoencoder is not None:
-            own_code = code if self.autoencoder is self.net else self.autoencoder.encode(x)
-            columns["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(own_code))
+            code = self.autoencoder.encode(x)
+            columns.setdefault("code", code.flatten(1))
+            columns["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(code))
         return columns
 
     def decode(self, code: np.ndarray) -> np.ndarray:
         """Return raw rows (rows, *shape): the reconstructions that an autoencoder's codes (rows, units) stand for."""
-        assert isinstance(self.net, Stack)
-        shape = self.net.code_shape
+        assert self.classifier is None and self.autoencoder is not None
+        shape = self.autoencoder.code_shape
         with torch.inference_mode():
             parts = torch.tensor(code, device=self.device).view(-1, *shape).split(self.batch)
-            return torch.cat([self.prepare.inverse(self.net.mean(part)) for part in parts]).cpu().numpy()
+            return torch.cat([self.prepare.inverse(self.autoencoder.mean(part)) for part in parts]).cpu().numpy()
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
         """Return raw rows (count, *shape) drawn from the prior of a variational autoencoder."""
-        assert isinstance(self.net, Stack)
+        assert self.classifier is None and self.autoencoder is not None
         with torch.inference_mode():
-            return self.prepare.inverse(generation.samples(self.net, count, seed)).cpu().numpy()
+            return self.prepare.inverse(generation.samples(self.autoencoder, count, seed)).cpu().numpy()
 
     def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
         """Return a table with one line per row; MLflow calls this, with `params` that the model has no use for.

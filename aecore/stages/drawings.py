@@ -12,8 +12,10 @@ from torch import Tensor
 from aecore.config.specs import EvaluateSpec
 from aecore.data.splits import Arrays
 from aecore.evaluation.figures import model as figures
+from aecore.evaluation.figures.look import plane
 from aecore.evaluation.pictures import MAPPED_ROWS, SHOWN_ROWS
 from aecore.evaluation.scoring import BySplit, fixed_noise, to_numpy
+from aecore.evaluation.threads import Threads
 from aecore.models import generation
 from aecore.models.corruption import corrupt
 from aecore.models.stack import Stack
@@ -36,12 +38,15 @@ class Pen:
         return {name: drawing.result() for name, drawing in self._drawings.items()}
 
 
-def draw_codes(pen: Pen, codes: BySplit, data: Arrays, classes: Sequence[str]) -> None:
-    """Draw the codes of test rows in a plane, or of all training rows if the code has two units and needs no map."""
-    if codes.train.shape[1] == 2:
-        pen.draw("codes", figures.codes_map, codes.train, data.train.y, classes, "training")
-    else:
-        pen.draw("codes", figures.codes_map, codes.test[:MAPPED_ROWS], data.test.y, classes, "test")
+def map_codes(threads: Threads, codes: BySplit, data: Arrays, classes: Sequence[str]) -> Callable[[], bytes]:
+    """Start to put the codes of test rows into a plane, or of all training rows if the code has two units and needs no
+    map; return the function that waits for it and draws the figure."""
+    units = codes.train.shape[1]
+    shown, y, split = codes.test[:MAPPED_ROWS], data.test.y, "test"
+    if units == 2:
+        shown, y, split = codes.train, data.train.y, "training"
+    points = threads.start(plane, shown)
+    return lambda: figures.codes_map(points(), units, y, classes, split)
 
 
 def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:

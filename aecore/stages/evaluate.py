@@ -1,6 +1,5 @@
 """The evaluation of one job: test scores and figures of the selected weights."""
 
-import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,22 +7,29 @@ import numpy as np
 from torch import Tensor
 
 from aecore.config.specs import EvaluateSpec
-from aecore.core.imports import fast_imports
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.generative import likelihood_bounds
 from aecore.evaluation.pictures import SHOWN_ROWS
-from aecore.evaluation.probes import accuracy_metrics, confusion, labels_of, linear_probe, nearest
+from aecore.evaluation.probes import PROBE_MODULES, accuracy_metrics, confusion, labels_of, linear_probe, nearest
 from aecore.evaluation.reconstruction import reconstruction_mse
-from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches, over_prepared, to_numpy
+from aecore.evaluation.scoring import (
+    BySplit,
+    build_trained,
+    classify,
+    encode_splits,
+    over_batches,
+    over_prepared,
+    to_numpy,
+)
+from aecore.evaluation.threads import Threads, side_by_side
 from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
-from aecore.models.rebuild import build_layer, build_stack
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
-from aecore.stages.drawings import Pen, draw_codes, draw_variant
+from aecore.stages.drawings import Pen, draw_variant, map_codes
 from aecore.stages.rows import preprocessing
 from aecore.variants import Variational
 
@@ -40,69 +46,58 @@ def evaluate(
     finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder. Accuracy and reconstruction
     error count all test rows; of a streamed set, everything else is measured on the sample in memory.
     """
-    from threadpoolctl import threadpool_limits
-
-    _import_before_threads(spec)
-    # figures are drawn while the measures are taken; scikit-learn sets the same limit now and then and restores the
-    # limit before it, which may be the limit that the other thread has set
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(1) as thread:
-        pen, prepare = Pen(thread), preprocessing(data, context.device)
+    modules = ("sklearn.manifold", *PROBE_MODULES) if spec.pictures else ()
+    with side_by_side(*modules) as threads, ThreadPoolExecutor(1) as thread:
+        pen = Pen(thread)
         metrics: dict[str, float] = {}
-        table = None
-        if finetuned is not None and spec.task == "classify":
-            table = np.zeros((len(spec.classes),) * 2, np.int64)
-            for rows in all_test_rows(data, context):
-                assert rows.y is not None
-                table += confusion(rows.y, classify(finetuned, prepare, rows.x, context.device), len(spec.classes))
-            metrics |= accuracy_metrics(table)
-        codes = None
-        whole = finetuned if spec.task == "reconstruct" else None
-        if whole or layers:
-            stack = build_stack(whole) if whole else Stack([build_layer(result) for result in layers])
-            stack = stack.to(context.device).eval()
-            scores, codes = _evaluate_autoencoder(spec, context, prepare, data, stack, pen)
-            metrics |= scores
         if spec.pictures:
-            if table is not None:
-                pen.draw("confusion", figures.confusion, table, spec.classes)
             fits = {f"layer {number}": result.config for number, result in enumerate(layers, 1)}
             fits |= {} if finetuned is None else {"finetuning": finetuned.config}
             pen.draw("loss_curves", figures.loss_curves, fits)
-        if codes is not None:
-            metrics |= _readout(codes, rows_in_memory(data))
+        if finetuned is not None and spec.task == "classify":
+            table = _confusion(spec, context, data, finetuned)
+            metrics |= accuracy_metrics(table)
+            if spec.pictures:
+                pen.draw("confusion", figures.confusion, table, spec.classes)
+        whole = finetuned if spec.task == "reconstruct" else None
+        if whole or layers:
+            stack = build_trained(whole, layers, context.device)
+            metrics |= _evaluate_autoencoder(spec, context, data, stack, pen, threads)
         return Result({}, {}, metrics, pen.figures())
 
 
-def _import_before_threads(spec: EvaluateSpec) -> None:
-    """Import what both threads use: two threads that import scikit-learn at once may find modules half made."""
-    if spec.pictures:
-        with fast_imports():
-            for name in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors"):
-                importlib.import_module(name)
-    importlib.import_module("scipy.linalg")  # it brings a BLAS of its own, whose threads are to be limited as well
+def _confusion(spec: EvaluateSpec, context: Context, data: Arrays | Stream, finetuned: Result) -> np.ndarray:
+    """Count the pairs of true and predicted classes over all test rows, (classes, classes)."""
+    prepare, classes = preprocessing(data, context.device), len(spec.classes)
+    table = np.zeros((classes, classes), np.int64)
+    for rows in all_test_rows(data, context):
+        assert rows.y is not None
+        table += confusion(rows.y, classify(finetuned, prepare, rows.x, context.device), classes)
+    return table
 
 
 def _evaluate_autoencoder(
-    spec: EvaluateSpec, context: Context, prepare: Prepare, data: Arrays | Stream, stack: Stack, pen: Pen
-) -> tuple[dict[str, float], BySplit | None]:
-    """Score and draw the unsupervised model; return its metrics and, where pictures are wanted, its codes."""
-    sample = rows_in_memory(data)
+    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: Stack, pen: Pen, threads: Threads
+) -> dict[str, float]:
+    """Score the unsupervised model and, where pictures are wanted, draw it and read classes out of its codes."""
+    sample, prepare = rows_in_memory(data), preprocessing(data, context.device)
     x = over_batches(prepare, sample.test.x, context.device)
     mse, reconstruction = _reconstruct(stack, x)
     metrics = {"test/reconstruction_mse": mse}
     if isinstance(data, Stream):
         metrics["test/reconstruction_mse"] = _streamed_mse(stack, prepare, data, context)
     if not spec.pictures:
-        return metrics, None
+        return metrics
     codes = encode_splits(stack, prepare, sample, context.device)
-    draw_codes(pen, codes, sample, spec.classes)
     inputs = to_numpy(x[:SHOWN_ROWS]).copy()
     pen.draw("reconstructions", figures.reconstructions, inputs, reconstruction, metrics["test/reconstruction_mse"])
     pen.draw("units", figures.units, unit_images(stack, prepare, sample.train.x[:_UNIT_ROWS], context.device))
     draw_variant(pen, spec, stack, x, codes.test)
     if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
         metrics |= likelihood_bounds(stack, spec.variant, x)
-    return metrics, codes
+    # threads start only now that torch, which has as many, has done its work
+    pen.draw("codes", map_codes(threads, codes, sample, spec.classes))
+    return metrics | _readout(threads, codes, labels_of(sample))
 
 
 def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:
@@ -124,13 +119,14 @@ def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, context: Context
     return total / values
 
 
-def _readout(codes: BySplit, data: Arrays) -> dict[str, float]:
+def _readout(threads: Threads, codes: BySplit, labels: BySplit | None) -> dict[str, float]:
     """Return the test accuracy of a linear probe and of nearest neighbours on the codes, where there are labels."""
-    if (labels := labels_of(data)) is None:
+    if labels is None:
         return {}
     train = codes.train, labels.train
-    probe = linear_probe(train, (codes.validation, labels.validation))
+    probe = linear_probe(threads, train, (codes.validation, labels.validation))
+    neighbours = nearest(threads, train, codes.test)
     return {
-        "probe/accuracy": float((probe.predict(codes.test) == labels.test).mean()),
-        "knn/accuracy": float((nearest(train, codes.test) == labels.test).mean()),
+        "probe/accuracy": probe.accuracy((codes.test, labels.test)),
+        "knn/accuracy": float((neighbours() == labels.test).mean()),
     }

@@ -1,7 +1,7 @@
 """The measures of a study: everything that its report compares, alike for every variant and for the references."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,20 @@ from aecore.evaluation.clusters import cluster_agreement
 from aecore.evaluation.contraction import contraction
 from aecore.evaluation.generative import likelihood_bounds, sample_distance
 from aecore.evaluation.pictures import study_arrays
-from aecore.evaluation.probes import Probe, labels_of, linear_probe, nearest, probe_with_few_labels
+from aecore.evaluation.probes import (
+    PROBE_MODULES,
+    Labelled,
+    Probe,
+    labels_of,
+    linear_probe,
+    nearest,
+    probe_of_few_labels,
+)
 from aecore.evaluation.reconstruction import reconstruction_errors
 from aecore.evaluation.robustness import mean_robustness, robustness_curves
-from aecore.evaluation.scoring import BySplit, classify, encode_splits, over_batches
+from aecore.evaluation.scoring import BySplit, build_trained, classify, encode_splits, over_batches
+from aecore.evaluation.threads import Threads, side_by_side
 from aecore.evaluation.units import unit_activity
-from aecore.models.rebuild import build_layer, build_stack
-from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing
@@ -47,8 +54,7 @@ def measure(
     """
     prepare = preprocessing(data, context.device)
     sample = rows_in_memory(data)
-    net = build_stack(stack) if stack is not None else Stack([build_layer(result) for result in layers])
-    net = net.to(context.device).eval()
+    net = build_trained(stack, layers, context.device)
     x = over_batches(prepare, sample.test.x, context.device)
     codes = encode_splits(net, prepare, sample, context.device)
     labels = labels_of(sample)
@@ -58,15 +64,16 @@ def measure(
     curves: dict[str, Any] = {"history": (stack or layers[-1]).config["history"]}
     probe = None
     if labels is not None:
-        probe = linear_probe((codes.train, labels.train), (codes.validation, labels.validation))
         predictions = [classify(result, prepare, sample.test.x, context.device) for result in classifiers]
-        correct = _correct(probe, predictions, codes, labels)
-        metrics["val/probe_accuracy"] = float((probe.predict(codes.validation) == labels.validation).mean())
-        agreement = cluster_agreement(codes.train, (codes.test, labels.test), len(spec.classes))
-        metrics |= {f"cluster/{name}": value for name, value in agreement.items()}
-        metrics |= {f"{name}/accuracy": float(rows.mean()) for name, rows in correct.items()}
-        arrays |= {f"correct/{name}": rows for name, rows in correct.items()}
-        curves["labels"] = _label_curve(spec, metrics["probe/accuracy"], predictions, codes, labels)
+        test = codes.test, labels.test
+        with side_by_side(*PROBE_MODULES, "sklearn.cluster") as threads:
+            readout = _start_readout(threads, spec, codes, labels)
+            probe, correct = readout.probe, _correct(readout, predictions, test)
+            metrics["val/probe_accuracy"] = probe.accuracy((codes.validation, labels.validation))
+            metrics |= {f"cluster/{name}": value for name, value in readout.clusters().items()}
+            metrics |= {f"{name}/accuracy": float(rows.mean()) for name, rows in correct.items()}
+            arrays |= {f"correct/{name}": rows for name, rows in correct.items()}
+            curves["labels"] = _label_curve(readout, predictions, test)
     curves["robustness"] = robustness_curves(net, x, probe, sample.test.y)
     metrics |= mean_robustness(curves["robustness"])
     metrics |= unit_activity(net, codes.test)
@@ -81,33 +88,48 @@ def measure(
     return Result(curves, arrays, metrics)
 
 
-def _correct(probe: Probe, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit) -> dict[str, np.ndarray]:
+class _Readout(NamedTuple):
+    """What is being read out of codes about their classes."""
+
+    probe: Probe
+    few: Sequence[tuple[int, Probe]]
+    """For each number of labelled rows in the spec, how many there are, and the probe that is fitted to them."""
+    nearest: Callable[[], np.ndarray]
+    """Waits for the class numbers (rows,) of the test rows by their neighbours."""
+    clusters: Callable[[], dict[str, float]]
+    """Waits for what `cluster_agreement` returns."""
+
+
+def _start_readout(threads: Threads, spec: MeasureSpec, codes: BySplit, labels: BySplit) -> _Readout:
+    """Start to read classes out of codes, all side by side."""
+    train, test, rows = (codes.train, labels.train), (codes.test, labels.test), len(labels.train)
+    probe = linear_probe(threads, train, (codes.validation, labels.validation))
+    clusters = threads.start(cluster_agreement, codes.train, test, len(spec.classes))
+    few = [
+        (count, probe_of_few_labels(threads, count, spec.seed, codes, labels)) if count < rows else (rows, probe)
+        for count in spec.labels
+    ]
+    return _Readout(probe, few, nearest(threads, train, codes.test), clusters)
+
+
+def _correct(readout: _Readout, predictions: Sequence[np.ndarray], test: Labelled) -> dict[str, np.ndarray]:
     """Return whether each test row is classified right, (rows,), by the `probe`, by its neighbours (`knn`), and by the
     `finetuned` classifier with the most labels, which is the last one."""
-    correct = {
-        "probe": probe.predict(codes.test) == labels.test,
-        "knn": nearest((codes.train, labels.train), codes.test) == labels.test,
-    }
+    codes, truth = test
+    correct = {"probe": readout.probe.predict(codes) == truth, "knn": readout.nearest() == truth}
     if predictions:
-        correct["finetuned"] = predictions[-1] == labels.test
+        correct["finetuned"] = predictions[-1] == truth
     return correct
 
 
-def _label_curve(
-    spec: MeasureSpec, accuracy: float, predictions: Sequence[np.ndarray], codes: BySplit, labels: BySplit
-) -> dict[str, list[float]]:
+def _label_curve(readout: _Readout, predictions: Sequence[np.ndarray], test: Labelled) -> dict[str, list[float]]:
     """Return the test accuracy of the probe and of the finetuned classifiers by the number of labels.
 
     Args:
-        accuracy: test accuracy of the probe with all labels.
         predictions: class numbers of the test rows by each finetuned classifier.
     """
-    rows = len(labels.train)
     return {
-        "counts": [min(count, rows) for count in spec.labels],
-        "probe": [
-            probe_with_few_labels(count, spec.seed, codes, labels) if count < rows else accuracy
-            for count in spec.labels
-        ],
-        "finetuned": [float((prediction == labels.test).mean()) for prediction in predictions],
+        "counts": [count for count, _ in readout.few],
+        "probe": [probe.accuracy(test) for _, probe in readout.few],
+        "finetuned": [float((prediction == test[1]).mean()) for prediction in predictions],
     }

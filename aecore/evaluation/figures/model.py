@@ -87,23 +87,23 @@ def units(layers: Sequence[np.ndarray]) -> bytes:
     return look.png(figure)
 
 
-def codes_map(codes: np.ndarray, labels: np.ndarray | None, classes: Sequence[str], rows: str) -> bytes:
-    """Draw codes (rows, units) in a plane, coloured by label.
+def codes_map(
+    points: np.ndarray, units: int, labels: np.ndarray | None, classes: Sequence[str], split: str
+) -> bytes:  # fmt: skip
+    """Draw the codes of a split's rows in a plane, coloured by label.
 
     Args:
-        rows: the name of the rows' split, for the title.
+        points: what `look.plane` made of the codes, (rows, 2).
+        units: the number of units of a code.
     """
-    points, size = look.plane(codes), 8 if len(codes) <= 2000 else 2
-    if codes.shape[1] <= 2:
-        how, axis = "The code itself", "code"
-    else:
-        how, axis = f"t-SNE of {codes.shape[1]}-dimensional codes", "t-SNE"
-    figure = titled(5.2, 5.2, f"{how}, {len(codes)} {rows} rows" + (", by class" if labels is not None else ""))
+    size = 8 if len(points) <= 2000 else 2
+    how, axis = ("The code itself", "code") if units <= 2 else (f"t-SNE of {units}-dimensional codes", "t-SNE")
+    figure = titled(5.2, 5.2, f"{how}, {len(points)} {split} rows" + (", by class" if labels is not None else ""))
     axes = figure.subplots()
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, linewidths=0)
     else:
-        look.scatter(axes, points, labels[: len(codes)], classes, size, 13)
+        look.scatter(axes, points, labels[: len(points)], classes, size, 13)
     axes.set_xlabel(f"{axis} 1")
     axes.set_ylabel(f"{axis} 2")
     look.open_frame(axes)

@@ -36,7 +36,7 @@ CALLS = {
     "aecore.stages.evaluate": {"evaluate": "stage"},
     "aecore.stages.measure": {"measure": "stage"},
     "aecore.evaluation.figures.model": {"*": "figures"},
-    "aecore.evaluation.probes": {"linear_probe": "measure", "nearest": "measure"},
+    "aecore.evaluation.probes": {"Probe.accuracy": "measure", "linear_probe": "measure", "nearest": "measure"},
     "aecore.evaluation.clusters": {"cluster_agreement": "measure"},
     "aecore.data.dataset": {"inspect": "data", "load": "data"},
     "aecore.core.fingerprint": {"fingerprint": "data"},
