@@ -13,7 +13,7 @@ from aecore.core.types import Precision
 from aecore.data.splits import Arrays, Split, split_off
 from aecore.data.stream import Stream
 from aecore.evaluation.reconstruction import row_errors
-from aecore.evaluation.scoring import over_batches
+from aecore.evaluation.scoring import TrainedStack, as_trained, over_batches
 from aecore.models.classifier import Classifier
 from aecore.models.layers import Layer
 from aecore.models.prepare import Prepare
@@ -24,7 +24,7 @@ from aecore.stages.context import Context, rows_in_memory
 from aecore.stages.rows import preprocessing, training_rows
 from aecore.stages.training import Training, curves, summary, train
 from aecore.training.job import Fitted, Job
-from aecore.training.numerics import get_random_state, numerics, own_random_state
+from aecore.training.numerics import get_random_state, own_random_state
 from aecore.training.objective import Objective
 
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
@@ -141,12 +141,13 @@ def reference_rows(
     x = over_batches(prepare, rows.x[chosen], device)
     model.eval()
     reference = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
-    with torch.no_grad(), numerics(precision, device) as autocast, autocast():
-        reference["code"] = torch.cat([model.encode(part).flatten(1).float() for part in x.split(_BATCH_ROWS)])
+    with torch.no_grad():
+        with as_trained(precision, device):
+            reference["code"] = torch.cat([model.encode(part).flatten(1).float() for part in x.split(_BATCH_ROWS)])
         if autoencoder is not None:
-            autoencoder.eval()
-            parts = x.split(autoencoder.first.spec.scoring_rows)
-            reference["error"] = torch.cat([row_errors(part, autoencoder.reconstruct(part).float()) for part in parts])
+            trained = TrainedStack(autoencoder, precision, device)
+            parts = x.split(trained.first.spec.scoring_rows)
+            reference["error"] = torch.cat([row_errors(part, trained.reconstruct(part)) for part in parts])
     label = {} if rows.y is None else {"label": rows.y[chosen]}
     return {name: value.cpu().numpy() for name, value in reference.items()} | label
 
