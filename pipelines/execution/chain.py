@@ -19,7 +19,6 @@ from pipelines.execution.assignment import Assignment, assign, checkpoint_folder
 from pipelines.execution.compute import (
     Work,
     compute_stages,
-    free_device_memory,
     import_for_evaluation,
     inputs_of,
     load_rows,
@@ -249,15 +248,11 @@ def _as_task(function: Callable[..., Any]) -> Any:
 
 
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:
-    """Compute a stage in a Ray task and return it finished; then free the device's memory for the next stage."""
-    try:
-        (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-    finally:
-        if assignment.share.gpus:
-            free_device_memory()
+    """Compute a stage in a Ray task and return it finished."""
+    (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _cause(error: Exception) -> Exception:

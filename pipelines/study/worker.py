@@ -12,7 +12,7 @@ from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.compute import Results, compute_graphs, free_device_memory
+from pipelines.execution.compute import Results, compute_graphs
 from pipelines.execution.journal import Opened
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
@@ -95,8 +95,6 @@ def compute_trial(
     assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
     results: Results = {load.key: ray.get(data[0])}
     outcomes = compute_graphs([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
-    if assignment.share.gpus:
-        free_device_memory()  # the next trial may run in this process
     errors = {
         plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
         for plan, outcome in zip(plans, outcomes, strict=True)

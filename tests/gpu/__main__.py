@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from aecore.data.splits import Arrays
+from aecore.training.memory import free_device_memory
 from tests.benchmarks.tables import last
 from tests.gpu import checks, jobs, memory, speed
 from tests.gpu.report import Report
@@ -50,7 +51,7 @@ def run(scale: Scale, root: Path | None, only: Sequence[str] = PARTS) -> Report:
     for part in PARTS:
         if part in only:
             report.run(part, parts[part])
-            memory.free(scale)  # jobs are other processes on the same device
+            free_device_memory()  # jobs are other processes on the same device
     return report
 
 

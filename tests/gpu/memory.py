@@ -8,6 +8,7 @@ import torch
 from aecore.config.experiment import Fit
 from aecore.stages.pretrain import prepare
 from aecore.stages.training import train
+from aecore.training.memory import free_device_memory
 from tests.benchmarks.tables import show
 from tests.gpu.report import Report
 from tests.gpu.scale import Scale
@@ -20,8 +21,8 @@ SLACK = {"allocated": 2**20, "reserved": 2**21}
 
 
 def check(scale: Scale, report: Report) -> list[dict[str, Any]]:
-    """Run stages one after another, each released as `pipelines.execution.compute.free_device_memory` does; print a
-    table of the memory in between and return its rows."""
+    """Run stages one after another, each released as the worker of a GPU does; print a table of the memory in between
+    and return its rows."""
     data, layer = random_rows(ROWS, HELD), layers((256,))[0]
     if scale.device.type == "cuda":
         torch.cuda.init()
@@ -35,7 +36,7 @@ def check(scale: Scale, report: Report) -> list[dict[str, Any]]:
             train(prepare(specs[0], scale.context, data=data))
         else:
             as_one_of(specs, data, scale)
-        free(scale)
+        free_device_memory()
         if number in shown:
             rows.append({"after stage": number, **held(scale)})
     show(f"Bytes of memory while {scale.stages} stages run one after another", rows)
@@ -46,13 +47,6 @@ def check(scale: Scale, report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def free(scale: Scale) -> None:
-    """Free the memory that nothing refers to any more, as the product does after each stage."""
-    gc.collect()
-    if scale.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def held(scale: Scale) -> dict[str, int]:
     """Return the bytes that are allocated and reserved now, and the most so far; on a CPU those of all tensors."""
     if scale.device.type == "cuda":
@@ -60,5 +54,6 @@ def held(scale: Scale) -> dict[str, int]:
             "allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(),
             "most allocated": torch.cuda.max_memory_allocated(), "most reserved": torch.cuda.max_memory_reserved(),
         }  # fmt: skip
-    living = sum(one.nbytes for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    plain = (torch.Tensor, torch.nn.Parameter)  # and none of the symbolic ones that torch's compiler makes
+    living = sum(one.nbytes for one in gc.get_objects() if type(one) in plain)
     return {"allocated": living, "reserved": living}
