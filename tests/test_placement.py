@@ -68,6 +68,12 @@ def test_a_stage_gets_the_share_of_a_gpu_that_it_needs_and_cpus_in_proportion(cl
     assert share(1, workers=2) == (1, 4)  # NCCL wants a GPU for each worker
 
 
+def test_a_head_alone_has_no_place_for_stages(cluster: Any) -> None:
+    cluster({"CPU": 0})
+    with pytest.raises(InputError, match="no node with a CPU for stages"):
+        share()
+
+
 def test_a_small_node_holds_four_trials(cluster: Any) -> None:
     """As CLUSTER.md says of a g5.xlarge."""
     cluster({"CPU": 4, "GPU": 1, "accelerator_type:A10G": 1})

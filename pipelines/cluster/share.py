@@ -40,14 +40,16 @@ def share_of(
     Raises:
         InputError: No node has what was asked for, or the cluster has too little for all workers of a team.
     """
-    nodes = nodes or possible_nodes()
+    nodes = [node for node in nodes or possible_nodes() if node["CPU"] >= 1]
+    if not nodes:
+        raise InputError("the cluster has no node with a CPU for stages; add one to it")
     devices = _nodes_with_devices(resources, nodes)
     if devices and resources.gpus != 0 and memory is None:
-        return Share(0, resources.cpus or _half_of_the_cpus([node for node in nodes if node["CPU"] >= 1]))
+        return Share(0, resources.cpus or _half_of_the_cpus(nodes))
     gpus = 0.0
     if memory is not None and resources.gpus != 0:
         gpus = resources.gpus or (_default_gpus(resources, memory, devices) if devices else 0.0)
-    fitting = [node for node in (devices if gpus else nodes) if node.get("GPU", 0) >= gpus and node["CPU"] >= 1]
+    fitting = [node for node in (devices if gpus else nodes) if node.get("GPU", 0) >= gpus]
     if not fitting:
         most_gpus = max(node.get("GPU", 0) for node in nodes)
         raise InputError(
