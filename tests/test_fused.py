@@ -447,10 +447,12 @@ def test_rows_that_several_read_are_held_once(digits: tuple[Facts, Arrays], monk
     assert len({id(job.train[0]) for job in seen}) == len({id(job.validation[0]) for job in seen}) == 1
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e30])
 def test_what_was_trained_as_one_is_let_go_at_once(
-    digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
+    rate: float, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without waiting for Python's collector of cycles, so that a GPU's memory comes back."""
+    """Without waiting for Python's collector of cycles, so that a GPU's memory comes back; also where a fit diverges and
+    its error is kept."""
     facts, arrays = few(digits)
     stacks: list[weakref.ref[Any]] = []
     end = fused._StackedFits.end
@@ -460,10 +462,11 @@ def test_what_was_trained_as_one_is_let_go_at_once(
         return end(self)
 
     monkeypatch.setattr(fused._StackedFits, "end", watched)
-    specs = [tuning(facts, Plain(), FITS[0], n) for n in range(2)]
+    specs = [tuning(facts, Plain(), fit, n) for n, fit in enumerate((FITS[0], Fit(epochs=3, lr=rate)))]
     gc.disable()
     try:
-        assert len(train_as_one(prepared(specs, arrays), everywhere=True)) == 2
+        results = train_as_one(prepared(specs, arrays), everywhere=True)
+        assert [isinstance(result, DivergenceError) for result in results] == [False, rate > 1]
         assert [stack() for stack in stacks] == [None]
     finally:
         gc.enable()

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from pydantic import ValidationError
-from ray.core.generated import autoscaler_pb2
 
 from aecore.config.experiment import Data, Dense, Experiment, Fit, overlay
 from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
+from pipelines.cluster import nodes as nodes_module
 from pipelines.cluster.device import position_of
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.placement import bundle_of, options_of, options_of_a_controller
@@ -29,19 +30,25 @@ from pipelines.graph.needs import device_memory
 from pipelines.graph.recipe import build
 from pipelines.graph.stage import Stage
 
-PROTO: Any = autoscaler_pb2  # generated, without hints
+HEAD = {"CPU": 0, "node:__internal_head__": 1}
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def make(*up: dict[str, float], may: dict[str, tuple[int, dict[str, int]]] | None = None) -> None:
-        groups = [
-            PROTO.NodeGroupConfig(name=name, max_count=count, resources=resources)
-            for name, (count, resources) in (may or {}).items()
-        ]
-        config = PROTO.ClusterConfig(node_group_configs=groups) if may else None
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in up])
-        monkeypatch.setattr(ray._private.state, "state", SimpleNamespace(get_cluster_config=lambda: config))
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Make up the nodes that are up, their labels, and what `ray up` has left on the head."""
+
+    def make(
+        *up: dict[str, float], labels: Sequence[dict[str, str]] = (), may: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        own = [*labels, *[{}] * (len(up) - len(labels))]
+        nodes = [{"Alive": True, "Resources": node, "Labels": mine} for node, mine in zip(up, own, strict=True)]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        file = tmp_path / "ray_bootstrap_config.yaml"
+        if may is not None:
+            kinds = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, **may}
+            file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 4, "available_node_types": kinds}))
+            monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr(nodes_module, "_BOOTSTRAP", file)
 
     return make
 
@@ -142,20 +149,19 @@ def test_gpus_of_a_type_are_chosen(cluster: Any) -> None:
     assert bundle_of(share_with, Resources(accelerator="H100"))[0]["accelerator_type:H100"] > 0
 
 
-def test_spot_nodes_come_first_and_are_no_place_for_controllers(cluster: Any) -> None:
+def test_labels_choose_nodes_and_controllers_sit_on_no_spot_node(cluster: Any) -> None:
     cluster({"CPU": 4, "GPU": 1})
     assert options_of(Share(1, 2), Resources()) == {"num_cpus": 2, "num_gpus": 1}
-    cluster({"CPU": 0}, {"CPU": 4, "GPU": 1})
-    spot = {"ray.io/market-type": "spot"}
-    options = options_of(Share(0, 2), Resources())
-    assert options["label_selector"] == spot and options["fallback_strategy"] == [{"label_selector": {}}]
-    chosen = {"ray.io/market-type": "on-demand"}
-    assert options_of(Share(1, 2), Resources(labels=chosen))["label_selector"] == chosen
     west = {"region": "west"}
-    options = options_of(Share(1, 2), Resources(labels=west))
-    assert options["label_selector"] == west | spot and options["fallback_strategy"] == [{"label_selector": west}]
-    assert options_of_a_controller()["label_selector"] == {"ray.io/market-type": "!spot"}
+    assert options_of(Share(1, 2), Resources(labels=west))["label_selector"] == west
+    assert "label_selector" not in options_of(Share(0, 2), Resources(labels=west))
     assert bundle_of(Share(1, 2), Resources(labels=west))[1] == {"bundle_label_selector": [west]}
+    assert options_of_a_controller()["label_selector"] == {"ray.io/market-type": "!spot"}
+
+
+def test_trials_on_gpus_leave_some_of_their_cpus_to_those_that_measure(cluster: Any) -> None:
+    assert bundle_of(Share(0.25, 1), Resources())[0] == {"CPU": 0.75, "GPU": 0.25}
+    assert bundle_of(Share(0, 1), Resources())[0] == {"CPU": 1, "GPU": 0}
 
 
 def test_workers_see_all_gpus_where_a_node_has_several(cluster: Any) -> None:
@@ -167,7 +173,7 @@ def test_workers_see_all_gpus_where_a_node_has_several(cluster: Any) -> None:
 
 @pytest.mark.parametrize(
     ("given", "visible", "position"),
-    [(["0"], "0", 0), (["1"], "1", 0), (["1"], None, 1), (["1"], "0,1", 1), (["3"], "2,3", 1), ([], None, 0)],
+    [(["0"], "0", 0), (["1"], "1", 0), (["1"], None, 1), (["1"], "0,1", 1), (["3"], "2,3", 1), (["3"], None, 3)],
 )
 def test_a_worker_computes_on_the_gpu_that_it_was_given(given: list[str], visible: str | None, position: int) -> None:
     assert position_of(given, visible) == position
@@ -175,21 +181,24 @@ def test_a_worker_computes_on_the_gpu_that_it_was_given(given: list[str], visibl
 
 @pytest.mark.parametrize(
     ("labels", "there"),
-    [({"zone": "b"}, False), ({"zone": "a"}, True), ({"zone": "in(b, a)"}, True), ({"zone": "!in(a)"}, True),
-     ({"zone": "!a"}, True), ({"rack": "1"}, False)],
+    [({"zone": "b"}, False), ({"zone": "a"}, True), ({"zone": "in(b, a)"}, True), ({"zone": "!in(a)"}, False),
+     ({"zone": "!b"}, True), ({"rack": "1"}, False)],
 )  # fmt: skip
-def test_labels_that_no_node_has_are_refused(
-    labels: dict[str, str], there: bool, cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster({"CPU": 4, "GPU": 1}, {"CPU": 4})
-    nodes = [{**node, "Labels": own} for node, own in zip(ray.nodes(), ({"zone": "a"}, {}), strict=True)]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+def test_labels_that_no_node_has_are_refused(labels: dict[str, str], there: bool, cluster: Any) -> None:
+    cluster({"CPU": 4, "GPU": 1}, labels=[{"zone": "a"}])
     if there:
         assert share(1, labels=labels).gpus
     else:
-        with pytest.raises(InputError, match=r"resources\.labels: no node has (zone b \(a\)|rack 1 \(none has)"):
+        with pytest.raises(
+            InputError, match=r"resources\.labels: no node with a GPU has (zone|rack) .*; the nodes have zone a"
+        ):
             share(1, labels=labels)
+
+
+def test_labels_choose_among_types_of_gpus(cluster: Any) -> None:
+    kinds = [{"CPU": 4, "GPU": 1, "accelerator_type:T4": 1}, {"CPU": 4, "GPU": 1, "accelerator_type:H100": 1}]
+    cluster(*kinds, labels=[{"zone": "a"}, {"zone": "b"}])
+    assert share(4).gpus == 0.5 and share(4, labels={"zone": "b"}).gpus == 0.125
 
 
 @pytest.mark.parametrize(
@@ -207,13 +216,32 @@ def test_gpus_that_would_idle_or_cannot_be_shared_are_refused_at_once(resources:
         Resources.model_validate(resources)
 
 
+GPU_NODE = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3, "labels": {"kind": "gpu"}}
+
+
 def test_nodes_that_the_autoscaler_may_start_count(cluster: Any) -> None:
-    head = {"head": (1, {"CPU": 4})}
-    cluster({"CPU": 4}, may={**head, "gpu": (3, {"CPU": 8, "GPU": 1})})
-    assert share() == (1, 4)
-    assert share(workers=3) == (1, 4)
+    """Though none is up, as on an idle cluster of cluster.yaml."""
+    cluster(HEAD, may={"gpu": GPU_NODE})
+    assert share() == (1, 4) and share(None) == (0, 4) and count_gpus(Resources()) == 3
+    assert share(workers=3) == (1, 4) and share(labels={"kind": "gpu"}) == (1, 4)
     with pytest.raises(InputError, match="4 with 1 GPUs each asked for, the cluster has 3"):
         share(workers=4, cpus=1)
+    # two are up: they are among those that may come
+    cluster(HEAD, {"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}, may={"gpu": GPU_NODE})
+    assert count_gpus(Resources()) == 3
+
+
+def test_the_autoscaler_starts_no_more_than_all_kinds_may_have(cluster: Any) -> None:
+    unlimited = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2**31 - 1}
+    cluster(HEAD, may={"gpu": GPU_NODE, "more": unlimited})
+    assert count_gpus(Resources()) == 4  # max_workers of the cluster
+
+
+def test_what_cluster_yaml_promises_is_planned_with(cluster: Any, tmp_path: Path) -> None:
+    cluster(HEAD, may={})
+    (tmp_path / "ray_bootstrap_config.yaml").write_text((Path(__file__).parents[1] / "cluster.yaml").read_text())
+    assert count_gpus(Resources()) == 4 and share(4).gpus > 0
+    assert share(4, labels={"ray.io/market-type": "spot"}).gpus > 0
 
 
 @pytest.mark.parametrize(

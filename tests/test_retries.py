@@ -19,10 +19,11 @@ from aecore.config.experiment import Fit
 from aecore.core.errors import DivergenceError, TakenOverError
 from aecore.models.storage import Result
 from aecore.stages.context import Context
+from pipelines.cluster.nodes import Node
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment, checkpoints_of
-from pipelines.execution.chain import _as_task, _Chain, _compute_task, compute
+from pipelines.execution.chain import _Chain, _compute_task, as_task, compute
 from pipelines.execution.journal import Computed, Journal
 from pipelines.execution.team import what_happened
 from pipelines.graph.stage import Stage
@@ -144,12 +145,12 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept
     def work(name: str, faults: dict[str, list[Exception]], wrong: str = "") -> tuple[FakeRay, dict[str, Any]]:
         fake = FakeRay(faults)
         monkeypatch.setitem(sys.modules, "ray", fake)
-        _as_task.cache_clear()
+        as_task.cache_clear()
         monkeypatch.setattr(Stage, "function", lambda stage: train)
         monkeypatch.setattr("pipelines.execution.chain.start_ray", lambda: None)
         monkeypatch.setattr("pipelines.execution.chain.check_reach", lambda store, path: None)
         monkeypatch.setattr("pipelines.execution.chain.share_of", lambda *_, **__: Share(0, 1))
-        monkeypatch.setattr("pipelines.cluster.placement.possible_nodes", lambda: [{"CPU": 1}])
+        monkeypatch.setattr("pipelines.cluster.placement.possible_nodes", lambda: [Node({"CPU": 1})])
         graph = graph_of(name)
         if wrong:
             (spoilt,) = [stage for stage in graph if stage.name == wrong]
@@ -160,7 +161,7 @@ def job(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept
         return fake, {name: tracker.client.get_run(outcome.run_id) for name, outcome in outcomes.items()}
 
     yield work
-    _as_task.cache_clear()
+    as_task.cache_clear()
 
 
 def statuses(tracker: Tracker, name: str) -> dict[str, str]:

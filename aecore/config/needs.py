@@ -38,6 +38,7 @@ def training_memory(
     scored = min(layer.scoring_rows for layer in trained)
     batch = max(_STEP_COPIES * spec.fit.batch_size, _SCORING_COPIES * scored) * values
     rows = 0 if load.data.in_memory == "never" else load.facts.rows * prod(trained[0].in_shape)
+    rows *= fits if frozen else 1  # each fit has codes of its own, but all read the same data
     return _LIBRARIES + _FLOAT * (fits * (weights + batch) + 2 * rows)
 
 

@@ -32,6 +32,15 @@ class TakenOverError(Exception):
     """Another process has taken this job over, and only that process's results count."""
 
 
+def without_frames(error: Exception) -> Exception:
+    """Return an error without its traceback, whose frames would keep alive what was computed, on a device as well."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
+
+
 def escape_unprintable(text: str) -> str:
     """Return `text` on one line: line ends, terminal escapes and other unprintable characters become escape
     sequences."""

@@ -65,7 +65,9 @@ def training_rows(
             Shuffled(data, labelled, context.spread), with_labels(validation, arrays.validation), read
         )  # fmt: skip
     splits, room = (arrays.train, arrays.validation), resident_bytes(device, read, context.device_share)
-    if 4 * features * sum(len(split.x) for split in splits) <= room:
+    # rows that another fit of this process has laid there take no further memory
+    known = all(_known(read, split.x, device) is not None for split in splits)
+    if known or 4 * features * sum(len(split.x) for split in splits) <= room:
         train, validation = (_shared_floats(read, split.x, device, precision) for split in splits)
         read = nn.Identity()
     else:
@@ -97,17 +99,23 @@ def _shared_floats(read: nn.Module, rows: np.ndarray, device: torch.device, prec
     So stages that are trained together as one read and move their rows once. Only preprocessed rows are looked for:
     codes come from layers that each stage has for itself.
     """
-    if _encodes(read):
-        return _read_once(read, rows, device, precision)
-    key = (id(rows), str(device), *(value.tobytes() for value in get_weights(read).values()))
-    known = _known_floats.get(key)
-    floats = known[1]() if known is not None and known[0]() is rows else None
+    floats = _known(read, rows, device)
     if floats is None:
         floats = _read_once(read, rows, device, precision)
         alive = {key: known for key, known in _known_floats.items() if known[1]() is not None}
         _known_floats.clear()
-        _known_floats.update(alive | {key: (weakref.ref(rows), weakref.ref(floats))})
+        _known_floats.update(alive | {_key(read, rows, device): (weakref.ref(rows), weakref.ref(floats))})
     return floats
+
+
+def _known(read: nn.Module, rows: np.ndarray, device: torch.device) -> Tensor | None:
+    """Return what another stage of this process has made of rows by the same preprocessing, if it still holds it."""
+    known = None if _encodes(read) else _known_floats.get(_key(read, rows, device))
+    return known[1]() if known is not None and known[0]() is rows else None
+
+
+def _key(read: nn.Module, rows: np.ndarray, device: torch.device) -> tuple[Any, ...]:
+    return id(rows), str(device), *(value.tobytes() for value in get_weights(read).values())
 
 
 def _read_once(read: nn.Module, rows: np.ndarray, device: torch.device, precision: Precision) -> Tensor:

@@ -6,6 +6,7 @@ So several stages can be prepared, fitted together as one and finished.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from aecore.core.errors import without_frames
 from aecore.models.storage import Result
 from aecore.training.fit import fit
 from aecore.training.groups import fit_all
@@ -49,7 +50,7 @@ def train_as_one(trainings: Iterable[Training], everywhere: bool = False) -> lis
         try:
             results.append(outcome if isinstance(outcome, Exception) else finishes[number](outcome))
         except Exception as error:
-            results.append(error)
+            results.append(without_frames(error))
     return results
 
 

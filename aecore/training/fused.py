@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from aecore.config.experiment import Fit
+from aecore.core.errors import without_frames
 from aecore.training import graphs
 from aecore.training.batches import permutation
 from aecore.training.fit import train
@@ -54,7 +55,7 @@ def fit_as_one(jobs: Sequence[Job]) -> list[Outcome]:
             try:
                 progresses[number] = Progress(job, AdamW(trained_parameters(job.model), job.spec.weight_decay))
             except Exception as error:  # raised by a report of earlier epochs, for example: it concerns this fit alone
-                outcomes[number] = error
+                outcomes[number] = without_frames(error)
         if progresses:
             stack = _StackedFits(list(progresses.values()), autocast)
             try:
@@ -194,7 +195,7 @@ class _StackedFits:
             except Exception as error:  # a report's, for example
                 if is_out_of_memory(error):
                     raise
-                self.failures[number] = error
+                self.failures[number] = without_frames(error)
 
     def _lead_progresses(self) -> None:
         """Take over what the fits went on from, and let each progress read its slices of the stacks from now on."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aecore.core.errors import without_frames
 from aecore.data.files import short_reason
 from aecore.data.stream import Shuffled
 from aecore.training.fit import fit
@@ -71,7 +72,7 @@ def _fit_group(jobs: Sequence[Job]) -> list[Outcome]:
         try:
             return [fit(jobs[0])]
         except Exception as error:
-            return [error]
+            return [without_frames(error)]
     most = how_many_fit(jobs)
     if most >= len(jobs):
         try:

@@ -48,8 +48,6 @@ def halve(error: Exception, parts: int, rows: int, kind: str, advice: str, can_b
 def free_device_memory() -> None:
     """Free the GPU memory that nothing refers to any more, CUDA graphs in reference cycles included."""
     gc.collect()
-    if not gc.get_freeze_count():
-        gc.freeze()  # modules, for the most part; not searching them again saves 0.2 s per stage
     torch.cuda.empty_cache()
 
 

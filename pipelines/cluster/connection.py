@@ -44,7 +44,7 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
         ray.init(logging_level=logging.WARNING, **options)
     signal.signal(signal.SIGTERM, handler)  # Ray installs a handler that exits without closing the job's runs
     if warm_up and len(nodes := possible_nodes()) == 1:
-        cpus, gpus = nodes[0]["CPU"], nodes[0].get("GPU", 0)
+        cpus, gpus = nodes[0].cpus, nodes[0].gpus
         if gpus <= 1 and (not address or ray.available_resources().get("CPU") == cpus):
             # one CPU stays free for the task that reads the data; the first stage takes a GPU, or else all CPUs, so
             # that it waits for the warm-up and then finds a worker with its imports done

@@ -42,7 +42,11 @@ def device_of(share: Share, fake: bool) -> "torch.device":
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         free, total = torch.cuda.mem_get_info(device)
-    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+    except torch.OutOfMemoryError as error:
+        # a ConnectionError is tried again after a pause, when whoever fills the GPU may have ended
+        where = f"GPU {', '.join(given)} of {os.uname().nodename}"
+        raise ConnectionError(f"{where} is full: {one_line(error, 200)}") from None
+    except (AssertionError, RuntimeError, ValueError) as error:  # torch without CUDA asserts
         raise DeviceError(
             f"a stage was given GPU {', '.join(given) or '?'} of {os.uname().nodename} and cannot use it: "
             f"{one_line(error, 300)}; mend the driver, or ask for no GPU (gpus 0) to compute on CPUs; where the GPUs "
@@ -63,8 +67,9 @@ def position_of(given: Sequence[str], visible: str | None) -> int:
     Args:
         given: Ray's ids of the GPUs that the process was given; the first is used.
         visible: The value of CUDA_VISIBLE_DEVICES, which Ray sets to what it gives unless it is told not to.
+
+    Raises:
+        ValueError: The process does not see the GPU.
     """
     seen = [one for one in (visible or "").split(",") if one]
-    if not given:
-        return 0
-    return seen.index(given[0]) if given[0] in seen else int(given[0]) if given[0].isdigit() and not seen else 0
+    return seen.index(given[0]) if seen else int(given[0])

@@ -2,16 +2,15 @@
 
 import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import yaml
 
 from aecore.core.errors import InputError
+from pipelines.host.environment import has_embedded_ray
 from pipelines.host.scratch import scratch
-
-Node = dict[str, float]
-"""Resources of a node by Ray's names (CPU, GPU, accelerator_type:A10G, ...); CPU is always there."""
 
 ACCELERATOR = "accelerator_type:"
 """Prefix of the resource by which Ray names the type of a node's GPUs."""
@@ -22,62 +21,84 @@ _GIBIBYTES = {
 """Memory of a GPU by Ray's name of its type, the smallest where a type is sold with several."""
 _UNKNOWN_GIBIBYTES = 14
 """Memory that is assumed of a GPU of a type that is not in the table."""
+_BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""File on the head in which `ray up` leaves the description of the cluster; `ray start` reads it there, too."""
+_MOST_OF_A_KIND = 64
+"""Most nodes of a kind that are planned with, whatever the most is that the autoscaler may start."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is up or that the autoscaler may start."""
+
+    resources: Mapping[str, float]
+    """By Ray's names: CPU, GPU, accelerator_type:A10G and so on."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cpus(self) -> float:
+        """The number of CPUs that Ray gives to tasks."""
+        return self.resources.get("CPU", 0)
+
+    @property
+    def gpus(self) -> float:
+        """The number of GPUs."""
+        return self.resources.get("GPU", 0)
+
+    @property
+    def accelerator(self) -> str | None:
+        """Ray's name of the type of the node's GPUs; None where the node does not say."""
+        names = (name.removeprefix(ACCELERATOR) for name in self.resources if name.startswith(ACCELERATOR))
+        return next(names, None)
+
+    @property
+    def gpu_memory(self) -> int:
+        """The bytes of memory of one of the node's GPUs, by a table of types."""
+        return _GIBIBYTES.get(self.accelerator or "", _UNKNOWN_GIBIBYTES) * 2**30
+
+    def has(self, labels: Mapping[str, str]) -> bool:
+        """Return whether the node has these labels.
+
+        Args:
+            labels: Ray's label selector, each value as in VALUE, !VALUE, in(A, B) or !in(A, B).
+        """
+        return all(_matches(wanted, self.labels.get(name)) for name, wanted in labels.items())
 
 
 def possible_nodes() -> list[Node]:
-    """Return the nodes that are up, or the nodes that the autoscaler may start if there are more of those."""
+    """Return the nodes that are up or, on the head of a cluster that `ray up` has made, the head and the nodes that the
+    autoscaler may start, whether or not they are up."""
     import ray
 
-    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    planned = [dict(group.resources) for group in _node_groups() for _ in range(group.max_count)]
-    return [{"CPU": 0, **node} for node in max(up, planned, key=len)]
+    up = [Node(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
+    planned = [] if has_embedded_ray() else list(_planned_nodes())
+    return [node for node in up if "node:__internal_head__" in node.resources] + planned if planned else up
 
 
-def _node_groups() -> Sequence[Any]:
-    """Return the groups of nodes that the autoscaler may start; none without an autoscaler."""
-    import ray
+def _planned_nodes() -> Iterator[Node]:
+    """Yield the nodes that the autoscaler may start, those that it prefers first.
 
-    # Ray has no public way to ask for the autoscaler's node groups (2.60); without them, a cluster whose GPU nodes
-    # have not started yet would look like one without GPUs. A public call in `ray.autoscaler.sdk` would replace this.
-    config = ray._private.state.state.get_cluster_config()
-    return config.node_group_configs if config else ()
-
-
-def accelerator_of(node: Node) -> str | None:
-    """Return Ray's name of the type of a node's GPUs; None where the node does not say."""
-    return next((name.removeprefix(ACCELERATOR) for name in node if name.startswith(ACCELERATOR)), None)
-
-
-def gpu_memory(node: Node) -> int:
-    """Return the bytes of memory of one of a node's GPUs, by a table of types."""
-    return _GIBIBYTES.get(accelerator_of(node) or "", _UNKNOWN_GIBIBYTES) * 2**30
-
-
-def check_labels(labels: Mapping[str, str]) -> None:
-    """Raise an InputError where no node has these labels and none will come: Ray would wait for one for ever.
-
-    Args:
-        labels: Ray's label selector, each value as in VALUE, !VALUE, in(A, B) or !in(A, B).
+    Ray itself does not tell (2.60: `get_cluster_config` is never filled). Without this, a cluster whose GPU nodes have
+    not started yet would look like one without GPUs.
     """
-    if not labels or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+    file = _BOOTSTRAP.expanduser()
+    if not file.is_file():
         return
-    import ray
-
-    if _node_groups():
-        return  # the autoscaler does not tell the labels of nodes that it may start
-    for name, wanted in labels.items():
-        values = {node["Labels"].get(name) for node in ray.nodes() if node["Alive"]}
-        if not any(_matches(wanted, value) for value in values):
-            there = ", ".join(sorted(filter(None, values))) or "none has this label"
-            raise InputError(f"resources.labels: no node has {name} {wanted} ({there}); name a label that nodes have")
+    config = yaml.safe_load(file.read_text())
+    kinds = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    left = config.get("max_workers", 2)
+    for kind in sorted(kinds.values(), key=lambda kind: -kind.get("priority", 0)):
+        count = max(0, min(kind.get("max_workers", left), left, _MOST_OF_A_KIND))
+        left -= count
+        for _ in range(count):
+            yield Node(kind["resources"], kind.get("labels", {}))
 
 
 def _matches(wanted: str, value: str | None) -> bool:
     """Return whether a node whose label has `value`, or None if it lacks the label, fulfils a selector's value."""
-    negated, listed = re.fullmatch(r"(!?)(.*)", wanted, re.DOTALL).groups()  # type: ignore[union-attr]
-    several = re.fullmatch(r"in\((.*)\)", listed)
-    choices = [choice.strip() for choice in several[1].split(",")] if several else [listed]
-    return (value in choices) != bool(negated)
+    several = re.fullmatch(r"!?in\((.*)\)", wanted)
+    choices = [choice.strip() for choice in several[1].split(",")] if several else [wanted.removeprefix("!")]
+    return (value in choices) != wanted.startswith("!")
 
 
 def check_reach(store: str, storage_path: str | None, field: str = "resources.storage_path") -> None:

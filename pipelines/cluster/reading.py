@@ -12,6 +12,7 @@ from aecore.data.parquet import Piece
 from aecore.data.splits import Split
 from aecore.data.stream import ReadPiece
 from pipelines.cluster.device import are_fake, device_of
+from pipelines.cluster.nodes import possible_nodes
 from pipelines.cluster.share import Share
 
 if TYPE_CHECKING:
@@ -82,12 +83,7 @@ def each(
 
     _set_up(preserve_order=False)
 
-    cluster = ray.cluster_resources()
-    all_gpus = cluster.get("GPU", 0.0)
-    gpus = min(1.0, all_gpus) if gpus is None else gpus
-    if gpus > all_gpus:
-        raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
-    most = max(1, int(all_gpus / gpus if gpus else cluster.get("CPU", 1)))
+    gpus, most = _workers_with(gpus)
     shared, share, fake = ray.put(given), Share(gpus, 1), are_fake()
 
     class Worker:
@@ -106,8 +102,8 @@ def each(
             number, began, error, rows = int(batch["item"][0]), time.time(), "", 0
             try:
                 rows = 0 if self.unusable else self.work(number)
-            except InputError as told:
-                error = str(told)
+            except InputError as wrong:
+                error = str(wrong)
             return {"done": [[number, rows, began, time.time()]], "error": [error], "unusable": [self.unusable]}
 
     # blocks in memory: tasks that read blocks would wait for a CPU, and the workers may have all
@@ -123,6 +119,18 @@ def each(
             if error:
                 raise InputError(str(error))
             yield Done(int(number), int(rows), began, ended)
+
+
+def _workers_with(gpus: float | None) -> tuple[float, int]:
+    """Return the GPUs that each worker gets, and the most workers that the cluster holds or may hold with these."""
+    nodes = possible_nodes()
+    all_gpus = sum(node.gpus for node in nodes)
+    gpus = min(1.0, all_gpus) if gpus is None else gpus
+    if gpus > 1:
+        raise InputError(f"gpus: {gpus:g} asked for a worker, which computes on one GPU; use 1 and more workers")
+    if gpus > all_gpus:
+        raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
+    return gpus, max(1, int(all_gpus / gpus if gpus else sum(node.cpus for node in nodes)))
 
 
 def _set_up(preserve_order: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from aecore.core.errors import InputError, join_names
-from pipelines.cluster.nodes import Node, accelerator_of, check_labels, gpu_memory, possible_nodes
+from pipelines.cluster.nodes import Node, possible_nodes
 from pipelines.cluster.resources import Resources
 
 _MOST_DEFAULT_CPUS = 8
@@ -25,7 +25,7 @@ class Share(NamedTuple):
 
 
 def share_of(
-    resources: Resources, memory: int | None, streamed: bool = False, nodes: list[Node] | None = None
+    resources: Resources, memory: int | None, streamed: bool = False, nodes: Sequence[Node] | None = None
 ) -> Share:
     """Return the GPUs and CPUs that a stage gets of the cluster that Ray is connected to, or of the given nodes.
 
@@ -40,55 +40,69 @@ def share_of(
     Raises:
         InputError: No node has what was asked for, or the cluster has too little for all workers of a team.
     """
-    nodes = [node for node in nodes or possible_nodes() if node["CPU"] >= 1]
+    nodes = [node for node in nodes or possible_nodes() if node.cpus >= 1]
     if not nodes:
         raise InputError("the cluster has no node with a CPU for stages; add one to it")
-    devices = _nodes_with_devices(resources, nodes)
-    if devices and resources.gpus != 0 and memory is None:
-        return Share(0, resources.cpus or _half_of_the_cpus(nodes))
+    devices = _nodes_with_devices(resources, nodes) if resources.gpus != 0 else []
     gpus = 0.0
-    if memory is not None and resources.gpus != 0:
+    if memory is not None:
         gpus = resources.gpus or (_default_gpus(resources, memory, devices) if devices else 0.0)
-    fitting = [node for node in (devices if gpus else nodes) if node.get("GPU", 0) >= gpus]
+    fitting = [node for node in (devices if gpus else nodes) if node.gpus >= gpus]
     if not fitting:
-        most_gpus = max(node.get("GPU", 0) for node in nodes)
+        most_gpus = max(node.gpus for node in nodes)
         raise InputError(
             f"resources.gpus: {gpus:g} asked for a stage, the largest node has {most_gpus:g}; ask for less"
         )
-    if gpus:
-        default = int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] * gpus / node["GPU"] / 2 for node in fitting)))
-    else:
-        per_worker = sum(node["CPU"] for node in fitting) // resources.workers
-        default = int(min(_MOST_DEFAULT_CPUS, per_worker, *(node["CPU"] for node in fitting))) - streamed
-    cpus = resources.cpus or max(1, default)
-    most_cpus = max(node["CPU"] for node in fitting)
-    if cpus > most_cpus:
+    most_cpus = max(node.cpus for node in fitting)
+    if resources.cpus is not None and resources.cpus > most_cpus:
         beside = f" beside {gpus:g} GPUs" if gpus else ""
         raise InputError(
-            f"resources.cpus: {cpus} asked for a stage, the largest node has {most_cpus:g}{beside}; ask for less"
+            f"resources.cpus: {resources.cpus} asked for a stage, the largest node has {most_cpus:g}{beside}; "
+            "ask for less"
         )
-    _check_team(resources, Share(gpus, cpus), nodes)
-    return Share(gpus, cpus)
+    if gpus:
+        default = min(node.cpus * gpus / node.gpus / 2 for node in fitting)
+    elif devices:
+        default = min(node.cpus / 2 for node in fitting)
+    else:
+        per_worker = sum(node.cpus for node in fitting) // resources.workers
+        default = min(_MOST_DEFAULT_CPUS, per_worker, *(node.cpus for node in fitting)) - streamed
+    share = Share(gpus, resources.cpus or max(1, int(min(_MOST_DEFAULT_CPUS, default))))
+    if memory is not None or not devices:
+        _check_team(resources, share, nodes)
+    return share
 
 
 def count_gpus(resources: Resources) -> int:
-    """Return the number of GPUs of the type asked for on all nodes that are up or may come."""
-    return int(sum(node["GPU"] for node in _nodes_with_devices(resources, possible_nodes())))
+    """Return the number of GPUs of the type asked for on all nodes that are up or may come, a fraction as one."""
+    total = sum(node.gpus for node in _nodes_with_devices(resources, possible_nodes()))
+    return max(1, int(total)) if total else 0
 
 
 def _nodes_with_devices(resources: Resources, nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes with GPUs, of the type that the user asks for where he does."""
-    check_labels(resources.labels)
-    devices = [node for node in nodes if node.get("GPU", 0) > 0]
+    """Return the nodes with GPUs that have the labels and the type of GPU that `resources` name.
+
+    Raises:
+        InputError: There are none; Ray would wait for one for ever.
+    """
+    devices = [node for node in nodes if node.gpus > 0]
+    alike = [node for node in devices or nodes if node.has(resources.labels)]
+    if not alike:
+        labels = {label for node in nodes for label in node.labels.items() if label[0] != "ray.io/node-id"}
+        known = [f"{name} {value}" for name, value in sorted(labels)]
+        asked = ", ".join(f"{name} {wanted}" for name, wanted in resources.labels.items())
+        what = "node with a GPU" if devices else "node"
+        raise InputError(f"resources.labels: no {what} has {asked}; the nodes have {join_names(known)}")
+    devices = [node for node in alike if node.gpus > 0]
     if resources.accelerator is None:
         return devices
     # a node that the autoscaler has not started may not say which type it has
-    alike = [node for node in devices if accelerator_of(node) in (resources.accelerator, None)]
-    if not alike:
-        types = sorted({accelerator_of(node) or "" for node in devices})
+    chosen = [node for node in devices if node.accelerator in (resources.accelerator, None)]
+    if not chosen:
+        types = sorted({node.accelerator or "" for node in devices})
         there = f"its GPUs are {join_names(types)}; name one of these" if types else "it has no GPUs; leave this out"
         raise InputError(f"resources.accelerator: {resources.accelerator} is not in the cluster, {there}")
-    return alike
+    return chosen
 
 
 def _default_gpus(resources: Resources, memory: int, devices: Sequence[Node]) -> float:
@@ -96,19 +110,15 @@ def _default_gpus(resources: Resources, memory: int, devices: Sequence[Node]) ->
     whole GPU, since NCCL wants one for each."""
     if resources.workers > 1:
         return 1.0
-    smallest = min(map(gpu_memory, devices))
+    smallest = min(node.gpu_memory for node in devices)
     share = next((share for share in _SHARES if memory <= share * _USABLE * smallest), 1.0)
-    return min(share, max(node["GPU"] for node in devices))
-
-
-def _half_of_the_cpus(nodes: Sequence[Node]) -> int:
-    return max(1, int(min(_MOST_DEFAULT_CPUS, *(node["CPU"] / 2 for node in nodes))))
+    return min(share, max(node.gpus for node in devices))
 
 
 def _check_team(resources: Resources, share: Share, nodes: Sequence[Node]) -> None:
     fewest = resources.min_workers or resources.workers
-    for name, each in (("CPU", share.cpus), ("GPU", share.gpus)):
-        total = sum(node.get(name, 0) for node in nodes)
+    totals = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
+    for (name, total), each in zip(totals.items(), (share.cpus, share.gpus), strict=True):
         if each * fewest > total:
             raise InputError(
                 f"resources.workers: {fewest} with {each:g} {name}s each asked for, the cluster has {total:g}; "
@@ -133,4 +143,4 @@ def check_this_machine(resources: Resources) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = min(gpus, len(list(filter(None, visible.split(",")))))
-    share_of(resources, memory=0, nodes=[{"CPU": os.cpu_count() or 1, "GPU": gpus}])
+    share_of(resources, memory=0, nodes=[Node({"CPU": os.cpu_count() or 1, "GPU": gpus})])

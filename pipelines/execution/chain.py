@@ -101,6 +101,9 @@ class _Chain:
         """Wanted stages that run or wait for their inputs, each after the stages whose results it needs."""
         self.paused: list[tuple[float, list[Stage]]] = []
         """Stages to be submitted, and when (monotonic seconds)."""
+        self.shares: dict[str, Share] = {}
+        """Shares by the keys of stages. A further attempt has the share of the first, although the node with the last
+        GPU may be lost: then Ray waits for another."""
         self.attempts: Counter[str] = Counter()
         self.halved: set[str] = set()
         """Keys of stages that ran out of their node's memory: their batches are cut in two."""
@@ -205,14 +208,16 @@ class _Chain:
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
             options = options_of(Share(0, 1), self.resources) | {"name": stage.name}
-            return _as_task(load_rows).options(**options).remote(stage.spec)
-        share = share_of(self.resources, device_memory(stage), reads_from_disk(stage))
+            return as_task(load_rows).options(**options).remote(stage.spec)
+        if stage.key not in self.shares:
+            self.shares[stage.key] = share_of(self.resources, device_memory(stage), reads_from_disk(stage))
+        share = self.shares[stage.key]
         assignment = replace(self.assignment, share=share, parts=2 if stage.key in self.halved else 1)
         if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
             options = options_of_a_controller() | {"name": stage.name}
-            return _as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
+            return as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
         options = options_of(share, self.resources) | {"name": stage.name}
-        return _as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
+        return as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
 
     def _warm_up_evaluation(self, stages: Sequence[Stage]) -> None:
         """Where GPUs train, let a worker import meanwhile what the evaluation needs, which takes seconds: Ray gives no
@@ -221,7 +226,7 @@ class _Chain:
             share = share_of(self.resources, None)
             if share.cpus > 1 and not all(stage.trains for stage in stages):
                 options = options_of(Share(0, 1), self.resources) | {"name": "imports"}
-                _as_task(import_for_evaluation).options(**options).remote()
+                as_task(import_for_evaluation).options(**options).remote()
 
     def _fail(self, stage: Stage, error: Exception) -> None:
         """Mark the MLflow run of a stage as failed where its worker died before it did so. If the worker died before it
@@ -234,7 +239,7 @@ class _Chain:
 
 
 @cache
-def _as_task(function: Callable[..., Any]) -> Any:
+def as_task(function: Callable[..., Any]) -> Any:
     """Return a function as a Ray task, defined once.
 
     Ray does not try a task again by itself: the driver does, after a pause in which the stage holds no device. A worker

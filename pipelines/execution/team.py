@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
-from aecore.core.errors import InputError, OutageError
+from aecore.core.errors import DeviceError, InputError, OutageError
 from pipelines.cluster.resources import Resources
 from pipelines.execution.assignment import Assignment
 from pipelines.execution.compute import Work, compute_stages, inputs_of, train_along
@@ -81,7 +81,8 @@ def what_happened(error: Exception) -> Exception:
     failures = failures or [getattr(error, "controller_failure", error)]
     # Ray Train wraps the loss of a member into an error of its own
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    own = [cause for cause in causes if isinstance(cause, InputError | ArithmeticError | MemoryError | OutageError)]
+    kinds = InputError | DeviceError | ArithmeticError | MemoryError | OutageError
+    own = [cause for cause in causes if isinstance(cause, kinds)]
     lost = [cause for cause in causes if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
     return (own or lost or causes)[0]
 

@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aecore.config.specs import LoadSpec
-from pipelines.cluster.placement import options_of
+from pipelines.cluster.placement import MEASURING_CPU, options_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
+from pipelines.execution.chain import as_task
 from pipelines.execution.compute import compute_graphs
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
@@ -18,6 +19,8 @@ from pipelines.study.plan import TrialPlan
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+_GRACE_SECONDS = 60.0
 
 
 @dataclass
@@ -36,25 +39,23 @@ class Measuring:
         Args:
             run_id: The trial's open run.
         """
-        import ray
-
-        share = Share(0, self.resources.cpus or 1)
+        share = Share(0, 1)
         assignment = replace(self.assignment, share=share, tags=plan.tags(), run_id=run_id)
-        options = options_of(share, self.resources) | {"name": plan.name}
-        task: Any = ray.remote(max_retries=0)(_measure)
-        self.pending[task.options(**options).remote(plan.stage, assignment, self.data)] = plan
+        options = options_of(share, self.resources) | {"num_cpus": MEASURING_CPU, "name": plan.name}
+        self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
 
     def wait(self, deadline: float | None) -> Iterator[tuple[str, Exception]]:
         """Wait for the tasks; yield the keys of the trials that could not be measured, each with the reason.
 
         Args:
-            deadline: When to give up, in monotonic seconds.
+            deadline: When the study's time is up, in monotonic seconds. What is trained then is still measured, for at
+                most a minute.
         """
         import ray
         from ray.exceptions import GetTimeoutError
 
         for reference, plan in list(self.pending.items()):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline + _GRACE_SECONDS - time.monotonic())
             try:
                 ray.get(reference, timeout=left)
             except GetTimeoutError:
@@ -77,8 +78,9 @@ class Measuring:
 
 def reason_of(error: Exception) -> str:
     """Return one line for the error with which a trial ended, without the traceback that Ray puts around it."""
-    text = str(getattr(error, "cause", None) or error).strip() or type(error).__name__
-    return one_line(text.splitlines()[-1], 300)
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [""]
+    return one_line(f"{type(cause).__name__}: {lines[-1]}", 300)
 
 
 def is_lost(error: Exception) -> bool:

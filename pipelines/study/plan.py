@@ -87,6 +87,20 @@ def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
     return [{name: _draw(values, generator) for name, values in space.items()} for _ in range(study.budget.settings)]
 
 
+def largest_settings(study: Study, row: str) -> dict[str, Any]:
+    """Return the largest value of each setting that is searched in a study row, such as the widest layers."""
+
+    def size(value: Any) -> float:
+        if isinstance(value, list | tuple):
+            return sum(map(size, value))
+        return value if isinstance(value, int | float) else 0.0
+
+    return {
+        name: max(values, key=size) if isinstance(values, list) else values.high
+        for name, values in study.space(row).items()
+    }
+
+
 def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     if isinstance(values, list):
         return generator.choice(values)

@@ -26,7 +26,7 @@ from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.groups import groups_of
 from pipelines.study.measuring import Measuring, is_lost, reason_of
-from pipelines.study.plan import TrialPlan, plan_trial, plan_trials
+from pipelines.study.plan import TrialPlan, largest_settings, plan_trial, plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.worker import choices, compute_trial, share_of_row
 
@@ -80,10 +80,11 @@ class TrialRunner:
             from ray import tune
             from ray.exceptions import RayActorError
 
+        share = self._share(self.groups(plans))  # once: the last GPU may be lost, and then Ray waits for another
         for retries_left in range(self.resources.retries, -1, -1):
             groups = self.groups(plans)
             configs = [[{"row": m.row, "settings": m.settings, "seed": m.seed} for m in group] for group in groups]
-            with self._measuring(groups) as measuring:
+            with self._measuring(share) as measuring:
                 results = self.fit({"trials": tune.grid_search(configs)}, None, 1, measuring)
                 unmeasured = dict(measuring.wait(self.deadline)) if measuring else {}
             ended = self.endings(results, unmeasured)
@@ -195,9 +196,8 @@ class TrialRunner:
         return endings
 
     @contextmanager
-    def _measuring(self, groups: Sequence[Sequence[TrialPlan]]) -> Iterator[Measuring | None]:
-        """Yield what measures these groups of trials on CPUs while others train; None where no GPU would be idle."""
-        share = self._share(groups)
+    def _measuring(self, share: Share) -> Iterator[Measuring | None]:
+        """Yield what measures trials on CPUs while others train on GPUs; None where trials have no GPU."""
         if not share.gpus:
             yield None
             return
@@ -214,10 +214,11 @@ class TrialRunner:
     def _share(self, groups: Sequence[Sequence[TrialPlan]]) -> Share:
         """Return the share of the cluster that each of these groups gets: what the largest needs.
 
-        Where a search chooses settings there are no groups yet; then the references stand for them, whose networks are
-        the base's.
+        Where a search chooses the settings there are no groups yet; then it is what the largest settings need.
         """
-        groups = groups or [[plan] for plan in plan_trials(self.study, self.facts, self.resources.numerics)]
+        groups = groups or [
+            [self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])] for row in self.study.variants
+        ]
         needs = [device_memory(stage, len(group)) for group in groups for stage in group[0].stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
 from pipelines.execution.compute import Results, compute_graphs
-from pipelines.execution.journal import Opened
+from pipelines.execution.journal import Computed, Opened
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
-from pipelines.study.plan import plan_trial
+from pipelines.study.plan import TrialPlan, plan_trial
 from pipelines.study.schema import Study
 
 if TYPE_CHECKING:
@@ -95,30 +95,33 @@ def compute_trial(
     assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
     results: Results = {load.key: ray.get(data[0])}
     outcomes = compute_graphs([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
+    tune.report(_last_report(study, plans, outcomes, results))
+
+
+def _last_report(
+    study: Study, plans: Sequence[TrialPlan], outcomes: Sequence[Computed | Opened | Exception], results: Results
+) -> dict[str, Any]:  # fmt: skip
+    """Return a trial's last report to Tune; raise the error of a trial that consists of one trial of the study."""
+    ended = list(zip(plans, outcomes, strict=True))
     errors = {
         plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
-        for plan, outcome in zip(plans, outcomes, strict=True)
+        for plan, outcome in ended
         if isinstance(outcome, Exception)
     }
-    trained = {
-        plan.stage.key: outcome.run_id
-        for plan, outcome in zip(plans, outcomes, strict=True)
-        if isinstance(outcome, Opened)
-    }
+    trained = {plan.stage.key: outcome.run_id for plan, outcome in ended if isinstance(outcome, Opened)}
+    report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained}
     if plans[0].kind in REFERENCES:
         # epoch 0, which no scheduler judges, since other trials are not to be compared with references
-        tune.report({"epoch": 0, "score": math.nan, "chosen": math.nan, "errors": errors, "trained": trained})
-    elif len(plans) > 1:
-        tune.report({"epoch": study.budget.epochs, "errors": errors, "trained": trained})
-    else:
-        (outcome,) = outcomes
-        if isinstance(outcome, Exception):
-            raise outcome
-        if isinstance(outcome, Opened):
-            stack = plans[0].stage.inputs["stack"]
-            assert isinstance(stack, Stage)
-            last = chosen = results[stack.key].result.config["history"][-1]["val/reconstruction"]
-        else:
-            last = outcome.result.config["history"][-1]["val/reconstruction"]
-            chosen = outcome.result.metrics[study.choose_metric]
-        tune.report({"epoch": study.budget.epochs, "score": last, "chosen": chosen, "trained": trained})
+        return report | {"epoch": 0, "score": math.nan, "chosen": math.nan}
+    if len(plans) > 1:
+        return report
+    (plan,), (outcome,) = plans, outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    if isinstance(outcome, Computed):
+        score = outcome.result.config["history"][-1]["val/reconstruction"]
+        return report | {"score": score, "chosen": outcome.result.metrics[study.choose_metric]}
+    stack = plan.stage.inputs["stack"]
+    assert isinstance(stack, Stage)
+    score = results[stack.key].result.config["history"][-1]["val/reconstruction"]
+    return report | {"score": score, "chosen": score}
