@@ -451,8 +451,8 @@ def test_rows_that_several_read_are_held_once(digits: tuple[Facts, Arrays], monk
 def test_what_was_trained_as_one_is_let_go_at_once(
     rate: float, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without waiting for Python's collector of cycles, so that a GPU's memory comes back; also where a fit diverges and
-    its error is kept."""
+    """Without waiting for Python's collector of cycles, so that a GPU's memory comes back; also where a fit diverges
+    and its error is kept."""
     facts, arrays = few(digits)
     stacks: list[weakref.ref[Any]] = []
     end = fused._StackedFits.end

@@ -60,5 +60,5 @@ GPU = Scale(
 )  # fmt: skip
 CPU = Scale(
     device=torch.device("cpu"), captures=False, precisions=("fp32", "bf16"), check_rows=148, check_epochs=2, rows=200,
-    held=100, epochs=(1, 1), seeds=3, seed_epochs=1, seeds_alone={"fp32": 2}, stages=6, tiny_jobs=True,
+    held=100, epochs=(1, 1), seeds=3, seed_epochs=1, seeds_alone={"fp32": 2}, stages=12, tiny_jobs=True,
 )  # fmt: skip
