@@ -22,7 +22,7 @@ from aecore.core.errors import InputError
 from pipelines.cluster import nodes as nodes_module
 from pipelines.cluster.device import position_of
 from pipelines.cluster.nodes import check_reach
-from pipelines.cluster.placement import bundle_of, options_of, options_of_a_controller
+from pipelines.cluster.placement import bundle_of, most_trials, options_of, options_of_a_controller
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import checkpoint_folder, checkpoints_of
@@ -162,6 +162,11 @@ def test_labels_choose_nodes_and_controllers_sit_on_no_spot_node(cluster: Any) -
 def test_trials_on_gpus_leave_some_of_their_cpus_to_those_that_measure(cluster: Any) -> None:
     assert bundle_of(Share(0.25, 1), Resources())[0] == {"CPU": 0.75, "GPU": 0.25}
     assert bundle_of(Share(0, 1), Resources())[0] == {"CPU": 1, "GPU": 0}
+    cluster({"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1})
+    assert most_trials(Share(0.25, 1)) == 8 and most_trials(Share(0.125, 1)) == 8  # four on each leave it a CPU
+    assert most_trials(Share(1, 2)) == 2 and most_trials(Share(0, 1)) is None
+    cluster({"CPU": 2, "GPU": 1})
+    assert most_trials(Share(0.125, 1)) == 2  # too few CPUs to leave one
 
 
 def test_workers_see_all_gpus_where_a_node_has_several(cluster: Any) -> None:

@@ -8,10 +8,10 @@ from pipelines.cluster.share import Share
 
 _SEES_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 _TRIAL_CPU = 0.75
-"""Share of a CPU that a trial on a GPU reserves for each of its CPUs. The rest is for the tasks that measure trials:
-trials keep what they have reserved until the study ends."""
-MEASURING_CPU = 0.5
-"""CPUs that a task reserves that measures a trial."""
+"""Share of a CPU that a trial on a GPU reserves for each of its CPUs. So four trials leave a CPU of four to the tasks
+that measure trials; trials keep what they have reserved until the study ends."""
+_FEW_CPUS = 4
+"""A node with fewer CPUs leaves none: there all trials are measured at the end."""
 
 
 def options_of(share: Share, resources: Resources) -> dict[str, Any]:
@@ -36,6 +36,18 @@ def bundle_of(share: Share, resources: Resources) -> tuple[dict[str, float], dic
     if share.gpus and resources.accelerator:
         bundle[f"{ACCELERATOR}{resources.accelerator}"] = 0.001  # as Ray does for the option accelerator_type
     return bundle, {"bundle_label_selector": [resources.labels]} if share.gpus and resources.labels else {}
+
+
+def most_trials(share: Share) -> int | None:
+    """Return how many trials with this share of a GPU may run at once so that each node of four CPUs or more has one
+    left to measure trials; None for trials without a GPU."""
+    if not share.gpus:
+        return None
+    counts = [
+        min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus))
+        for node in possible_nodes()
+    ]
+    return max(1, sum(map(int, counts)))
 
 
 def options_of_a_controller() -> dict[str, Any]:

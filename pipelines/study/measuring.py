@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aecore.config.specs import LoadSpec
-from pipelines.cluster.placement import MEASURING_CPU, options_of
+from pipelines.cluster.placement import options_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
@@ -41,7 +41,7 @@ class Measuring:
         """
         share = Share(0, 1)
         assignment = replace(self.assignment, share=share, tags=plan.tags(), run_id=run_id)
-        options = options_of(share, self.resources) | {"num_cpus": MEASURING_CPU, "name": plan.name}
+        options = options_of(share, self.resources) | {"name": plan.name}
         self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
 
     def wait(self, deadline: float | None) -> Iterator[tuple[str, Exception]]:

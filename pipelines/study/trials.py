@@ -16,7 +16,7 @@ from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import trial_name
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
-from pipelines.cluster.placement import bundle_of
+from pipelines.cluster.placement import bundle_of, most_trials
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import Assignment, assign
@@ -155,7 +155,7 @@ class TrialRunner:
                     scheduler=scheduler,
                     num_samples=count,
                     reuse_actors=True,
-                    max_concurrent_trials=self.resources.max_concurrent,
+                    max_concurrent_trials=self.resources.max_concurrent or most_trials(share),
                     time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
                     trial_name_creator=_name_of,
                     trial_dirname_creator=lambda trial: trial.trial_id,
