@@ -7,9 +7,9 @@ from aecore.config.specs import FinetuneSpec, LoadSpec, PretrainSpec
 from aecore.models.spec import LayerSpec
 
 _LIBRARIES = 2**30
-"""Bytes of CUDA's context and of the libraries' workspaces (0.4 to 0.9 GB, seen with torch 2.11 on an H100)."""
-_STATES = 8
-"""Copies of the trained weights: gradients, Adam's two means, the best epoch's, a checkpoint's, and some to spare."""
+"""Bytes that are set aside for CUDA's context and the libraries' workspaces."""
+STATES = 8
+"""Copies of the trained weights: gradients, Adam's two means, updates, the best epoch's, a checkpoint's, two to spare."""
 _STEP_COPIES, _SCORING_COPIES = 4, 3
 """Copies of the values of a batch: in a step (values, gradients, temporary results), and while rows are scored."""
 _FLOAT = 4
@@ -30,7 +30,7 @@ def training_memory(
         fits: Number of fits that are trained together as one.
     """
     trained = [spec.layer] if isinstance(spec, PretrainSpec) else list(spec.layers)
-    weights = _STATES * sum(map(weight_count, trained)) + sum(map(weight_count, frozen))
+    weights = STATES * sum(map(weight_count, trained)) + sum(map(weight_count, frozen))
     values = sum(prod(layer.in_shape) + prod(layer.code_shape) for layer in (*frozen, *trained))
     values += sum(max(1, layer.levels) * prod(layer.in_shape) for layer in trained)  # what the decoders emit
     if spec.variant is not None and spec.variant.kind == "contractive" and len(trained) > 1:

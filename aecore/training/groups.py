@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from aecore.config.needs import STATES
 from aecore.core.errors import without_frames
 from aecore.data.files import short_reason
 from aecore.data.stream import Shuffled
@@ -19,8 +20,6 @@ from aecore.training.numerics import numerics, own_random_state
 
 _MEMORY_SHARE = 0.5
 """Share of the device's free memory that fits trained as one may take by estimate."""
-_STATES = 8
-"""Copies of the weights in the course of a fit: gradients, means, squares, updates, the best ones, some to spare."""
 
 
 def fit_all(jobs: Iterable[Job], everywhere: bool = False) -> list[Outcome]:
@@ -151,7 +150,7 @@ def memory_of_one(jobs: Sequence[Job]) -> int:
     finally:
         first.model.zero_grad()
     modules = ObjectiveModules(first.objective)
-    needed += _STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
+    needed += STATES * sum(tensor.nbytes for tensor in (*modules.parameters(), *modules.buffers()))
     for same in zip(*((*job.in_memory, *job.validation) for job in jobs), strict=True):
         if any(other is not same[0] for other in same):
             needed += same[0].nbytes  # the stack, beside each fit's own rows

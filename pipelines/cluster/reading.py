@@ -65,8 +65,7 @@ def each(
     workers: int | None,
     gpus: float | None,
 ) -> Iterator[Done]:
-    """Let workers with one CPU and one thread each process the numbers; yield a `Done` for each number that is
-    finished.
+    """Let workers with one CPU and one thread each process the numbers; yield a `Done` for each finished number.
 
     Args:
         make: called once in each worker with `given` and the worker's device; returns a function from a number to the

@@ -139,7 +139,6 @@ class TrialRunner:
             numerics=self.resources.numerics,
             assignment=self._assign(share),
             data=self._data(),
-            measured_elsewhere=measuring is not None,
         )
         scheduler = None
         if self.study.scheduler == "asha":
@@ -164,7 +163,7 @@ class TrialRunner:
                     storage_path=str(folder),
                     name="trials",
                     verbose=0,
-                    callbacks=[_line_per_trial(partial(self._measure, measuring))],
+                    callbacks=[_watch(partial(self._start_measuring, measuring))],
                 ),
             ).fit()
 
@@ -204,7 +203,7 @@ class TrialRunner:
         with Measuring(self._assign(share), self.resources, self._data()).cancelled_at_the_end() as measuring:
             yield measuring
 
-    def _measure(self, measuring: Measuring | None, trial: Any) -> None:
+    def _start_measuring(self, measuring: Measuring | None, trial: Any) -> None:
         """Submit the measuring of what one of Tune's trials has trained."""
         plans = {plan.stage.key: plan for plan in (self.plan_of(*choice) for choice in choices(trial.config))}
         for key, run_id in trial.last_result.get("trained", {}).items():
@@ -259,12 +258,12 @@ def _name_of(trial: Any) -> str:
     return trial_name(*first) + (f" and {len(others)} more" if others else "")
 
 
-def _line_per_trial(then: Callable[[Any], None]) -> Any:
-    """Return a callback for Tune that prints a line when a trial starts and when it ends; `then` gets each trial that
-    ends without an error."""
+def _watch(then: Callable[[Any], None]) -> Any:
+    """Return a callback for Tune that prints a line when a trial starts and when it ends, and calls `then` with each
+    trial that ends without an error."""
     from ray import tune
 
-    class LinePerTrial(tune.Callback):
+    class Watch(tune.Callback):
         def __init__(self) -> None:
             self.ended = 0
 
@@ -282,4 +281,4 @@ def _line_per_trial(then: Callable[[Any], None]) -> Any:
             self.ended += 1
             say(f"{_name_of(trial)}: {what}; {self.ended} ended of {started} that have begun or wait")
 
-    return LinePerTrial()
+    return Watch()

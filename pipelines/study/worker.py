@@ -62,22 +62,20 @@ def compute_trial(
     numerics: Numerics,
     assignment: Assignment,
     data: "list[ObjectRef]",
-    measured_elsewhere: bool = False,
 ) -> None:
     """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
 
     All stages are restored or computed in this process. Tune gets a report per epoch if there is a scheduler, else at
     most one per second, to be displayed. The last report holds the measure by which a search chooses, or the errors of
-    the trials that failed, or, by the keys of trials, the open runs of those that were trained and are to be measured.
-
-    Args:
-        measured_elsewhere: Leave the measuring to tasks on CPUs, which the driver submits.
+    the trials that failed, or, by the keys of trials, the open runs of those that were trained and are to be measured:
+    on GPUs tasks that the driver submits measure them, unless a search waits for the measure.
     """
     with fast_imports():
         import ray
         from ray import tune
 
     plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
+    measured_elsewhere = assignment.share.gpus > 0 and "trials" in config
     assignment = replace(assignment, share=share_of_row(plans[0].row, assignment.share))
     load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
     told_at = 0.0
