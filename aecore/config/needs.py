@@ -9,7 +9,7 @@ from aecore.models.spec import LayerSpec
 _LIBRARIES = 2**30
 """Bytes that are set aside for CUDA's context and the libraries' workspaces."""
 STATES = 8
-"""Copies of the trained weights: gradients, Adam's two means, updates, the best epoch's, a checkpoint's, two to spare."""
+"""Copies of the trained weights: gradients, Adam's two means, updates, the best ones, a checkpoint's, two to spare."""
 _STEP_COPIES, _SCORING_COPIES = 4, 3
 """Copies of the values of a batch: in a step (values, gradients, temporary results), and while rows are scored."""
 _FLOAT = 4
