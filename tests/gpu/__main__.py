@@ -1,6 +1,6 @@
 """python -m tests.gpu [--root FOLDER] [--only PART ...] [--cpu]
 
-Shows what one CUDA GPU makes of Diabolo, in under four minutes. Are the steps of all variants captured as CUDA graphs,
+Shows what one CUDA GPU makes of Diabolo, in about four minutes. Are the steps of all variants captured as CUDA graphs,
 are their fits trained as one, and are their losses right? How long do training and whole jobs take, and does memory
 grow? FOLDER (or DIABOLO_DATA) holds MNIST/raw; without it, rows are random and MNIST's jobs are skipped. Only the jobs
 need Ray and MLflow. The last line is JSON.
