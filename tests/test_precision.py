@@ -159,7 +159,8 @@ def test_products_and_convolutions_have_one_precision(precision: Precision) -> N
         assert torch.backends.cuda.matmul.allow_tf32 == (torch.get_float32_matmul_precision() != "highest")
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
-    before, convolutions = settings(), getattr(torch.backends.cudnn, "conv")  # noqa: B009 as stubs lack it
+    cudnn: Any = torch.backends.cudnn  # its hints lack `conv`
+    before, convolutions = settings(), cudnn.conv
     with numerics(precision, CPU) as autocast:
         assert settings() == (("high", True) if precision == "tf32" else ("highest", False))
         assert (convolutions.fp32_precision == "tf32") == (precision == "tf32")

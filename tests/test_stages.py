@@ -259,7 +259,8 @@ def test_a_gpu_holds_what_half_of_its_free_memory_holds(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("share", "free"), [(1.0, 55), (0.5, 30), (0.1, 0)])
 def test_a_process_plans_with_its_share_of_a_gpu(share: float, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 80 units, 45 are free, 15 belong to others and 20 to this process, which uses 10 and holds 10 in reserve."""
+    """The made-up GPU has 80 bytes: 45 are free, other processes hold 15, and this process holds 20, of which 10 are
+    in use and 10 in reserve."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (45, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)

@@ -89,7 +89,7 @@ def measure(
 
 
 class _Readout(NamedTuple):
-    """What is being read out of codes about their classes."""
+    """The probes, neighbours and clusters that are computed from codes in threads, to predict the rows' classes."""
 
     probe: Probe
     few: Sequence[tuple[int, Probe]]

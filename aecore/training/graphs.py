@@ -102,9 +102,10 @@ def _clean_up(pool: Any, random: Tensor) -> None:
     """
     device = torch.cuda.current_device()
     # Where a capture ends in an error, torch before 2.12 does not tell its allocator that it has ended
-    # (pytorch/pytorch#180395), and the next `empty_cache` or capture of the process fails. There is no public function
-    # to tell it. Where the allocator knows, the first call raises.
+    # (pytorch/pytorch#180395), and the next `empty_cache` or capture of the process fails. Where the allocator knows,
+    # the first call raises.
     with suppress(RuntimeError):
+        # private: no public function ends an allocation and frees its pool; torch 2.12 and later do so themselves
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
     # the generator waits for the capture's end as well: it gets a new state

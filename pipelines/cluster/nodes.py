@@ -32,7 +32,7 @@ class Node:
     """A node that is up or that the autoscaler may start."""
 
     resources: Mapping[str, float]
-    """By Ray's names: CPU, GPU, accelerator_type:A10G and so on."""
+    """Amount of each resource of the node by Ray's name for it: CPU, GPU, accelerator_type:A10G and others."""
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -132,7 +132,7 @@ class _Chain:
                         run_id, result = ray.get(reference)
                         outcomes[stage.key] = Outcome(run_id, result.metrics, False)
                     except Exception as error:
-                        cause = _cause(error)
+                        cause = cause_of(error)
                         if isinstance(cause, TakenOverError):
                             raise cause from error  # the job's runs belong to another driver now
                         if final := self._try_again([stage, *self._take_behind(stage)], cause):
@@ -182,7 +182,7 @@ class _Chain:
                 )
             self.halved.add(first.key)
             say(f"warning: {first.name}: its node ran out of memory; it is tried once more with batches in halves")
-        elif _may_pass(error) and self.attempts[first.key] < self.resources.retries:
+        elif may_pass(error) and self.attempts[first.key] < self.resources.retries:
             self.attempts[first.key] += 1
             pause = min(_FIRST_PAUSE * 2 ** (self.attempts[first.key] - 1), _LONGEST_PAUSE)
             number = self.attempts[first.key] + 1
@@ -260,14 +260,14 @@ def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Compute
     return outcome
 
 
-def _cause(error: Exception) -> Exception:
+def cause_of(error: Exception) -> Exception:
     """Return the exception that a task raised. Ray wraps it, more than once if it passed through several processes."""
     while isinstance(error, _ray_exceptions().RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     return error
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Return whether another attempt may succeed, because a worker, a node or a connection was lost. Errors in data,
     mathematics or a disk would come again."""
     ray = _ray_exceptions()

@@ -11,7 +11,7 @@ from pipelines.cluster.placement import options_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.chain import as_task
+from pipelines.execution.chain import as_task, cause_of
 from pipelines.execution.compute import compute_graphs
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
@@ -78,16 +78,9 @@ class Measuring:
 
 def reason_of(error: Exception) -> str:
     """Return one line for the error with which a trial ended, without the traceback that Ray puts around it."""
-    cause = getattr(error, "cause", None) or error
+    cause = cause_of(error)
     lines = str(cause).strip().splitlines() or [""]
     return one_line(f"{type(cause).__name__}: {lines[-1]}", 300)
-
-
-def is_lost(error: Exception) -> bool:
-    """Return whether a task ended because its worker or node was lost, so that another attempt may succeed."""
-    from ray.exceptions import RayError, RayTaskError
-
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> None:

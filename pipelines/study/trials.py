@@ -20,12 +20,13 @@ from pipelines.cluster.placement import bundle_of, most_trials
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import Assignment, assign
+from pipelines.execution.chain import cause_of, may_pass
 from pipelines.execution.compute import load_rows
 from pipelines.graph.needs import device_memory
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.groups import groups_of
-from pipelines.study.measuring import Measuring, is_lost, reason_of
+from pipelines.study.measuring import Measuring, reason_of
 from pipelines.study.plan import TrialPlan, largest_settings, plan_trial, plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.worker import choices, compute_trial, share_of_row
@@ -71,18 +72,17 @@ class TrialRunner:
         return plan_trial(self.study, row, settings, seed, self.facts, self.resources.numerics)
 
     def run(self, plans: Sequence[TrialPlan], tell: Callable[[str], None]) -> Endings:
-        """Run trials and return the endings of those that did not finish. A trial that loses its worker or node runs
-        again, up to `resources.retries` times."""
+        """Run trials and return the endings of those that did not finish. A trial that loses its worker, its node or a
+        connection runs again, up to `resources.retries` times."""
         endings = Endings()
         if not plans:
             return endings
         with fast_imports():
             from ray import tune
-            from ray.exceptions import RayActorError
 
-        share = self._share(self.groups(plans))  # once: the last GPU may be lost, and then Ray waits for another
+        groups = self.groups(plans)
+        share = self._share(groups)  # once: the last GPU may be lost, and then Ray waits for another
         for retries_left in range(self.resources.retries, -1, -1):
-            groups = self.groups(plans)
             configs = [[{"row": m.row, "settings": m.settings, "seed": m.seed} for m in group] for group in groups]
             with self._measuring(share) as measuring:
                 results = self.fit({"trials": tune.grid_search(configs)}, None, 1, measuring)
@@ -91,17 +91,18 @@ class TrialRunner:
             lost = {
                 self.plan_of(*choice).stage.key
                 for result in results
-                if isinstance(result.error, RayActorError)
+                if result.error is not None and may_pass(cause_of(result.error))
                 for choice in choices(result.config)
             }
-            lost |= {key for key, error in unmeasured.items() if is_lost(error)}
+            lost |= {key for key, error in unmeasured.items() if may_pass(cause_of(error))}
             plans = [m for m in plans if retries_left and m.stage.key in lost & ended.errors.keys()]
             for plan in plans:
                 del ended.errors[plan.stage.key]
             endings.update(ended)
             if not plans:
                 break
-            tell(f"warning: {len(plans)} trials lost their worker or node; they run once more")
+            groups = self.groups(plans)
+            tell(f"warning: {len(plans)} trials lost their worker, node or connection; they run once more")
         return endings
 
     def groups(self, plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:

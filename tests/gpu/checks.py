@@ -27,7 +27,8 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "tf32": 5e-3, "bf16": 2e-2}
 """Largest relative difference of a term of the loss in any epoch. Kernels round differently: fp32 to 24 bits, tf32 to
 11 and bf16 to 8. On a CPU, whole fits in bf16 and in fp32 differ by less than 1e-2."""
 RANDOM_TOLERANCE = 0.1
-"""The same for the last epoch's reconstruction where noise, dropout or samples are drawn anew."""
+"""Largest relative difference of the reconstruction term in the last epoch where fits draw different noise, dropout or
+samples, so that their losses agree only roughly."""
 
 
 class Case(NamedTuple):
@@ -38,7 +39,8 @@ class Case(NamedTuple):
     is_random: bool = False
     """Whether noise, dropout or samples are drawn, which differ where fits are trained as one."""
     likelihood: LikelihoodKind = "gaussian"
-    """By default the squared error, which halves within the epochs of a check, so that any wrong step shows."""
+    """The reconstruction term. The squared error is the default because it halves within the few epochs of a check, so
+    that a wrong step changes it visibly."""
 
 
 FITS = (Fit(lr=1e-3), Fit(lr=3e-3, weight_decay=0.1, schedule="cosine", clip=2.0))

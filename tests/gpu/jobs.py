@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
     command: tuple[str, ...]
     tiny: tuple[str, ...]
-    """What is added to run it tiny."""
+    """Options that are added to the command for a run with few rows and epochs."""
     seconds: float
     """The target, from start to end as a user sees them."""
     accuracy: float = 0.0
