@@ -140,7 +140,7 @@ def environ() -> dict[str, str]:
     """Return this process's environment without settings of Diabolo, MLflow and Ray, and with this checkout."""
     prefixes = ("DIABOLO__", "MLFLOW_", "RAY_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
-    return clean | {"PYTHONPATH": str(ROOT), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    return clean | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
 @contextmanager
