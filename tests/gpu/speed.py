@@ -30,9 +30,10 @@ from tests.gpu.watch import step_by_step, watched
 BATCH, CLASSES, SIZES = 64, tuple("0123456789"), (784, 256, 128, 64)
 STEPS_ROWS = 10_000
 """Training rows of the steps that are launched one by one, each of which takes a millisecond."""
-SAME = 0.02
+SAME = {"fp32": 0.02, "tf32": 0.06}
 """Largest relative difference of the last epoch's validation loss of seeds as one from that of the same seeds alone.
-Rounding moves the weights a little more with every step."""
+Rounding, which is a thousand times coarser in tf32, moves the weights a little more with every step. On an H200 the
+losses differed by 0.015 and 0.030."""
 PIPELINE_SECONDS, TIMES_QUICKER = 5.5, 12.0
 """Targets, on an H100 in fp32."""
 
@@ -183,8 +184,8 @@ def measure_seeds(data: Arrays, scale: Scale, report: Report) -> list[dict[str, 
             report.fail(f"{what}: trained as one were {seen.fused or 'none'}{seen.reason}")
         losses = [[r.config["history"][-1]["val/loss"] for r in each] for each in (results, fused)]
         worst = max(abs(a - b) / a for a, b in zip(*losses, strict=False))
-        if not worst <= SAME:
-            report.fail(f"{what}: losses as one differ by {worst:.2g} from those alone, more than {SAME:g}")
+        if not worst <= SAME[precision]:
+            report.fail(f"{what}: losses as one differ by {worst:.2g} from those alone, more than {SAME[precision]:g}")
         if precision == "fp32":
             report.target(f"{what}: times quicker as one", in_turn / as_one, TIMES_QUICKER, at_least=True)
         rows.append({
