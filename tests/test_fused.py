@@ -36,7 +36,7 @@ from pipelines.execution.compute import compute_graphs, load_rows
 from pipelines.execution.journal import Computed
 from pipelines.store.connection import connect
 from pipelines.store.runs import Tracker
-from pipelines.study.groups import alike, groups_of
+from pipelines.study.groups import alike
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
 from tests.test_checkpoint import KilledError, until
@@ -497,11 +497,6 @@ def test_a_study_groups_what_differs_in_numbers(digits: tuple[Facts, Arrays]) ->
         ["sparse variant.weight=0 seed=0", "sparse variant.weight=0 seed=1"],
         [f"sparse variant.weight={weight} seed={seed}" for weight in ("0.1", "0.2") for seed in (0, 1)],
     ]
-    # as many groups as GPUs, if there are fewer kinds, and of sizes that differ by one at most
-    assert [len(group) for group in groups_of(trials(digits), 1)] == [4, 2, 2, 4]
-    assert [len(group) for group in groups_of(trials(digits), 6)] == [2, 2, 2, 2, 2, 2]
-    assert [len(group) for group in groups_of(trials(digits)[:4], 3)] == [1, 1, 2]
-    assert [len(group) for group in groups_of(trials(digits), None)] == [1] * 12
 
 
 def test_trials_as_one_are_those_of_a_study(

@@ -23,17 +23,19 @@ _UNKNOWN_GIBIBYTES = 14
 """Memory that is assumed of a GPU of a type that is not in the table."""
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """File on the head in which `ray up` leaves the description of the cluster; `ray start` reads it there, too."""
-_MOST_OF_A_KIND = 64
-"""Most nodes of a kind that are planned with, whatever the most is that the autoscaler may start."""
+_MOST_OF_A_KIND = 1024
+"""Most nodes of a kind that are counted, whatever the most is that the autoscaler may start."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is up or that the autoscaler may start."""
+    """A node that is up, or several alike that the autoscaler may start."""
 
     resources: Mapping[str, float]
     """Amount of each resource of the node by Ray's name for it: CPU, GPU, accelerator_type:A10G and others."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    count: int = 1
+    """How many such nodes there are."""
 
     @property
     def cpus(self) -> float:
@@ -66,17 +68,26 @@ class Node:
 
 
 def possible_nodes() -> list[Node]:
-    """Return the nodes that are up or, on the head of a cluster that `ray up` has made, the head and the nodes that the
-    autoscaler may start, whether or not they are up."""
+    """Return the nodes that are up and, on the head of a cluster that `ray up` has made, the kinds of nodes that the
+    autoscaler may start, each once with their number; nodes of these kinds that are up are among them."""
     import ray
 
     up = [Node(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
     planned = [] if has_embedded_ray() else list(_planned_nodes())
-    return [node for node in up if "node:__internal_head__" in node.resources] + planned if planned else up
+    kinds = {_kind_of(node) for node in planned}
+    return [node for node in up if _kind_of(node) not in kinds or _is_head(node)] + planned
+
+
+def _kind_of(node: Node) -> tuple[float, float, str | None]:
+    return node.cpus, node.gpus, node.accelerator
+
+
+def _is_head(node: Node) -> bool:
+    return "node:__internal_head__" in node.resources
 
 
 def _planned_nodes() -> Iterator[Node]:
-    """Yield the nodes that the autoscaler may start, those that it prefers first.
+    """Yield the kinds of nodes that the autoscaler may start, those that it prefers first.
 
     Ray itself does not tell (2.60: `get_cluster_config` is never filled). Without this, a cluster whose GPU nodes have
     not started yet would look like one without GPUs.
@@ -90,8 +101,8 @@ def _planned_nodes() -> Iterator[Node]:
     for kind in sorted(kinds.values(), key=lambda kind: -kind.get("priority", 0)):
         count = max(0, min(kind.get("max_workers", left), left, _MOST_OF_A_KIND))
         left -= count
-        for _ in range(count):
-            yield Node(kind["resources"], kind.get("labels", {}))
+        if count:
+            yield Node(kind["resources"], kind.get("labels", {}), count)
 
 
 def _matches(wanted: str, value: str | None) -> bool:
@@ -115,7 +126,7 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    if max(len(alive), len(possible_nodes())) == 1:
+    if max(len(alive), sum(node.count for node in possible_nodes())) == 1:
         return
     if store.startswith(("sqlite:", "file:", "/")):
         raise InputError(

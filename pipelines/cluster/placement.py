@@ -38,16 +38,16 @@ def bundle_of(share: Share, resources: Resources) -> tuple[dict[str, float], dic
     return bundle, {"bundle_label_selector": [resources.labels]} if share.gpus and resources.labels else {}
 
 
-def most_trials(share: Share) -> int | None:
-    """Return how many trials with this share of a GPU may run at once so that each node of four CPUs or more has one
-    left to measure trials; None for trials without a GPU."""
+def most_trials(share: Share) -> int:
+    """Return how many trials with this share of the cluster may run at once; on GPUs so many that each node of four
+    CPUs or more has one left to measure trials."""
     if not share.gpus:
-        return None
+        return max(1, sum(int(node.cpus // share.cpus) * node.count for node in possible_nodes()))
     counts = [
-        min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus))
+        node.count * int(min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus)))
         for node in possible_nodes()
     ]
-    return max(1, sum(map(int, counts)))
+    return max(1, sum(counts))
 
 
 def options_of_a_controller() -> dict[str, Any]:

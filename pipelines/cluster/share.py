@@ -65,7 +65,7 @@ def share_of(
     elif devices:
         default = min(node.cpus / 2 for node in fitting)
     else:
-        per_worker = sum(node.cpus for node in fitting) // resources.workers
+        per_worker = sum(node.cpus * node.count for node in fitting) // resources.workers
         default = min(_MOST_DEFAULT_CPUS, per_worker, *(node.cpus for node in fitting)) - streamed
     share = Share(gpus, resources.cpus or max(1, int(min(_MOST_DEFAULT_CPUS, default))))
     if memory is not None or not devices:
@@ -75,7 +75,7 @@ def share_of(
 
 def count_gpus(resources: Resources) -> int:
     """Return the number of GPUs of the type asked for on all nodes that are up or may come, a fraction as one."""
-    total = sum(node.gpus for node in _nodes_with_devices(resources, possible_nodes()))
+    total = sum(node.gpus * node.count for node in _nodes_with_devices(resources, possible_nodes()))
     return max(1, int(total)) if total else 0
 
 
@@ -117,7 +117,9 @@ def _default_gpus(resources: Resources, memory: int, devices: Sequence[Node]) ->
 
 def _check_team(resources: Resources, share: Share, nodes: Sequence[Node]) -> None:
     fewest = resources.min_workers or resources.workers
-    totals = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
+    totals = {
+        "CPU": sum(node.cpus * node.count for node in nodes), "GPU": sum(node.gpus * node.count for node in nodes)
+    }  # fmt: skip
     for (name, total), each in zip(totals.items(), (share.cpus, share.gpus), strict=True):
         if each * fewest > total:
             raise InputError(

@@ -53,7 +53,7 @@ def compute(
     parent: str,
     resources: Resources,
     tell: Callable[[str], None],
-    in_study: bool = False,
+    failures: dict[str, Exception] | None = None,
 ) -> dict[str, Outcome]:
     """Restore the stages that are finished already and compute the others; Ray starts only if a stage is missing.
 
@@ -64,10 +64,10 @@ def compute(
             data, are computed where needed.
         parent: The MLflow run in which the runs of the stages are nested.
         tell: Called with a line for each stage that is restored.
-        in_study: The stages belong to trials of a study.
+        failures: In a study takes the errors of stages that fail, by key; nothing is raised then.
 
     Returns:
-        The outcome of each stage, by the stage's name.
+        The outcome of each finished stage, by the stage's name.
     """
     outcomes: dict[str, Outcome] = {}
     folder = checkpoint_folder(tracker.uri, resources.storage_path)
@@ -85,9 +85,13 @@ def compute(
 
         check_reach(tracker.uri, resources.storage_path)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
-        chain = _Chain(tracker, assign(tracker, parent, Share(0, 1), resources, in_study), resources)
+        chain = _Chain(tracker, assign(tracker, parent, Share(0, 1), resources, failures is not None), resources)
         outcomes |= chain.run(missing)
-    return {stage.name: outcomes[stage.key] for stage in stages}
+        if failures is not None:
+            failures |= chain.errors
+        elif chain.errors:
+            raise next(iter(chain.errors.values()))
+    return {stage.name: outcomes[stage.key] for stage in stages if stage.key in outcomes}
 
 
 class _Chain:
@@ -105,16 +109,17 @@ class _Chain:
         """Shares by the keys of stages. A further attempt has the share of the first, although the node with the last
         GPU may be lost: then Ray waits for another."""
         self.attempts: Counter[str] = Counter()
+        self.errors: dict[str, Exception] = {}
+        """The errors of stages that failed, by key."""
         self.halved: set[str] = set()
         """Keys of stages that ran out of their node's memory: their batches are cut in two."""
 
     def run(self, stages: Sequence[Stage]) -> dict[str, Outcome]:
-        """Return the outcomes of stages by key. If a stage fails, all stages that do not need its result are finished
-        before its error is raised."""
+        """Return the outcomes of stages by key. If a stage fails, its error is noted in `errors`, and all stages that do
+        not need its result are finished."""
         import ray
 
         outcomes: dict[str, Outcome] = {}
-        errors: dict[str, Exception] = {}
         self.paused = [(0.0, list(stages))]
         try:
             self._submit_what_is_due()
@@ -136,13 +141,11 @@ class _Chain:
                         if isinstance(cause, TakenOverError):
                             raise cause from error  # the job's runs belong to another driver now
                         if final := self._try_again([stage, *self._take_behind(stage)], cause):
-                            errors[stage.key] = final
+                            self.errors[stage.key] = final
         except BaseException:
             for reference in self.waiting:  # nothing may open a run any more when the job closes its runs
                 ray.cancel(reference, force=True)
             raise
-        for failure in errors.values():
-            raise failure
         return outcomes
 
     def _take_behind(self, stage: Stage) -> list[Stage]:

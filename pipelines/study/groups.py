@@ -1,36 +1,10 @@
 """Groups of trials that are trained together as one: they differ in numbers alone (see `aecore.training.fused`)."""
 
 from collections.abc import Sequence
-from itertools import pairwise
-from math import ceil
 
 from aecore.core.fingerprint import fingerprint
 from aecore.evaluation.trial import REFERENCES
-from pipelines.study.plan import TrialPlan, reference_groups
-
-_MOST_AS_ONE = 64
-"""Most trials of a group, since a lost worker costs all of them. The training sees to memory."""
-
-
-def groups_of(plans: Sequence[TrialPlan], gpus: int | None) -> list[list[TrialPlan]]:
-    """Divide trials into the groups that Ray Tune runs as one trial each.
-
-    All seeds of a reference (PCA, random weights) are one group, since they share most of their stages.
-
-    Args:
-        gpus: Number of GPUs. There are at least so many groups if possible, so that no GPU is idle, but not many more:
-            a GPU trains one large group faster than several small ones side by side. None makes each trial that is no
-            reference a group of its own.
-    """
-    references = reference_groups(plans)
-    others = [plan for plan in plans if plan.kind not in REFERENCES]
-    if gpus is None:
-        return [*references, *([plan] for plan in others)]
-    groups: list[list[TrialPlan]] = []
-    for same in alike(others):
-        count = max(ceil(len(same) * gpus / len(others)), ceil(len(same) / _MOST_AS_ONE))
-        groups += _in_equal_parts(same, min(count, len(same)))
-    return [*references, *groups]
+from pipelines.study.plan import TrialPlan
 
 
 def alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
@@ -41,10 +15,13 @@ def alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
     return list(kinds.values())
 
 
-def _in_equal_parts(plans: Sequence[TrialPlan], count: int) -> list[list[TrialPlan]]:
-    """Cut a sequence into `count` parts whose lengths differ by at most one."""
-    bounds = [len(plans) * part // count for part in range(count + 1)]
-    return [list(plans[start:end]) for start, end in pairwise(bounds)]
+def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
+    """Return the trials of PCA and those of random weights, all seeds of each as a group.
+
+    The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
+    """
+    groups = [[plan for plan in plans if plan.row == name and plan.is_fixed_reference] for name in REFERENCES]
+    return [group for group in groups if group]
 
 
 def _all_but_numbers(plan: TrialPlan) -> str:

@@ -11,16 +11,17 @@ from pipelines.cluster.placement import options_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.chain import as_task, cause_of
+from pipelines.execution.chain import as_task
 from pipelines.execution.compute import compute_graphs
 from pipelines.graph.stage import Stage
-from pipelines.host.messages import one_line
 from pipelines.study.plan import TrialPlan
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 _GRACE_SECONDS = 60.0
+Measured = tuple[TrialPlan, dict[str, float] | Exception]
+"""A trial, and its metrics or the error with which measuring it failed."""
 
 
 @dataclass
@@ -41,28 +42,41 @@ class Measuring:
         """
         share = Share(0, 1)
         assignment = replace(self.assignment, share=share, tags=plan.tags(), run_id=run_id)
-        options = options_of(share, self.resources) | {"name": plan.name}
+        options = options_of(share, self.resources) | {"name": "measure"}
         self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
 
-    def wait(self, deadline: float | None) -> Iterator[tuple[str, Exception]]:
-        """Wait for the tasks; yield the keys of the trials that could not be measured, each with the reason.
+    def take_ended(self, seconds: float = 0.0) -> Iterator[Measured]:
+        """Yield the trials whose measuring has ended.
+
+        Args:
+            seconds: How long to wait for the first of them.
+        """
+        import ray
+
+        if not self.pending:
+            return
+        ready, _ = ray.wait(list(self.pending), timeout=seconds)
+        if ready:
+            ready, _ = ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)
+        for reference in ready:
+            plan = self.pending.pop(reference)
+            try:
+                yield plan, ray.get(reference)
+            except Exception as error:
+                yield plan, error
+
+    def take_rest(self, deadline: float | None) -> Iterator[Measured]:
+        """Wait for the tasks that are left, and yield the trials.
 
         Args:
             deadline: When the study's time is up, in monotonic seconds. What is trained then is still measured, for at
                 most a minute.
         """
-        import ray
-        from ray.exceptions import GetTimeoutError
-
-        for reference, plan in list(self.pending.items()):
-            left = None if deadline is None else max(0.0, deadline + _GRACE_SECONDS - time.monotonic())
-            try:
-                ray.get(reference, timeout=left)
-            except GetTimeoutError:
+        while self.pending:
+            left = 3600.0 if deadline is None else deadline + _GRACE_SECONDS - time.monotonic()
+            if left <= 0:
                 return
-            except Exception as error:
-                yield plan.stage.key, error
-            del self.pending[reference]
+            yield from self.take_ended(left)
 
     @contextmanager
     def cancelled_at_the_end(self) -> Iterator["Measuring"]:
@@ -76,18 +90,12 @@ class Measuring:
                 ray.cancel(reference, force=True)
 
 
-def reason_of(error: Exception) -> str:
-    """Return one line for the error with which a trial ended, without the traceback that Ray puts around it."""
-    cause = cause_of(error)
-    lines = str(cause).strip().splitlines() or [""]
-    return one_line(f"{type(cause).__name__}: {lines[-1]}", 300)
-
-
-def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> None:
-    """Compute the last stage of a trial whose other stages are finished, in a Ray task."""
+def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> dict[str, float]:
+    """Compute the last stage of a trial whose other stages are finished, in a Ray task; return the trial's metrics."""
     import ray
 
     load = next(parent for parent in stage.parents() if isinstance(parent.spec, LoadSpec))
     (outcome,) = compute_graphs([stage], [assignment], {load.key: ray.get(data[0])})
     if isinstance(outcome, Exception):
         raise outcome
+    return outcome.result.metrics

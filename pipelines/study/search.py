@@ -1,72 +1,115 @@
 """Optuna chooses the settings of a study row with the first seed; the best settings are then run with the others."""
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
-from aecore.evaluation.trial import trial_name
 from pipelines.study.plan import TrialPlan
-from pipelines.study.trials import Endings, TrialRunner
-from pipelines.study.worker import config_of, settings_in
+from pipelines.study.schema import Range, Study
 
-Tried = dict[str, tuple[dict[str, Any], float]]
-"""Each choice of settings that was tried and its value of the measure to choose by; keys are the settings as JSON."""
+if TYPE_CHECKING:
+    import optuna
+
+PlanOf = Callable[[str, dict[str, Any], int], TrialPlan]
+"""Returns the plan of a trial: row, settings, seed."""
+Tried = tuple[dict[str, Any], float]
+"""Settings that were tried, and their value of the measure to choose by."""
+_RANDOM_SHARE, _MOST_RANDOM = 1 / 3, 10
+"""Share of the settings that are drawn at random before Optuna's sampler models the others, and the most of them (the
+sampler's own default)."""
 
 
-def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[list[TrialPlan], Endings]:
-    """Search the settings of a study row, then run the best settings with the other seeds.
+class Search:
+    """The settings of one study row, as a source of trials: chosen by Optuna, then the best ones with further seeds.
 
-    Trials that an earlier call of the same study has finished count as tried.
-
-    Returns:
-        The plans of all trials of the study row, and the endings of the trials that did not finish.
+    The sampler is the tree-structured Parzen estimator (Bergstra et al. 2011). Several trials may run at once: a trial
+    that runs counts as a poor one meanwhile, so that the next differs from it.
     """
-    study, first = runner.study, runner.study.seeds[0]
-    tried: Tried = {}
-    for settings, run_id in runner.tracker.trials(runner.parent, row):
-        tried[_name(settings)] = settings, runner.tracker.metrics(run_id)[study.choose_metric]
-    endings = Endings()
-    left = study.budget.settings - len(tried)
-    if left > 0:
-        results = _fit(runner, row, tried, left)
-        endings = runner.endings(results)
-        for settings in (settings_in(result.config) for result in results if result.config):
-            finished = runner.tracker.finished(runner.plan_of(row, settings, first).stage.key)
-            if finished:
-                tried[_name(settings)] = settings, finished[1][study.choose_metric]
-            else:
-                say(f"{trial_name(row, settings, first)}: did not finish")
-    plans = [runner.plan_of(row, settings, first) for settings, _ in tried.values()]
-    if tried:
-        sign = -1 if study.choose == "probe" else 1
-        best = min(tried.values(), key=lambda one: sign * one[1])[0]
-        others = [runner.plan_of(row, best, seed) for seed in study.seeds[1:]]
-        endings.update(runner.run([m for m in others if not runner.tracker.find(m.stage.key)], say))
-        plans += others
-    return plans, endings
+
+    def __init__(self, study: Study, row: str, plan_of: PlanOf, tried: Sequence[Tried]):
+        """
+        Args:
+            tried: What an earlier call of the same study has finished with the first seed.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.study, self.row, self.plan_of = study, row, plan_of
+        self._space = {name: _distribution(values) for name, values in study.space(row).items()}
+        count = study.budget.settings
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=min(_MOST_RANDOM, ceil(_RANDOM_SHARE * count)), seed=study.seeds[0], constant_liar=True
+        )
+        self._optuna = optuna.create_study(
+            sampler=sampler, direction="maximize" if study.chooses_highest else "minimize"
+        )  # fmt: skip
+        self._left = max(0, count - len(tried))
+        self._open: dict[str, optuna.Trial] = {}
+        """Trials that have not ended, by the keys of their stages."""
+        self._best: list[TrialPlan] | None = None
+        """The trials of the best settings with further seeds that have not been handed out; None before the search has
+        ended."""
+        for settings, value in tried:
+            params = {name: _json(one) if isinstance(study.space(row)[name], list) else one for name, one in settings.items()}
+            self._optuna.add_trial(
+                optuna.trial.create_trial(params=params, distributions=self._space, value=value)
+            )
+
+    def next(self) -> TrialPlan | None:
+        """Return a trial of the next settings; after the last, the best settings with the next seed."""
+        while self._left:
+            self._left -= 1
+            trial = self._optuna.ask(self._space)
+            plan = self.plan_of(self.row, self._decoded(trial.params), self.study.seeds[0])
+            if plan.stage.key in self._open or self._is_known(trial.params):
+                self._optuna.tell(trial, state=_state("FAIL"))  # the same settings give the same result
+                continue
+            self._open[plan.stage.key] = trial
+            return plan
+        if self._best is None and not self._open:
+            self._best = self._with_further_seeds()
+        return self._best.pop(0) if self._best else None
+
+    def ended(self, plan: TrialPlan, value: float | None) -> None:
+        """Tell Optuna the value of a trial; one without a value failed."""
+        trial = self._open.pop(plan.stage.key, None)
+        if trial is not None and value is None:
+            self._optuna.tell(trial, state=_state("FAIL"))
+        elif trial is not None:
+            self._optuna.tell(trial, value)
+
+    def _with_further_seeds(self) -> list[TrialPlan]:
+        complete = [trial for trial in self._optuna.trials if trial.state == _state("COMPLETE")]
+        if not complete:
+            return []
+        best = self._decoded(self._optuna.best_trial.params)
+        return [self.plan_of(self.row, best, seed) for seed in self.study.seeds[1:]]
+
+    def _is_known(self, params: Mapping[str, Any]) -> bool:
+        return any(trial.params == params and trial.state == _state("COMPLETE") for trial in self._optuna.trials)
+
+    def _decoded(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        space = self.study.space(self.row)
+        return {
+            name: json.loads(value) if isinstance(space[name], list) else value for name, value in params.items()
+        }  # fmt: skip
 
 
-def _fit(runner: TrialRunner, row: str, tried: Tried, count: int) -> Any:
-    """Let Optuna try `count` more settings, given the scores of those in `tried`; return Tune's results."""
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
+def _distribution(values: list[Any] | Range) -> "optuna.distributions.BaseDistribution":
+    """Return the values of a setting as Optuna takes them; those of a list as JSON, since it knows no lists in lists."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    study, first = runner.study, runner.study.seeds[0]
-    space = {
-        f"set:{name}": tune.choice(values)
-        if isinstance(values, list)
-        else (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
-        for name, values in study.space(row).items()
-    }
-    optuna = OptunaSearch(
-        metric="chosen",
-        mode="max" if study.choose == "probe" else "min",
-        seed=first,
-        points_to_evaluate=[config_of(settings) for settings, _ in tried.values()] or None,
-        evaluated_rewards=[score for _, score in tried.values()] or None,
-    )
-    return runner.fit({"row": row, "seed": first, **space}, optuna, count)
+    if isinstance(values, list):
+        return CategoricalDistribution([_json(value) for value in values])
+    return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def _name(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _state(name: str) -> "optuna.trial.TrialState":
+    from optuna.trial import TrialState
+
+    return TrialState[name]

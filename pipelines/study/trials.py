@@ -1,33 +1,29 @@
-"""Trials on Ray Tune: which are run, how they end, and which are run again."""
+"""The trials of a study on Ray Tune, which asks for work whenever the cluster has room."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aecore.config.facts import Facts
 from aecore.config.specs import LoadSpec
-from aecore.core.errors import TakenOverError
-from aecore.core.imports import fast_imports
-from aecore.evaluation.trial import trial_name
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
-from pipelines.cluster.placement import bundle_of, most_trials
+from pipelines.cluster.placement import bundle_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import Assignment, assign
-from pipelines.execution.chain import cause_of, may_pass
 from pipelines.execution.compute import load_rows
 from pipelines.graph.needs import device_memory
-from pipelines.host.messages import say
+from pipelines.host.environment import has_embedded_ray
 from pipelines.host.scratch import scratch
-from pipelines.study.groups import groups_of
-from pipelines.study.measuring import Measuring, reason_of
-from pipelines.study.plan import TrialPlan, largest_settings, plan_trial, plan_trials
+from pipelines.study.agenda import LATE, Agenda
+from pipelines.study.desk import Desk, Room
+from pipelines.study.measuring import Measuring
+from pipelines.study.plan import TrialPlan, largest_settings, plan_trial
 from pipelines.study.schema import Study
 from pipelines.study.worker import choices, compute_trial, share_of_row
 
@@ -36,30 +32,12 @@ if TYPE_CHECKING:
 
     from pipelines.store.runs import Tracker
 
-LATE = "the study's time was up"
-"""The error of a trial that `budget.hours` cut off."""
-
-
-@dataclass
-class Endings:
-    """Errors of trials that failed and last epochs of trials that were stopped, by the key of the trial's stage."""
-
-    errors: dict[str, str] = field(default_factory=dict)
-    stopped: dict[str, int] = field(default_factory=dict)
-    """The epoch at which the scheduler stopped the trial."""
-
-    def update(self, other: "Endings") -> None:
-        """Add the endings of further trials."""
-        self.errors |= other.errors
-        self.stopped |= other.stopped
-
 
 class TrialRunner:
     """Runs the trials of one study. The data are read once into the memory of Ray, and all trials share them."""
 
     def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
-        self.data: ObjectRef | None = None
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
 
     @property
@@ -71,178 +49,91 @@ class TrialRunner:
         """Return the plan of one trial of the study."""
         return plan_trial(self.study, row, settings, seed, self.facts, self.resources.numerics)
 
-    def run(self, plans: Sequence[TrialPlan], tell: Callable[[str], None]) -> Endings:
-        """Run trials and return the endings of those that did not finish. A trial that loses its worker, its node or a
-        connection runs again, up to `resources.retries` times."""
-        endings = Endings()
-        if not plans:
-            return endings
-        with fast_imports():
-            from ray import tune
-
-        groups = self.groups(plans)
-        share = self._share(groups)  # once: the last GPU may be lost, and then Ray waits for another
-        for retries_left in range(self.resources.retries, -1, -1):
-            configs = [[{"row": m.row, "settings": m.settings, "seed": m.seed} for m in group] for group in groups]
-            with self._measuring(share) as measuring:
-                results = self.fit({"trials": tune.grid_search(configs)}, None, 1, measuring)
-                unmeasured = dict(measuring.wait(self.deadline)) if measuring else {}
-            ended = self.endings(results, unmeasured)
-            lost = {
-                self.plan_of(*choice).stage.key
-                for result in results
-                if result.error is not None and may_pass(cause_of(result.error))
-                for choice in choices(result.config)
-            }
-            lost |= {key for key, error in unmeasured.items() if may_pass(cause_of(error))}
-            plans = [m for m in plans if retries_left and m.stage.key in lost & ended.errors.keys()]
-            for plan in plans:
-                del ended.errors[plan.stage.key]
-            endings.update(ended)
-            if not plans:
-                break
-            groups = self.groups(plans)
-            tell(f"warning: {len(plans)} trials lost their worker, node or connection; they run once more")
-        return endings
-
-    def groups(self, plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-        """Divide trials into the groups that Ray Tune runs as one trial each: on GPUs trials are trained together as
-        one, except with a scheduler, which needs the epochs of each trial."""
+    def run(self, agenda: Agenda) -> None:
+        """Run the trials of an agenda until all have ended."""
         start_ray()
-        gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler == "none" else 0
-        return groups_of(plans, min(gpus, self.resources.max_concurrent or gpus) or None)
+        check_reach(self.tracker.uri, self.resources.storage_path)
+        agenda.grows = not has_embedded_ray()
+        share = self._share(agenda)  # once: the last GPU may be lost, and then Ray waits for another
+        room = Room(share, self.resources, as_one=self.study.scheduler != "asha")
+        data = [self._load()]
+        with self._measuring(share, data) as measuring:
+            desk = Desk(self.study, agenda, room, measuring)
+            self._fit(desk, self._assign(share), data)
+            if measuring:
+                desk.take_measured(measuring.take_rest(self.deadline))
+        agenda.halt(LATE)
+        for plan in list(agenda.running.values()):
+            agenda.fail(plan, LATE)
 
-    def fit(self, space: dict[str, Any], search: Any, count: int, measuring: Measuring | None = None) -> Any:
-        """Let Ray Tune run trials.
+    def _fit(self, desk: Desk, assignment: Assignment, data: "list[ObjectRef]") -> None:
+        """Let Ray Tune run trials as long as the desk has some, and as the study has time.
 
         Args:
-            space: The configs that trials are drawn from, `param_space` of a `ray.tune.Tuner`.
-            search: A searcher of `ray.tune.search`, or None.
-            count: How many trials are drawn from the space.
-            measuring: Measures the trials that were trained; None lets the trials measure themselves.
-
-        Returns:
-            A `ray.tune.ResultGrid`.
+            data: The reference to the data, in a list, where a reference that is sent stays a reference.
         """
         # an interrupted job ends as KILLED and at once; Tune's own handler would first wait for its trials
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        # Tune would write each report to three files, which nobody reads
+        # Tune would write each report to three files, and its own state every ten seconds; nobody reads them
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
+        # so many workers may start at once; Ray's autoscaler also goes by the trials that wait
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.room.slots + desk.room.reserve)
         from ray import tune
-        from ray.tune.schedulers import ASHAScheduler
 
-        start_ray()
-        share = measuring.assignment.share if measuring else self._share([])
         trainable = tune.with_parameters(
-            compute_trial,
-            study=self.study,
-            facts=self.facts,
-            numerics=self.resources.numerics,
-            assignment=self._assign(share),
-            data=self._data(),
-        )
-        scheduler = None
-        if self.study.scheduler == "asha":
-            scheduler = ASHAScheduler(
-                "epoch", "score", "min", max_t=self.study.budget.epochs, stop_last_trials=False
-            )  # fmt: skip
+            compute_trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
+            assignment=assignment, data=data,
+        )  # fmt: skip
         with redirect_stdout(sys.stderr), scratch() as folder:
-            return tune.Tuner(
-                tune.with_resources(trainable, partial(_reserved, share, self.resources)),
-                param_space=space,
+            tune.Tuner(
+                tune.with_resources(trainable, partial(_reserved, assignment.share, self.resources)),
                 tune_config=tune.TuneConfig(
-                    search_alg=search,
-                    scheduler=scheduler,
-                    num_samples=count,
+                    search_alg=_searcher(desk),
+                    scheduler=_scheduler(self.study),
+                    num_samples=-1,  # until the searcher has no more
                     reuse_actors=True,
-                    max_concurrent_trials=self.resources.max_concurrent or most_trials(share),
                     time_budget_s=self.deadline and max(1.0, self.deadline - time.monotonic()),
                     trial_name_creator=_name_of,
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 ),
                 run_config=tune.RunConfig(
-                    storage_path=str(folder),
-                    name="trials",
-                    verbose=0,
-                    callbacks=[_watch(partial(self._start_measuring, measuring))],
+                    storage_path=str(folder), name="trials", verbose=0,
+                    callbacks=[_callback(desk, lambda: self.late)],
                 ),
-            ).fit()
-
-    def endings(self, results: Any, unmeasured: Mapping[str, Exception] = {}) -> Endings:
-        """Return the endings of the trials that did not finish in Tune's `results`, and end their MLflow runs.
-
-        Args:
-            unmeasured: Why trials that were trained could not be measured, by the key of the trial's stage.
-        """
-        endings = Endings()
-        for result, choice in [(one, choice) for one in results for choice in choices(one.config)]:
-            plan = self.plan_of(*choice)
-            key = plan.stage.key
-            if self.tracker.find(key):
-                continue
-            metrics = result.metrics or {}
-            reported = metrics.get("errors", {}) | {k: reason_of(error) for k, error in unmeasured.items()}
-            if result.error is not None or key in reported:
-                endings.errors[key] = reported.get(key) or reason_of(result.error)
-                if TakenOverError.__name__ not in endings.errors[key]:  # else the run belongs to another driver now
-                    self.tracker.fail(key, endings.errors[key])
-            elif not self.late and key not in metrics.get("trained", {}) and (epoch := metrics.get("epoch")):
-                endings.stopped[key] = epoch
-                self.tracker.stop(key, epoch)
-                self._clear_checkpoints(plan)
-            else:
-                endings.errors[key] = LATE
-                self.tracker.fail(key, LATE)
-        return endings
+            ).fit()  # fmt: skip
 
     @contextmanager
-    def _measuring(self, share: Share) -> Iterator[Measuring | None]:
+    def _measuring(self, share: Share, data: "list[ObjectRef]") -> Iterator[Measuring | None]:
         """Yield what measures trials on CPUs while others train on GPUs; None where trials have no GPU."""
         if not share.gpus:
             yield None
             return
-        with Measuring(self._assign(share), self.resources, self._data()).cancelled_at_the_end() as measuring:
+        with Measuring(self._assign(share), self.resources, data).cancelled_at_the_end() as measuring:
             yield measuring
 
-    def _start_measuring(self, measuring: Measuring | None, trial: Any) -> None:
-        """Submit the measuring of what one of Tune's trials has trained."""
-        plans = {plan.stage.key: plan for plan in (self.plan_of(*choice) for choice in choices(trial.config))}
-        for key, run_id in trial.last_result.get("trained", {}).items():
-            assert measuring is not None
-            measuring.start(plans[key], run_id)
-
-    def _share(self, groups: Sequence[Sequence[TrialPlan]]) -> Share:
-        """Return the share of the cluster that each of these groups gets: what the largest needs.
-
-        Where a search chooses the settings there are no groups yet; then it is what the largest settings need.
-        """
-        groups = groups or [
-            [self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])] for row in self.study.variants
+    def _share(self, agenda: Agenda) -> Share:
+        """Return the share of the cluster that each group gets: what the largest needs, or the largest settings where a
+        search chooses them."""
+        gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler != "asha" else 0
+        groups = agenda.groups(gpus or None) + [
+            (self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0]), 1)
+            for row in self.study.searched_rows
+            if self.study.search == "optuna"
         ]
-        needs = [device_memory(stage, len(group)) for group in groups for stage in group[0].stages().values()]
+        needs = [device_memory(stage, count) for plan, count in groups for stage in plan.stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
 
     def _assign(self, share: Share) -> Assignment:
         return assign(self.tracker, self.parent, share, self.resources, in_study=True)
 
-    def _data(self) -> "list[ObjectRef]":
-        """Return the reference to the data, in a list, where a reference that is sent stays a reference."""
+    def _load(self) -> "ObjectRef":
         import ray
 
-        if self.data is None:
-            check_reach(self.tracker.uri, self.resources.storage_path)
-            self.data = ray.remote(num_cpus=1)(load_rows).remote(self._load_spec())
-        return [self.data]
-
-    def _load_spec(self) -> LoadSpec:
-        first = plan_trials(self.study, self.facts, self.resources.numerics)[0]
-        return next(stage.spec for stage in first.stages().values() if isinstance(stage.spec, LoadSpec))
-
-    def _clear_checkpoints(self, plan: TrialPlan) -> None:
-        assignment = self._assign(Share(0, 1))
-        for stage in plan.stages().values():
-            if checkpoints := assignment.checkpoints(stage):
-                checkpoints.clear()
+        row = next(iter(self.study.variants))
+        plan = self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])
+        spec = next(stage.spec for stage in plan.stages().values() if isinstance(stage.spec, LoadSpec))
+        return ray.remote(num_cpus=1)(load_rows).remote(spec)
 
 
 def _reserved(share: Share, resources: Resources, config: dict[str, Any]) -> Any:
@@ -255,31 +146,49 @@ def _reserved(share: Share, resources: Resources, config: dict[str, Any]) -> Any
 
 
 def _name_of(trial: Any) -> str:
-    first, *others = choices(trial.config)
-    return trial_name(*first) + (f" and {len(others)} more" if others else "")
+    return "trial"  # Ray makes time series of names, for its dashboard
 
 
-def _watch(then: Callable[[Any], None]) -> Any:
-    """Return a callback for Tune that prints a line when a trial starts and when it ends, and calls `then` with each
-    trial that ends without an error."""
+def _scheduler(study: Study) -> Any:
+    """Return Tune's scheduler for a study; None where each trial runs to its end."""
+    if study.scheduler != "asha":
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    return ASHAScheduler("epoch", "score", "min", max_t=study.budget.epochs, stop_last_trials=False)
+
+
+def _searcher(desk: Desk) -> Any:
+    """Return a searcher for Tune that asks the desk for each trial."""
+    from ray.tune.search import Searcher
+
+    class Asking(Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            config = desk.next_config()
+            return Searcher.FINISHED if config is None and desk.agenda.is_done else config
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            """Do nothing: the callback of `_callback` gets more than this."""
+
+        def save(self, checkpoint_path: str) -> None:
+            """Do nothing: what is finished is in MLflow."""
+
+    return Asking()
+
+
+def _callback(desk: Desk, late: Any) -> Any:
+    """Return a callback for Tune that tells the desk how trials end."""
     from ray import tune
 
-    class Watch(tune.Callback):
-        def __init__(self) -> None:
-            self.ended = 0
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            say(f"{_name_of(trial)}: begins")
+    class Telling(tune.Callback):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            desk.poll()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._say_end(trial, "ends", len(trials))
-            then(trial)
+            desk.take_ended(trial.config, trial.last_result, late())
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._say_end(trial, "fails", len(trials))
+            lines = str(trial.get_error() or "its worker was lost").strip().splitlines()
+            desk.take_lost(trial.config, lines[-1][:300])
 
-        def _say_end(self, trial: Any, what: str, started: int) -> None:
-            self.ended += 1
-            say(f"{_name_of(trial)}: {what}; {self.ended} ended of {started} that have begun or wait")
-
-    return Watch()
+    return Telling()

@@ -12,6 +12,7 @@ from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
+from pipelines.execution.chain import may_pass
 from pipelines.execution.compute import Results, compute_graphs
 from pipelines.execution.journal import Computed, Opened
 from pipelines.graph.stage import Stage
@@ -28,24 +29,9 @@ Choice = tuple[str, dict[str, Any], int]
 """Row, settings and seed of a trial."""
 
 
-def choices(config: Mapping[str, Any] | None) -> list[Choice]:
-    """Return the study's trials that one of Tune's trials consists of, read from the config of Tune's trial. Tune
-    forgets the config of a trial that never started; then none are returned."""
-    if config is None:
-        return []
-    if "trials" in config:
-        return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
-    return [(config["row"], settings_in(config), config["seed"])]
-
-
-def settings_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the searched settings from the config of one of Tune's trials."""
-    return {name.removeprefix("set:"): value for name, value in config.items() if name.startswith("set:")}
-
-
-def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as they stand in the config of one of Tune's trials."""
-    return {f"set:{name}": value for name, value in settings.items()}
+def choices(config: Mapping[str, Any]) -> list[Choice]:
+    """Return the study's trials that one of Tune's trials consists of, read from the config of Tune's trial."""
+    return [(one["row"], one["settings"], one["seed"]) for one in config["trials"]]
 
 
 def share_of_row(row: str, share: Share) -> Share:
@@ -66,16 +52,16 @@ def compute_trial(
     """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
 
     All stages are restored or computed in this process. Tune gets a report per epoch if there is a scheduler, else at
-    most one per second, to be displayed. The last report holds the measure by which a search chooses, or the errors of
-    the trials that failed, or, by the keys of trials, the open runs of those that were trained and are to be measured:
-    on GPUs tasks that the driver submits measure them, unless a search waits for the measure.
+    most one per second, to be displayed. The last report holds the measure by which a search chooses, the errors of
+    the trials that failed, and, by the keys of trials, the open runs of those that were trained and are to be measured:
+    on GPUs tasks that the driver submits measure them.
     """
     with fast_imports():
         import ray
         from ray import tune
 
     plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
-    measured_elsewhere = assignment.share.gpus > 0 and "trials" in config
+    measured_elsewhere = assignment.share.gpus > 0
     assignment = replace(assignment, share=share_of_row(plans[0].row, assignment.share))
     load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
     told_at = 0.0
@@ -99,23 +85,20 @@ def compute_trial(
 def _last_report(
     study: Study, plans: Sequence[TrialPlan], outcomes: Sequence[Computed | Opened | Exception], results: Results
 ) -> dict[str, Any]:  # fmt: skip
-    """Return a trial's last report to Tune; raise the error of a trial that consists of one trial of the study."""
+    """Return a trial's last report to Tune. Errors are reported, with whether they may pass, and not raised, so that
+    Tune knows of no errors but lost workers."""
     ended = list(zip(plans, outcomes, strict=True))
     errors = {
-        plan.stage.key: one_line(f"{type(outcome).__name__}: {outcome}", 300)
+        plan.stage.key: (one_line(f"{type(outcome).__name__}: {outcome}", 300), may_pass(outcome))
         for plan, outcome in ended
         if isinstance(outcome, Exception)
     }
     trained = {plan.stage.key: outcome.run_id for plan, outcome in ended if isinstance(outcome, Opened)}
-    report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained}
-    if plans[0].kind in REFERENCES:
-        # epoch 0, which no scheduler judges, since other trials are not to be compared with references
+    report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained, "ended": True}
+    (plan, outcome), *others = ended
+    if errors or others or plan.row in REFERENCES:
+        # epoch 0, which no scheduler judges: other trials are not to be compared with references
         return report | {"epoch": 0, "score": math.nan, "chosen": math.nan}
-    if len(plans) > 1:
-        return report
-    (plan,), (outcome,) = plans, outcomes
-    if isinstance(outcome, Exception):
-        raise outcome
     if isinstance(outcome, Computed):
         score = outcome.result.config["history"][-1]["val/reconstruction"]
         return report | {"score": score, "chosen": outcome.result.metrics[study.choose_metric]}
