@@ -106,6 +106,10 @@ def _with_underscores(arg: str) -> str:
     return f"--{option[1] or ''}{option[2].replace('-', '_')}{arg[option.end() :]}" if option else arg
 
 
+_CODES = {"failed": 1, "partial": 3}
+"""Exit codes by the status in a command's report, if they are not 0."""
+
+
 class _Ending(NamedTuple):
     code: int
     report: dict[str, Any] | None
@@ -115,7 +119,8 @@ class _Ending(NamedTuple):
 def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence[str] | None = None) -> NoReturn:
     """Run a command, print the report that `run` returns as the last line of stdout, and exit.
 
-    Exit codes: 0 finished; 2 bad configuration or data, explained in one line; 1 failed; 130 interrupted.
+    Exit codes: 0 finished; 3 finished in part (a study some of whose trials failed); 2 bad configuration or data,
+    explained in one line; 1 failed; 130 interrupted.
 
     Args:
         addresses: URLs that the report is posted to. `run` fills the list while it works. If a list is passed, bad
@@ -125,7 +130,8 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        ending = _Ending(0, run())
+        report = run()
+        ending = _Ending(_CODES.get((report or {}).get("status", ""), 0), report)
     except (KeyboardInterrupt, Exception) as error:
         ending = _ending_of(error, with_reason=addresses is not None)
     if "ray" in sys.modules:

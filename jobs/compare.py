@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
 _COLUMNS = ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
 """Measures of the printed table."""
+_NAMED = 3
+"""Most trials that are named where they failed for the same reason."""
 
 
 class Compare(Study):
@@ -82,15 +84,16 @@ def compare(settings: Compare) -> dict[str, Any] | None:
             if settings.figures:
                 shutil.copytree(folder, settings.figures, dirs_exist_ok=True)
         metrics = {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
-        tracker.log_summary(run_id, metrics, {})
+        status = ended.status
+        tracker.log_summary(run_id, metrics, {"status": status})
+    if status == "failed":
+        tracker.client.set_terminated(run_id, "FAILED")
     if settings.figures:
         say(f"wrote {settings.figures / 'report.html'}")
-    for trial in ended.trials:
-        if trial.status == "failed":
-            say(f"warning: {trial.name} failed: {trial.error}")
     _print_table(report)
+    _say_failures(ended.trials)
     return {
-        "status": "finished",
+        "status": status,
         "run_id": run_id,
         "experiment": key,
         "metrics": metrics,
@@ -110,6 +113,19 @@ def _write_report(study: Study, facts: Facts, trials: list[Trial], folder: Path)
         "budget": f"{study.budget.epochs} passes over the training rows per trial",
     }
     return report.write(trials, study.name, description, facts.classes, folder, study.choose_metric)
+
+
+def _say_failures(trials: list[Trial]) -> None:
+    """Print a line for each reason for which trials failed."""
+    reasons: dict[str, list[str]] = {}
+    for trial in trials:
+        if trial.status == "failed":
+            reasons.setdefault(trial.error, []).append(trial.name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        say(f"warning: {', '.join(names[:_NAMED])}{more} failed: {reason}")
+    if reasons:
+        say("the same command runs these trials again, and no others")
 
 
 def _print_table(report: "Report") -> None:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aecore.config.facts import Facts
-from aecore.evaluation.trial import Trial
+from aecore.evaluation.trial import REFERENCES, Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda
@@ -27,14 +27,24 @@ Records = Mapping[str, "Record"]
 
 
 class Ended(NamedTuple):
-    """The trials of a study that has ended, and how many of them were finished now and before."""
+    """The trials of a study that has ended, and how many stages were finished now and before.
+
+    A trial counts as one stage, beside the stages that several trials share.
+    """
 
     trials: list[Trial]
     """All trials, the stopped and the failed ones included."""
     computed: int
-    """Number of trials that were finished now."""
+    """Number of stages that were finished now."""
     restored: int
     """Number of trials that were finished before."""
+
+    @property
+    def status(self) -> Literal["finished", "partial", "failed"]:
+        """`partial` if some trials failed, `failed` if no trial of a variant is finished."""
+        if all(trial.status != "finished" for trial in self.trials if trial.row not in REFERENCES):
+            return "failed"
+        return "partial" if any(trial.status == "failed" for trial in self.trials) else "finished"
 
 
 def run(
@@ -53,14 +63,15 @@ def run(
     _restore(plan_trials(study, facts, resources.numerics), before, agenda, say)
     for row in study.searched_rows if study.search == "optuna" else ():
         agenda.sources.append(_search(runner, row, before, agenda))
+    shared = 0
     if agenda.has_work():
-        _compute_shared_stages(runner, agenda, say)
+        shared = _compute_shared_stages(runner, agenda, say)
         runner.run(agenda)
     after = tracker.trials_of(parent)
     _close_runs(agenda, after, tracker)
     trials = [trial_of(plan, after, study.budget.epochs, agenda.endings) for plan in agenda.plans.values()]
     finished = [{key for key, record in records.items() if record.is_finished} for records in (before, after)]
-    return Ended(trials, len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()))
+    return Ended(trials, shared + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()))
 
 
 def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, say: Say) -> None:
@@ -93,18 +104,20 @@ def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> S
     return Search(study, row, runner.plan_of, tried)
 
 
-def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> None:
-    """Compute the stages that several trials need. The trials that need one which fails fail, for its reason."""
+def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> int:
+    """Compute the stages that several trials need; return how many were computed now. The trials that need one which
+    fails fail, for its reason."""
     plans = agenda.waiting()
     groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
     stages = shared_stages(groups)
     if not stages:
-        return
+        return 0
     say(f"{len(stages)} stages that several trials share come first")
     failures: dict[str, Exception] = {}
-    compute(stages, runner.tracker, runner.parent, runner.resources, say, failures)
+    outcomes = compute(stages, runner.tracker, runner.parent, runner.resources, say, failures)
     found = {plan.stage.key: [failures[key] for key in plan.stages() if key in failures] for plan in plans}
     agenda.refuse({key: reason_of(errors[0]) for key, errors in found.items() if errors})
+    return sum(not outcome.restored for outcome in outcomes.values())
 
 
 def _close_runs(agenda: Agenda, records: Records, tracker: "Tracker") -> None:
