@@ -5,7 +5,6 @@ from itertools import pairwise
 from math import ceil
 
 from aecore.core.fingerprint import fingerprint
-from aecore.evaluation.trial import REFERENCES
 from pipelines.study.plan import TrialPlan, reference_groups
 
 _MOST_AS_ONE = 64
@@ -15,15 +14,15 @@ _MOST_AS_ONE = 64
 def groups_of(plans: Sequence[TrialPlan], gpus: int | None) -> list[list[TrialPlan]]:
     """Divide trials into the groups that Ray Tune runs as one trial each.
 
-    All seeds of a reference (PCA, random weights) are one group, since they share most of their stages.
+    All seeds of a reference without settings are one group, since they share most of their stages.
 
     Args:
         gpus: Number of GPUs. There are at least so many groups if possible, so that no GPU is idle, but not many more:
-            a GPU trains one large group faster than several small ones side by side. None makes each trial that is no
-            reference a group of its own.
+            a GPU trains one large group faster than several small ones side by side. None makes each of the
+            other trials a group of its own.
     """
     references = reference_groups(plans)
-    others = [plan for plan in plans if plan.kind not in REFERENCES]
+    others = [plan for plan in plans if not plan.is_fixed_reference]
     if gpus is None:
         return [*references, *([plan] for plan in others)]
     groups: list[list[TrialPlan]] = []

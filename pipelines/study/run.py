@@ -61,11 +61,10 @@ def run(
             endings.errors |= {m.stage.key: LATE for m in missing}
         endings.update(ended)
     if study.search == "optuna":
-        for row in study.variants:
-            if study.space(row):
-                searched, ended = search(runner, row, say)
-                plans += searched
-                endings.update(ended)
+        for row in study.searched_rows:
+            searched, ended = search(runner, row, say)
+            plans += searched
+            endings.update(ended)
     after = finished_runs(plans, tracker)
     trials = [trial_of(plan, tracker, after, study.budget.epochs, endings) for plan in plans]
     return Ended(trials, len(after.keys() - before.keys()), len(before))

@@ -38,7 +38,7 @@ def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[l
                 say(f"{trial_name(row, settings, first)}: did not finish")
     plans = [runner.plan_of(row, settings, first) for settings, _ in tried.values()]
     if tried:
-        sign = -1 if study.choose == "probe" else 1
+        sign = -1 if study.chooses_highest else 1
         best = min(tried.values(), key=lambda one: sign * one[1])[0]
         others = [runner.plan_of(row, best, seed) for seed in study.seeds[1:]]
         endings.update(runner.run([m for m in others if not runner.tracker.find(m.stage.key)], say))
@@ -60,7 +60,7 @@ def _fit(runner: TrialRunner, row: str, tried: Tried, count: int) -> Any:
     }
     optuna = OptunaSearch(
         metric="chosen",
-        mode="max" if study.choose == "probe" else "min",
+        mode="max" if study.chooses_highest else "min",
         seed=first,
         points_to_evaluate=[config_of(settings) for settings, _ in tried.values()] or None,
         evaluated_rewards=[score for _, score in tried.values()] or None,

@@ -217,7 +217,8 @@ class TrialRunner:
         Where a search chooses the settings there are no groups yet; then it is what the largest settings need.
         """
         groups = groups or [
-            [self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])] for row in self.study.variants
+            [self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])]
+            for row in (*self.study.variants, *self.study.searched_rows)
         ]
         needs = [device_memory(stage, len(group)) for group in groups for stage in group[0].stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.imports import fast_imports
-from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
 from pipelines.execution.compute import Results, compute_graphs
@@ -108,7 +107,7 @@ def _last_report(
     }
     trained = {plan.stage.key: outcome.run_id for plan, outcome in ended if isinstance(outcome, Opened)}
     report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained}
-    if plans[0].kind in REFERENCES:
+    if plans[0].is_fixed_reference:
         # epoch 0, which no scheduler judges, since other trials are not to be compared with references
         return report | {"epoch": 0, "score": math.nan, "chosen": math.nan}
     if len(plans) > 1:
@@ -116,10 +115,9 @@ def _last_report(
     (plan,), (outcome,) = plans, outcomes
     if isinstance(outcome, Exception):
         raise outcome
-    if isinstance(outcome, Computed):
-        score = outcome.result.config["history"][-1]["val/reconstruction"]
-        return report | {"score": score, "chosen": outcome.result.metrics[study.choose_metric]}
-    stack = plan.stage.inputs["stack"]
-    assert isinstance(stack, Stage)
-    score = results[stack.key].result.config["history"][-1]["val/reconstruction"]
-    return report | {"score": score, "chosen": score}
+    # of a trial that measured itself, its measures have the curves of training too
+    last = outcome if isinstance(outcome, Computed) else results[plan.trained.key]
+    history = last.result.config["history"]
+    # only ASHA goes by the score, and random weights have no epochs
+    score = history[-1]["val/reconstruction"] if history else math.nan
+    return report | {"score": score, "chosen": last.result.metrics.get(study.choose_metric, score)}
