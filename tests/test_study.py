@@ -10,6 +10,7 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
+from pipelines.study.groups import groups_of
 from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
 
@@ -26,6 +27,32 @@ ALL = {
 
 def planned(facts: Facts = FACTS, **fields: Any) -> list[TrialPlan]:
     return plan_trials(Study.model_validate({"variants": ALL, **fields}), facts, Numerics())
+
+
+SUPERVISED: dict[str, Any] = {
+    "choose": "finetuned",
+    "variants": {
+        "SDAE": {"variant": {"kind": "denoising"}, "pretrain": {}, "finetune": None},
+        "SAE": {"pretrain": {}, "finetune": None},
+    },
+    "settings": {
+        "network.widths": [[32, 16], [48, 32, 16]],
+        "pretrain.epochs": [4, 8],
+        "pretrain.lr": [1e-3],
+        "labels.fit.lr": [1e-3, 2e-3],
+        "labels.fit.epochs": [3, 6],
+        "labels.fit.dropout": [0.25],
+    },
+    "seeds": (0,),
+    "budget": {"epochs": 24},
+    "labels": {"counts": []},
+}
+"""Layers are pretrained, then a classifier is finetuned; its validation accuracy chooses."""
+
+
+def classifiers(plan: TrialPlan) -> list[FinetuneSpec]:
+    specs = [stage.spec for stage in plan.stages().values()]
+    return [spec for spec in specs if isinstance(spec, FinetuneSpec) and spec.task == "classify"]
 
 
 def unsupervised_epochs(plan: TrialPlan) -> int:
@@ -144,6 +171,61 @@ def test_all_layers_of_a_convolutional_network_share_the_budget() -> None:
     assert isinstance(experiment_of(Study(), "plain", {}, 0).network, Dense)
 
 
+def test_layers_are_pretrained_and_then_a_classifier_is_finetuned() -> None:
+    plans = [plan for plan in planned(**SUPERVISED) if plan.row == "SDAE"]
+    assert len(plans) == 16
+    for plan in plans:
+        layers = plan.stage.inputs["layers"]
+        assert isinstance(layers, tuple) and plan.trained is layers[-1] and "stack" not in plan.stage.inputs
+        assert len(layers) == len(plan.settings["network.widths"])
+        assert unsupervised_epochs(plan) == plan.settings["pretrain.epochs"] * len(layers)
+        (spec,) = classifiers(plan)  # no few labels
+        assert (spec.labels, spec.variant) == (None, None) and {layer.dropout for layer in spec.layers} == {0.25}
+        fit = {name.removeprefix("labels.fit."): value for name, value in plan.settings.items() if "labels" in name}
+        assert {name: getattr(spec.fit, name) for name in fit} == fit
+        assert all(s.spec.fit.lr == 1e-3 for s in layers if isinstance(s.spec, PretrainSpec))
+
+
+def test_the_control_of_a_supervised_search_is_searched_too() -> None:
+    plans = planned(**SUPERVISED)
+    names = {plan.row: set(plan.settings) for plan in plans}
+    assert names["random"] == {"network.widths", "labels.fit.lr", "labels.fit.epochs", "labels.fit.dropout"}
+    assert names["pca"] == set() and len([plan for plan in plans if plan.row == "random"]) == 8
+    for plan in (plan for plan in plans if plan.row == "random"):
+        (reference,) = [s.spec for s in plan.stages().values() if isinstance(s.spec, ReferenceSpec)]
+        widths = plan.settings["network.widths"]
+        assert [layer.code_shape for layer in reference.layers] == [(width,) for width in widths]
+        (spec,) = classifiers(plan)
+        assert spec.fit.lr == plan.settings["labels.fit.lr"]
+    # its trials are as long as others, so each is a group of its own; PCA is not searched
+    groups = groups_of(plans, None)
+    assert len(groups) == len(plans) and not [plan for plan in plans if plan.row == "pca" and plan.settings]
+    for search in ("random", "optuna"):
+        study = Study.model_validate({**SUPERVISED, "search": search, "budget": {"epochs": 24, "settings": 5}})
+        assert study.searched_rows == ["SDAE", "SAE", "random"]
+        assert {study.settings_tried(row) for row in study.searched_rows} == {5}
+    assert Study.model_validate({"settings": {"network.dropout": [0.1]}}).searched_rows == ["plain"]
+
+
+def test_by_default_layers_alone_spend_the_budget_and_half_of_it_beside_the_whole() -> None:
+    rows = {
+        "layers": {"pretrain": {}, "finetune": None},
+        "both": {"pretrain": {}},
+        "short": {"pretrain": {"epochs": 2}},
+    }
+    plans = planned(choose="finetuned", variants=rows, seeds=(0,), budget={"epochs": 25})
+    epochs = {plan.row: unsupervised_epochs(plan) for plan in plans}
+    # three layers: 3 * 8; 3 * 4 and the rest; what a short pretraining leaves is not spent on the whole
+    assert epochs == {"layers": 24, "both": 25, "short": 6 + 13, "pca": 0, "random": 0}
+
+
+def test_the_same_trial_is_measured_again_where_the_classifier_chooses() -> None:
+    before, after = (planned(choose=choose, seeds=(0,)) for choose in ("reconstruction", "finetuned"))
+    for one, other in zip(before, after, strict=True):
+        assert one.stage.key != other.stage.key
+        assert one.stages().keys() - {one.stage.key} == other.stages().keys() - {other.stage.key}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -152,6 +234,19 @@ def test_all_layers_of_a_convolutional_network_share_the_budget() -> None:
         ({"variants": {}}, "at least 1 item"),
         ({"base": {"finetune": {"task": "classify"}}}, r"base\.finetune\.task: a study trains without labels"),
         ({"scheduler": "asha", "choose": "probe"}, "asha stops by reconstruction"),
+        ({"scheduler": "asha", "choose": "finetuned"}, "asha stops by reconstruction"),
+        ({"settings": {"labels.fit.lr": [1]}}, r"settings\.labels\.fit\.lr: equal for all .* set choose finetuned"),
+        ({"settings": {"pretrain.epochs": [1]}}, r"settings\.pretrain\.epochs: equal for all trials; budget"),
+        ({"choose": "finetuned", "settings": {"finetune.epochs": [1]}}, r"finetune\.epochs: equal for all trials"),
+        ({"settings": {"labels.counts": [1]}}, r"settings\.labels\.counts: only fields of"),
+        (
+            {"choose": "finetuned", "search": "random", "settings": {"pretrain.epochs": {"low": 1, "high": 9}}},
+            r"settings\.pretrain\.epochs: a range has fractions between its ends; list whole numbers",
+        ),
+        (
+            {"choose": "finetuned", "variants": {"a": {"settings": {"finetune.lr": [1, 2]}}, "b": {}}},
+            r"variants\.b: the search tries 1 of its settings, but 2 of row a; under choose finetuned give each row",
+        ),
         ({"settings": {"finetune.lr": {"low": 1, "high": 2}}}, "a grid needs lists of values"),
         ({"search": "random", "settings": {"finetune.lr": {"low": 2, "high": 1}}}, "a range from 2 to 1 is empty"),
         ({"seeds": ()}, "at least 1 item"),
@@ -171,6 +266,18 @@ def test_studies_whose_rows_cannot_be_compared_are_refused(fields: dict[str, Any
         ({"variants": {"a": {"variant": {"kind": "sparse", "penalty": "kl"}, "network": {"code_activation": "elu"}}}},
          r"variants\.a: variant\.penalty: kl needs codes in \(0, 1\)"),
         ({"variants": {"stacked": {"pretrain": {}}}, "budget": {"epochs": 3}}, "allow at least 4"),
+        ({"variants": {"a": {"finetune": None, "pretrain": {}}}}, r"variants\.a\.finetune: null, .* choose finetuned"),
+        ({**SUPERVISED, "variants": {"a": {"finetune": None}}, "settings": {}}, r"a: pretrain and finetune are both"),
+        ({**SUPERVISED, "budget": {"epochs": 2}, "settings": {}}, "2 are fewer than the 3 layers of row SDAE"),
+        ({**SUPERVISED, "budget": {"epochs": 23}},
+         r"variants\.SDAE: pretrain\.epochs 8 with 3 layers is more than budget\.epochs 23 allows, 7 per layer; raise"),
+        # found before Optuna has tried anything, and where the random draws leave it out
+        ({**SUPERVISED, "budget": {"epochs": 23, "settings": 1}, "search": "optuna"}, "epochs 8 with 3 layers"),
+        ({**SUPERVISED, "budget": {"epochs": 23, "settings": 1}, "search": "random"}, "epochs 8 with 3 layers"),
+        ({"choose": "finetuned", "variants": {"a": {"pretrain": {"epochs": 9}}}}, "6 per layer, as the whole"),
+        ({"choose": "finetuned", "settings": {"labels.fit.rate": [1]}}, r"settings\.labels\.fit\.rate: Extra"),
+        ({"choose": "finetuned", "facts": FACTS.model_copy(update={"classes": ()})}, "choose: finetuned needs labels"),
+        ({"choose": "probe", "facts": FACTS.model_copy(update={"classes": ()})}, "choose: probe needs labels"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_the_data_are_refused_before_anything_runs(fields: dict[str, Any], message: str) -> None:

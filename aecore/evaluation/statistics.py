@@ -271,6 +271,32 @@ def judge(means: Mapping[str, float], pairs: Sequence[Pair], higher: bool, refer
     )
 
 
+def worth(pairs: Sequence[Pair], control: str) -> list[str]:
+    """Say for each study row what its pretraining is worth: its accuracy minus that of a control, which is the same
+    network trained from random weights.
+
+    Args:
+        pairs: the result of `compare` on accuracies, as shares of the rows; the pairs without the control are left out.
+
+    Returns:
+        A sentence per study row, with the difference and its 95 % interval in percentage points. A difference that is
+        no finding after the correction is called none.
+    """
+    sentences = []
+    for pair in pairs:
+        if control not in (pair.first, pair.second) or not pair.seeds:
+            continue
+        row, sign = (pair.first, 1) if pair.second == control else (pair.second, -1)
+        gain, *ends = (100 * sign * value for value in (pair.difference, pair.low, pair.high))
+        size = f"{gain:+.2f} points of accuracy"
+        if np.isfinite(ends).all():
+            size += f" (95 % interval {min(ends):+.2f} to {max(ends):+.2f})"
+        holds = "is worth" if gain > 0 else "does harm"
+        verdict = f"{holds}: {size}" if pair.holds else f"makes no difference that holds: {size}"
+        sentences.append(f"The pretraining of {row} {verdict}.")
+    return sentences
+
+
 def resolution(seeds: int, rows: int) -> float:
     """Return the smallest mean difference that holds, in units of its standard deviation over seeds (2 or more), if
     there is no other spread and all study rows spread alike: what Holm's correction asks of the first pair."""

@@ -41,7 +41,8 @@ def measure(
     Args:
         stack: the autoencoder, where it was trained as a whole.
         layers: the autoencoder's layers, where they were only pretrained.
-        classifiers: models finetuned from the autoencoder, one for each number of labelled rows in `spec.labels`.
+        classifiers: models finetuned from the autoencoder, one for each number of labelled rows in `spec.labels`, the
+            last of which is all; `val/finetuned_accuracy` is the last one's.
         judge: a classifier of the data, in whose code samples are compared with real rows.
 
     Returns:
@@ -74,6 +75,8 @@ def measure(
             metrics |= {f"{name}/accuracy": float(rows.mean()) for name, rows in correct.items()}
             arrays |= {f"correct/{name}": rows for name, rows in correct.items()}
             curves["labels"] = _label_curve(readout, predictions, test)
+            if classifiers:
+                metrics["val/finetuned_accuracy"] = classifiers[-1].metrics["best/accuracy"]
     curves["robustness"] = robustness_curves(net, x, probe, sample.test.y)
     metrics |= mean_robustness(curves["robustness"])
     metrics |= unit_activity(net, codes.test)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import Pair, compare, judge
+from aecore.evaluation.statistics import Pair, compare, judge, worth
 from aecore.evaluation.trial import REFERENCES, Trial
 
 
@@ -77,6 +77,14 @@ def compare_measures(trials: Sequence[Trial], rows: Sequence[str]) -> list[Compa
     """Compare the study rows by each measure that at least one of them has."""
     comparisons = (_compare(measure, trials, rows) for measure in MEASURES)
     return [comparison for comparison in comparisons if comparison]
+
+
+def worth_of_pretraining(comparisons: Sequence[Comparison]) -> list[str]:
+    """Say for each study row what its training without labels is worth: how much higher the test accuracy of its
+    finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
+    finetuned = [one for one in comparisons if one.measure.name == "finetuned/accuracy"]
+    pairs = [pair for one in finetuned for pair, *_ in one.pairs if "pca" not in (pair.first, pair.second)]
+    return worth(pairs, "random")
 
 
 def _compare(measure: Measure, trials: Sequence[Trial], rows: Sequence[str]) -> Comparison | None:

@@ -14,14 +14,15 @@ from pydantic import ValidationError
 from aecore.config.experiment import Conv, Dense, Experiment, Finetune, Fit, overlay
 from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs, resolve
-from aecore.config.specs import FinetuneSpec, LoadSpec, MeasureSpec, Numerics, ReferenceSpec
+from aecore.config.specs import REVISION, FinetuneSpec, LoadSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.evaluation.trial import REFERENCES, trial_name
 from aecore.models.spec import LayerSpec
-from pipelines.graph.recipe import build, load_stage
-from pipelines.graph.stage import Stage
-from pipelines.study.schema import Range, Study, first_problem
+from aecore.variants import Variant
+from pipelines.graph.recipe import Stacked, build, load_stage
+from pipelines.graph.stage import Inputs, Stage
+from pipelines.study.schema import Labels, Range, Study, first_problem
 
 if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
@@ -46,6 +47,17 @@ class TrialPlan(NamedTuple):
         """The trial's name in messages and in the report."""
         return trial_name(self.row, self.settings, self.seed)
 
+    @property
+    def is_fixed_reference(self) -> bool:
+        """Whether the trial is of a reference without settings to search."""
+        return self.kind in REFERENCES and not self.settings
+
+    @property
+    def trained(self) -> Stage:
+        """The stage that ends the trial's unsupervised training: of the whole, or else of the last layer."""
+        stage = self.stage.inputs.get("stack") or self.stage.inputs["layers"]
+        return stage[-1] if isinstance(stage, tuple) else stage
+
     def tags(self) -> dict[str, str]:
         """Return the tags of the trial's MLflow run."""
         return {"row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed)}
@@ -55,19 +67,36 @@ class TrialPlan(NamedTuple):
         return {stage.key: stage for stage in _with_inputs(self.stage)}
 
 
+class _Trained(NamedTuple):
+    """An autoencoder before it is measured."""
+
+    data: Stage
+    inputs: Inputs
+    """The stages that train it, as inputs of further stages: `stack`, or `layers` that were only pretrained."""
+    layers: tuple[LayerSpec, ...]
+    """The layers of the classifiers that are finetuned from it."""
+    variant: Variant | None
+    """None for a reference."""
+
+
 def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPlan]:
     """Plan all trials of a study, references included, except the trials whose settings Optuna will choose.
 
     Raises:
-        InputError: a study row does not fit the data, or changes a field that does not exist.
+        InputError: a study row or setting does not fit the data or the budget, or changes a field that does not exist;
+            or settings are to be chosen by an accuracy, and the data have no labels.
     """
-    rows = [
+    if study.choose != "reconstruction" and not facts.classes:
+        raise InputError(f"choose: {study.choose} needs labels, but the data have none; use reconstruction")
+    for row in study.searched_rows if study.search != "grid" else ():
+        for settings in _most_demanding(study, row):
+            plan_trial(study, row, settings, study.seeds[0], facts, numerics)
+    return [
         plan_trial(study, row, settings, seed, facts, numerics)
-        for row in study.variants
+        for row in (*study.variants, *REFERENCES)
         for settings in settings_to_try(study, row)
         for seed in study.seeds
     ]
-    return rows + [_plan_reference(study, kind, seed, facts, numerics) for kind in REFERENCES for seed in study.seeds]
 
 
 def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
@@ -101,6 +130,16 @@ def largest_settings(study: Study, row: str) -> dict[str, Any]:
     }
 
 
+def _most_demanding(study: Study, row: str) -> list[dict[str, Any]]:
+    """Return the choices of settings of which one asks for the most epochs: all networks and lengths of pretraining,
+    each with the largest values of the other settings."""
+    space = study.space(row)
+    names = [name for name in space if name.startswith("network") or name == "pretrain.epochs"]
+    lists = [values if isinstance(values, list) else [values.high] for values in map(space.__getitem__, names)]
+    largest = largest_settings(study, row)
+    return [largest | dict(zip(names, choice, strict=True)) for choice in itertools.product(*lists)]
+
+
 def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     if isinstance(values, list):
         return generator.choice(values)
@@ -109,68 +148,132 @@ def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
     return generator.uniform(values.low, values.high)
 
 
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted name as a tree of fields."""
+    fields: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        fields = overlay(fields, value)
+    return fields
+
+
 def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int) -> Experiment:
     """Return the experiment of a trial: the base with the study row's fields, the settings and the budget's epochs.
 
     Raises:
-        InputError: the study row changes a field that does not exist, or the budget is too small for its layers.
+        InputError: the study row changes a field that does not exist, or its layers do not fit the budget.
     """
     base = study.base.model_dump()
     base["finetune"] = base["finetune"] or Finetune().model_dump()
     values = overlay(base, {key: value for key, value in study.variants[row].items() if key != "settings"})
-    for name, value in settings.items():
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        values = overlay(values, value)
+    values = overlay(values, {key: value for key, value in _nested(settings).items() if key != "labels"})
     try:
         network = Experiment.model_validate(values).network
     except ValidationError as error:
         raise InputError(first_problem(f"variants.{row}", error)) from None
-    if values["finetune"] is None:
-        raise InputError(f"variants.{row}.finetune: null, but each row is trained as a whole; leave it out")
+    whole = values["finetune"] is not None
+    if not whole and study.choose != "finetuned":
+        raise InputError(
+            f"variants.{row}.finetune: null, but each row is trained as a whole; leave it out or set choose finetuned"
+        )
     epochs = study.budget.epochs
     if values["pretrain"] is not None:
-        layers = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
-        epochs_per_layer = max(1, epochs // (2 * layers))
-        epochs -= epochs_per_layer * layers
-        if epochs <= 0:
-            raise InputError(
-                f"budget.epochs: {study.budget.epochs} leave row {row} with its {layers} layers no epoch for the "
-                f"whole; allow at least {layers + 1}"
-            )
         # fields of pretraining that neither the study row nor the settings set are as in finetuning, so that a stacked
         # row differs in one field from a row that is trained end to end
         own = {k: v for k, v in (study.variants[row].get("pretrain") or {}).items() if v is not None}
         own |= {k.removeprefix("pretrain."): v for k, v in settings.items() if k.startswith("pretrain.")}
-        fit = {k: v for k, v in values["finetune"].items() if k != "task"}
+        fit = {k: v for k, v in (values["finetune"] or base["finetune"]).items() if k != "task"}
+        layers = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
+        asked = own.get("epochs") if study.choose == "finetuned" else None
+        epochs_per_layer, epochs = _divide_epochs(study.budget.epochs, row, layers, whole, asked)
         values["pretrain"] = {**fit, **own, "epochs": epochs_per_layer}
-    values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
+    if whole:
+        values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
     return Experiment.model_validate({**values, "control": False, "seed": seed})
+
+
+def _divide_epochs(budget: int, row: str, layers: int, whole: bool, asked: int | None) -> tuple[int, int]:
+    """Return for how many epochs each layer of a study row is pretrained, and for how many the whole is trained.
+
+    Args:
+        whole: whether the whole is trained, which takes half of the budget.
+        asked: how many epochs per layer were asked for, which may be fewer than the budget allows; None takes as many
+            as it allows. What the layers leave is not spent on the whole, so that the question stays what they are
+            worth.
+    """
+    if whole:
+        allowed = max(1, budget // (2 * layers))
+        rest = budget - allowed * layers
+        if rest < 1:
+            raise InputError(
+                f"budget.epochs: {budget} leave row {row} with its {layers} layers no epoch for the whole; allow at "
+                f"least {layers + 1}"
+            )
+    else:
+        allowed, rest = budget // layers, 0
+        if allowed < 1:
+            raise InputError(
+                f"budget.epochs: {budget} are fewer than the {layers} layers of row {row}; allow at least {layers}"
+            )
+    if asked and asked > allowed:
+        raise InputError(
+            f"variants.{row}: pretrain.epochs {asked} with {layers} layers is more than budget.epochs {budget} allows, "
+            f"{allowed} per layer{', as the whole takes half' if whole else ''}; raise the budget or try fewer epochs"
+        )
+    return asked or allowed, rest
 
 
 def plan_trial(
     study: Study, row: str, settings: dict[str, Any], seed: int, facts: Facts, numerics: Numerics
 ) -> TrialPlan:
     """Plan one trial; raise an InputError if its study row does not fit the data or sets an unknown field."""
-    for kind in REFERENCES:
-        if row == kind:
-            return _plan_reference(study, kind, seed, facts, numerics)
-    experiment = experiment_of(study, row, settings, seed)
+    study = study.model_copy(update={"labels": _labels_of(study, settings)})
     name = trial_name(row, settings, seed)
+    for reference in REFERENCES:
+        if row == reference:
+            trained = _untrained(study, reference, settings, seed, facts)
+            return TrialPlan(row, settings, seed, row, _measures(study, name, trained, seed, facts, numerics))
+    experiment = experiment_of(study, row, settings, seed)
     try:
         graph = build(experiment, facts, numerics, f"{name}: ", served=False)
     except InputError as error:
         raise InputError(f"variants.{row}: {error}") from None
-    assert graph.finetune is not None
-    measures = _measures(study, name, graph.finetune, seed, facts, numerics)
-    return TrialPlan(row, settings, seed, experiment.variant.kind, measures)
+    trained = _trained(graph)
+    kind = experiment.variant.kind
+    return TrialPlan(row, settings, seed, kind, _measures(study, name, trained, seed, facts, numerics))
 
 
-def _plan_reference(
-    study: Study, kind: Literal["pca", "random"], seed: int, facts: Facts, numerics: Numerics
-) -> TrialPlan:
-    """Plan a trial that measures PCA of the code's width, or the base's network with random weights."""
-    experiment = resolve(study.base, facts)
+def _labels_of(study: Study, settings: Mapping[str, Any]) -> Labels:
+    """Return the supervised part of a trial, with the settings that bear on it."""
+    try:
+        return Labels.model_validate(overlay(study.labels.model_dump(), _nested(settings).get("labels", {})))
+    except ValidationError as error:
+        raise InputError(first_problem("settings.labels", error)) from None
+
+
+def _trained(graph: Stacked) -> _Trained:
+    """Return the autoencoder of a study row: trained as a whole, or made of pretrained layers."""
+    variant = graph.experiment.variant
+    if graph.finetune is not None:
+        assert isinstance(graph.finetune.spec, FinetuneSpec)
+        return _Trained(graph.data, {"stack": graph.finetune}, graph.finetune.spec.layers, variant)
+    dropout = {"dropout": graph.experiment.network.dropout}
+    specs = [layer.spec.layer for layer in graph.layers if isinstance(layer.spec, PretrainSpec)]
+    layers = tuple(spec.model_copy(update=dropout) for spec in specs)
+    return _Trained(graph.data, {"layers": graph.layers}, layers, variant)
+
+
+def _untrained(
+    study: Study, kind: Literal["pca", "random"], settings: Mapping[str, Any], seed: int, facts: Facts
+) -> _Trained:
+    """Return PCA of the code's width, or the base's network with random weights, as an autoencoder to measure."""
+    network = {key: value for key, value in _nested(settings).items() if key == "network"}
+    try:
+        base = Experiment.model_validate(overlay(study.base.model_dump(), network))
+    except ValidationError as error:
+        raise InputError(first_problem("settings", error)) from None
+    experiment = resolve(base, facts)
     layers = tuple(layer_specs(experiment.network, experiment.data, facts))
     if kind == "pca":
         width = min(prod(layers[-1].code_shape), prod(facts.shape))
@@ -181,29 +284,29 @@ def _plan_reference(
             ),
         )  # fmt: skip
     spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)
-    name = trial_name(kind, {}, seed)
-    stack = Stage(f"{name}: stack", "stages.reference", spec, {"data": load_stage(experiment, facts)})
-    return TrialPlan(kind, {}, seed, kind, _measures(study, name, stack, seed, facts, numerics))
+    name, data = trial_name(kind, settings, seed), load_stage(experiment, facts)
+    stack = Stage(f"{name}: stack", "stages.reference", spec, {"data": data})
+    return _Trained(data, {"stack": stack}, layers, None)
 
 
-def _measures(study: Study, name: str, stack: Stage, seed: int, facts: Facts, numerics: Numerics) -> Stage:
-    """Return the stage `name` that measures a trained stack; the classifiers that it needs are among its inputs."""
-    data = stack.inputs["data"]
-    assert isinstance(data, Stage) and isinstance(data.spec, LoadSpec)
-    assert isinstance(stack.spec, FinetuneSpec | ReferenceSpec)
-    variant = stack.spec.variant if isinstance(stack.spec, FinetuneSpec) else None
+def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Facts, numerics: Numerics) -> Stage:
+    """Return the stage `name` that measures an autoencoder; the classifiers that it needs are among its inputs."""
+    data, variant = trained.data, trained.variant
+    assert isinstance(data.spec, LoadSpec)
     # the splits leave fewer rows than this for training; the stage takes a count that is too large as all training rows
     rows = min(facts.rows, data.spec.data.limit or facts.rows)
     counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
     classifiers = [
         Stage(
             f"{name}: classify, {'all' if count is None else count} labels", "stages.finetune",
-            _classifier_spec(stack.spec.layers, facts, study.labels.fit, seed, numerics, count),
-            {"data": data, "stack": stack},
+            _classifier_spec(trained.layers, facts, study.labels.fit, seed, numerics, count),
+            {"data": data, **trained.inputs},
         )
         for count in ([*counts, None] if facts.classes else [])
     ]  # fmt: skip
-    inputs: dict[str, Stage | tuple[Stage, ...]] = {"data": data, "stack": stack, "classifiers": tuple(classifiers)}
+    inputs: dict[str, Stage | tuple[Stage, ...]] = {
+        "data": data, **trained.inputs, "classifiers": tuple(classifiers)
+    }  # fmt: skip
     if variant is not None and variant.kind == "variational" and facts.classes:
         layers = layer_specs(Dense(widths=_JUDGE_WIDTHS, activation="relu"), data.spec.data, facts)
         judge = _classifier_spec(tuple(layers), facts, _JUDGE_FIT, 0, numerics, None)
@@ -212,14 +315,17 @@ def _measures(study: Study, name: str, stack: Stage, seed: int, facts: Facts, nu
         variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.classes else (), seed=seed,
         pictures=seed == study.seeds[0],
     )  # fmt: skip
-    return Stage(name, "evaluation.measure", spec, inputs)
+    # results of this revision may lack the accuracy by which such a study chooses: earlier versions did not measure it
+    revision = REVISION + 1 if study.choose == "finetuned" else REVISION
+    return Stage(name, "evaluation.measure", spec, inputs, revision=revision)
 
 
 def _classifier_spec(
     layers: tuple[LayerSpec, ...], facts: Facts, fit: Fit, seed: int, numerics: Numerics, labels: int | None
 ) -> FinetuneSpec:
+    own = {"stochastic": False} | ({} if fit.dropout is None else {"dropout": fit.dropout})
     return FinetuneSpec(
-        layers=tuple(layer.model_copy(update={"stochastic": False}) for layer in layers), task="classify",
+        layers=tuple(layer.model_copy(update=own) for layer in layers), task="classify",
         classes=facts.classes, variant=None, fit=fit, seed=seed, numerics=numerics, labels=labels, served=False,
     )  # fmt: skip
 
@@ -239,17 +345,17 @@ def shared_stages(groups: Sequence[Sequence[TrialPlan]]) -> list[Stage]:
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return the trials of PCA and those of random weights, all seeds of each as a group.
+    """Return the trials of each reference without settings, all seeds as a group.
 
     The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
     """
-    groups = [[plan for plan in plans if plan.kind == kind] for kind in REFERENCES]
+    groups = [[plan for plan in plans if plan.kind == kind and plan.is_fixed_reference] for kind in REFERENCES]
     return [group for group in groups if group]
 
 
 def describe_plans(study: Study, plans: Sequence[TrialPlan], tracker: "Tracker | None") -> Iterator[str]:
     """Yield a line for each trial: whether it is finished, and how many of its stages other trials need too."""
-    groups = [[plan] for plan in plans if plan.kind not in REFERENCES] + reference_groups(plans)
+    groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
     shared = {stage.key for stage in shared_stages(groups)}
     for plan in plans:
         stages = [stage for stage in plan.stages().values() if stage.kept]
@@ -257,9 +363,8 @@ def describe_plans(study: Study, plans: Sequence[TrialPlan], tracker: "Tracker |
         run_id = tracker.find(plan.stage.key) if tracker else None
         state = f"finished, run {run_id}" if run_id else "would run"
         yield f"{plan.name:40} {plan.stage.key[:12]}  {counts:22} {state}"
-    for row in study.variants if study.search == "optuna" else ():
-        if study.space(row):
-            yield f"{row:40} Optuna chooses {study.budget.settings} settings; the best is trained with all seeds"
+    for row in study.searched_rows if study.search == "optuna" else ():
+        yield f"{row:40} Optuna chooses {study.budget.settings} settings; the best is trained with all seeds"
 
 
 def _with_inputs(stage: Stage) -> Iterator[Stage]:

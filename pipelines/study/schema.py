@@ -1,6 +1,7 @@
 """The fields of a study's recipe, and the checks that its variants can be compared fairly."""
 
 import re
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
@@ -13,6 +14,9 @@ from aecore.evaluation.trial import REFERENCES
 _ROW_NAME = r"\w[\w .:-]{0,99}"
 """Pattern of a study row's name: it becomes part of the names of metrics, and MLflow allows these characters there."""
 _ROW_FIELDS = {"variant", "network", "pretrain", "finetune", "settings"}
+LABELS_FIT = "labels.fit."
+"""How the names of the settings begin that belong to the finetuning of the classifier."""
+_SEARCHED_EPOCHS = ("pretrain.epochs", f"{LABELS_FIT}epochs")
 
 
 class Range(Frozen):
@@ -40,7 +44,8 @@ class Budget(Frozen):
 
     epochs: PositiveInt = 40
     """Passes over the training rows in a trial's unsupervised training. A study row with `pretrain` spends half of them
-    layer by layer, in equal parts, and the rest on the whole network."""
+    layer by layer, in equal parts, and the rest on the whole network. Under `choose: finetuned` these are the most that
+    a trial may spend."""
     settings: PositiveInt = 8
     """Number of settings that the searches random and optuna try for each study row."""
     hours: PositiveFloat | None = None
@@ -52,7 +57,7 @@ class Labels(Frozen):
 
     counts: tuple[PositiveInt, ...] = (100, 1000, 5000)
     """Numbers of labelled training rows at which the label-efficiency curve is measured. Numbers that the data cannot
-    supply are left out; training with all labels is always added."""
+    supply are left out; training with all labels is always added, and is the only one for []."""
     fit: Fit = Fit(epochs=15)
     """How each trained encoder is finetuned with a softmax layer on top."""
 
@@ -76,9 +81,11 @@ class Study(Frozen):
     best settings are then trained with the other seeds."""
     scheduler: Literal["none", "asha"] = "none"
     """asha stops trials early whose reconstruction error lags behind (Li et al. 2020)."""
-    choose: Literal["reconstruction", "probe"] = "reconstruction"
-    """The validation measure by which a study row's best settings are chosen: the squared reconstruction error, or the
-    accuracy of a linear probe."""
+    choose: Literal["reconstruction", "probe", "finetuned"] = "reconstruction"
+    """The validation measure by which a study row's best settings are chosen: the squared reconstruction error, the
+    accuracy of a linear probe, or (finetuned) the accuracy of the classifier that is finetuned with all labels. Under
+    finetuned `labels.fit` and `pretrain.epochs` can be searched as well, a row may have `finetune: null`, so that its
+    classifier starts from the pretrained layers, and the settings of the reference `random` are searched too."""
     budget: Budget = Budget()
     labels: Labels = Labels()
 
@@ -88,19 +95,42 @@ class Study(Frozen):
             raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
         for row, override in self.variants.items():
             _check_row(row, override)
-        if self.scheduler == "asha" and self.choose == "probe":
+        if self.scheduler == "asha" and self.choose != "reconstruction":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} lists a seed twice; name each once")
         spaces = [self.space(row) for row in self.variants]
         for name, values in (item for space in spaces for item in space.items()):
-            _check_setting(name, values)
+            _check_setting(name, values, self.choose == "finetuned")
         if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):
             raise ValueError("search: a grid needs lists of values, not ranges; list them or use random or optuna")
+        if self.choose == "finetuned":
+            self._check_that_rows_try_as_many()
         return self
 
+    def _check_that_rows_try_as_many(self) -> None:
+        counts = {row: self.settings_tried(row) for row in self.variants}
+        fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        if counts[fewest] < counts[most]:
+            raise ValueError(
+                f"variants.{fewest}: the search tries {counts[fewest]} of its settings, but {counts[most]} of row "
+                f"{most}; under choose finetuned give each row as many"
+            )
+
+    def settings_tried(self, row: str) -> int:
+        """Return how many settings the search tries in a study row; one without a search."""
+        space = self.space(row)
+        if space and self.search != "grid":
+            return self.budget.settings
+        return prod(len(values) for values in space.values() if isinstance(values, list))
+
     def space(self, row: str) -> Settings:
-        """Return the settings that are searched in a study row: those of the study, and those of the row itself."""
+        """Return the settings that are searched in a study row: those of the study, and those of the row itself. Of the
+        reference `random` the network and the classifier are searched, and that only under `choose: finetuned`."""
+        if row in REFERENCES:
+            searched = row == "random" and self.choose == "finetuned"
+            own = ("network.", LABELS_FIT)
+            return {name: v for name, v in self.settings.items() if searched and f"{name}.".startswith(own)}
         try:
             return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
         except ValidationError as error:
@@ -109,7 +139,18 @@ class Study(Frozen):
     @property
     def choose_metric(self) -> str:
         """The name of the metric by which a study row's best settings are chosen."""
-        return "val/probe_accuracy" if self.choose == "probe" else "val/reconstruction_mse"
+        accuracies = {"probe": "val/probe_accuracy", "finetuned": "val/finetuned_accuracy"}
+        return accuracies.get(self.choose, "val/reconstruction_mse")
+
+    @property
+    def chooses_highest(self) -> bool:
+        """Whether more is better by the metric by which settings are chosen."""
+        return self.choose != "reconstruction"
+
+    @property
+    def searched_rows(self) -> list[str]:
+        """The study rows of which settings are searched, references included."""
+        return [row for row in (*self.variants, *REFERENCES) if self.space(row)]
 
 
 def _check_row(row: str, override: dict[str, Any]) -> None:
@@ -126,11 +167,18 @@ def _check_row(row: str, override: dict[str, Any]) -> None:
         )
 
 
-def _check_setting(name: str, values: list[Any] | Range) -> None:
-    if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune)\.", name):
-        raise ValueError(f"settings.{name}: only fields of variant, network, pretrain and finetune can be searched")
-    if name.endswith((".epochs", ".task")):
+def _check_setting(name: str, values: list[Any] | Range, finetuned: bool) -> None:
+    """Check a setting to search; `finetuned` says whether settings are chosen by the finetuned classifier."""
+    if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune|labels\.fit)\.", name):
+        raise ValueError(
+            f"settings.{name}: only fields of variant, network, pretrain, finetune and labels.fit can be searched"
+        )
+    if name.startswith(LABELS_FIT) and not finetuned:
+        raise ValueError(f"settings.{name}: equal for all trials; set choose finetuned to search it")
+    if name.endswith((".epochs", ".task")) and not (finetuned and name in _SEARCHED_EPOCHS):
         raise ValueError(f"settings.{name}: equal for all trials; budget.epochs sets how long each may train")
+    if name.endswith((".epochs", ".batch_size")) and isinstance(values, Range):
+        raise ValueError(f"settings.{name}: a range has fractions between its ends; list whole numbers instead")
     if values == []:
         raise ValueError(f"settings.{name}: no values to try; list some, or leave it out")
 
