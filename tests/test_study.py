@@ -10,7 +10,6 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
-from pipelines.study.groups import groups_of
 from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
 
@@ -197,9 +196,9 @@ def test_the_control_of_a_supervised_search_is_searched_too() -> None:
         assert [layer.code_shape for layer in reference.layers] == [(width,) for width in widths]
         (spec,) = classifiers(plan)
         assert spec.fit.lr == plan.settings["labels.fit.lr"]
-    # its trials are as long as others, so each is a group of its own; PCA is not searched
-    groups = groups_of(plans, None)
-    assert len(groups) == len(plans) and not [plan for plan in plans if plan.row == "pca" and plan.settings]
+    # its trials are as long as others, so each is no fixed reference; PCA is not searched
+    assert {plan.row for plan in plans if plan.is_fixed_reference} == {"pca"}
+    assert not [plan for plan in plans if plan.row == "pca" and plan.settings]
     for search in ("random", "optuna"):
         study = Study.model_validate({**SUPERVISED, "search": search, "budget": {"epochs": 24, "settings": 5}})
         assert study.searched_rows == ["SDAE", "SAE", "random"]

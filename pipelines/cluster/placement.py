@@ -44,7 +44,8 @@ def most_trials(share: Share) -> int:
     if not share.gpus:
         return max(1, sum(int(node.cpus // share.cpus) * node.count for node in possible_nodes()))
     counts = [
-        node.count * int(min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus)))
+        node.count
+        * int(min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus)))
         for node in possible_nodes()
     ]
     return max(1, sum(counts))

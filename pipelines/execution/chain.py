@@ -115,8 +115,8 @@ class _Chain:
         """Keys of stages that ran out of their node's memory: their batches are cut in two."""
 
     def run(self, stages: Sequence[Stage]) -> dict[str, Outcome]:
-        """Return the outcomes of stages by key. If a stage fails, its error is noted in `errors`, and all stages that do
-        not need its result are finished."""
+        """Return the outcomes of stages by key. If a stage fails, its error is noted in `errors`, and all stages that
+        do not need its result are finished."""
         import ray
 
         outcomes: dict[str, Outcome] = {}

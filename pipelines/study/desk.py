@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.cluster.nodes import possible_nodes
 from pipelines.cluster.placement import most_trials
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus

@@ -51,10 +51,10 @@ class Search:
         """The trials of the best settings with further seeds that have not been handed out; None before the search has
         ended."""
         for settings, value in tried:
-            params = {name: _json(one) if isinstance(study.space(row)[name], list) else one for name, one in settings.items()}
-            self._optuna.add_trial(
-                optuna.trial.create_trial(params=params, distributions=self._space, value=value)
-            )
+            params = {
+                name: _json(one) if isinstance(study.space(row)[name], list) else one for name, one in settings.items()
+            }
+            self._optuna.add_trial(optuna.trial.create_trial(params=params, distributions=self._space, value=value))
 
     def next(self) -> TrialPlan | None:
         """Return a trial of the next settings; after the last, the best settings with the next seed."""
@@ -97,7 +97,7 @@ class Search:
 
 
 def _distribution(values: list[Any] | Range) -> "optuna.distributions.BaseDistribution":
-    """Return the values of a setting as Optuna takes them; those of a list as JSON, since it knows no lists in lists."""
+    """Return the values of a setting as Optuna takes them: those of a list as JSON, since some are lists."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if isinstance(values, list):
