@@ -20,6 +20,7 @@ from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
 from pipelines.cluster import nodes as nodes_module
+from pipelines.cluster.nodes import possible_nodes
 from pipelines.cluster.device import position_of
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.placement import bundle_of, most_trials, options_of, options_of_a_controller
@@ -38,15 +39,18 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Make up the nodes that are up, their labels, and what `ray up` has left on the head."""
 
     def make(
-        *up: dict[str, float], labels: Sequence[dict[str, str]] = (), may: dict[str, dict[str, Any]] | None = None
-    ) -> None:
+        *up: dict[str, float], labels: Sequence[dict[str, str]] = (), may: dict[str, dict[str, Any]] | None = None,
+        most: int = 4,
+    ) -> None:  # fmt: skip
         own = [*labels, *[{}] * (len(up) - len(labels))]
         nodes = [{"Alive": True, "Resources": node, "Labels": mine} for node, mine in zip(up, own, strict=True)]
         monkeypatch.setattr(ray, "nodes", lambda: nodes)
         file = tmp_path / "ray_bootstrap_config.yaml"
         if may is not None:
             kinds = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, **may}
-            file.write_text(yaml.safe_dump({"head_node_type": "head", "max_workers": 4, "available_node_types": kinds}))
+            file.write_text(
+                yaml.safe_dump({"head_node_type": "head", "max_workers": most, "available_node_types": kinds})
+            )
             monkeypatch.setenv("RAY_ADDRESS", "auto")
         monkeypatch.setattr(nodes_module, "_BOOTSTRAP", file)
 
@@ -164,7 +168,7 @@ def test_trials_on_gpus_leave_some_of_their_cpus_to_those_that_measure(cluster: 
     assert bundle_of(Share(0, 1), Resources())[0] == {"CPU": 1, "GPU": 0}
     cluster({"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1})
     assert most_trials(Share(0.25, 1)) == 8 and most_trials(Share(0.125, 1)) == 8  # four on each leave it a CPU
-    assert most_trials(Share(1, 2)) == 2 and most_trials(Share(0, 1)) is None
+    assert most_trials(Share(1, 2)) == 2 and most_trials(Share(0, 1)) == 8
     cluster({"CPU": 2, "GPU": 1})
     assert most_trials(Share(0.125, 1)) == 2  # too few CPUs to leave one
 
@@ -240,6 +244,18 @@ def test_the_autoscaler_starts_no_more_than_all_kinds_may_have(cluster: Any) -> 
     unlimited = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2**31 - 1}
     cluster(HEAD, may={"gpu": GPU_NODE, "more": unlimited})
     assert count_gpus(Resources()) == 4  # max_workers of the cluster
+
+
+def test_kinds_without_a_limit_are_counted_and_not_listed(cluster: Any) -> None:
+    """KubeRay's largest maxReplicas: a list of so many nodes would take all memory."""
+    unlimited = {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2**31 - 1}
+    cluster(HEAD, may={"gpu": unlimited}, most=2**31 - 1)
+    assert 1000 <= count_gpus(Resources()) <= 2**31 - 1 and len(possible_nodes()) == 2
+
+
+def test_nodes_beside_the_planned_ones_count_as_well(cluster: Any) -> None:
+    cluster(HEAD, {"CPU": 4, "GPU": 2, "accelerator_type:T4": 1}, may={"gpu": GPU_NODE})
+    assert count_gpus(Resources()) == 5 and count_gpus(Resources(accelerator="T4")) == 5
 
 
 def test_what_cluster_yaml_promises_is_planned_with(cluster: Any, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def each(
     Args:
         make: called once in each worker with `given` and the worker's device; returns a function from a number to the
             count of its rows.
-        workers: number of workers; None, or a larger number than the cluster holds, takes as many as the cluster holds.
+        workers: most workers; None takes as many as the cluster holds, also when nodes join it later.
         gpus: GPUs per worker; None takes 1 where the cluster has GPUs, else 0.
 
     Raises:
@@ -107,8 +107,9 @@ def each(
 
     # blocks in memory: tasks that read blocks would wait for a CPU, and the workers may have all
     jobs = ray.data.from_items(list(numbers), override_num_blocks=len(numbers))
+    limit = min(workers or len(numbers), len(numbers))
     # only one number waits at each worker: a number cannot move to another worker that is free
-    pool = ActorPoolStrategy(size=min(workers or most, most, len(numbers)), max_tasks_in_flight_per_actor=2)
+    pool = ActorPoolStrategy(min_size=min(most, limit), max_size=limit, max_tasks_in_flight_per_actor=2)
     done: Any = jobs.map_batches(Worker, batch_size=1, num_cpus=1, num_gpus=gpus, compute=pool)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
         columns = batch["done"], batch["error"], batch["unusable"]
@@ -123,13 +124,13 @@ def each(
 def _workers_with(gpus: float | None) -> tuple[float, int]:
     """Return the GPUs that each worker gets, and the most workers that the cluster holds or may hold with these."""
     nodes = possible_nodes()
-    all_gpus = sum(node.gpus for node in nodes)
+    all_gpus = sum(node.gpus * node.count for node in nodes)
     gpus = min(1.0, all_gpus) if gpus is None else gpus
     if gpus > 1:
         raise InputError(f"gpus: {gpus:g} asked for a worker, which computes on one GPU; use 1 and more workers")
     if gpus > all_gpus:
         raise InputError(f"gpus: {gpus:g} asked for a worker, the cluster has {all_gpus:g}; ask for less")
-    return gpus, max(1, int(all_gpus / gpus if gpus else sum(node.cpus for node in nodes)))
+    return gpus, max(1, int(all_gpus / gpus if gpus else sum(node.cpus * node.count for node in nodes)))
 
 
 def _set_up(preserve_order: bool) -> None:
