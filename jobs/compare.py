@@ -22,6 +22,7 @@ from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.plan import describe_plans, plan_trials
+from pipelines.study.results import read
 from pipelines.study.run import run
 from pipelines.study.schema import Study
 
@@ -78,7 +79,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
         with scratch() as folder:
-            report = _write_report(study, facts, ended.trials, folder)
+            trials = [read(trial, tracker) for trial in ended.trials]
+            report = _write_report(study, facts, trials, folder)
             # uploaded from here and not from the user's folder, in which other files may lie
             tracker.log_folder(run_id, folder, "report")
             if settings.figures:

@@ -69,7 +69,7 @@ def run(
         runner.run(agenda)
     after = tracker.trials_of(parent)
     _close_runs(agenda, after, tracker)
-    trials = [trial_of(plan, after, study.budget.epochs, agenda.endings) for plan in agenda.plans.values()]
+    trials = [trial_of(plan, after.get(key), study.budget.epochs, agenda.endings) for key, plan in agenda.plans.items()]
     finished = [{key for key, record in records.items() if record.is_finished} for records in (before, after)]
     return Ended(trials, shared + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()))
 
@@ -117,6 +117,7 @@ def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> int
     outcomes = compute(stages, runner.tracker, runner.parent, runner.resources, say, failures)
     found = {plan.stage.key: [failures[key] for key in plan.stages() if key in failures] for plan in plans}
     agenda.refuse({key: reason_of(errors[0]) for key, errors in found.items() if errors})
+    runner.known |= {stage.key: outcomes[stage.name].run_id for stage in stages if stage.name in outcomes}
     return sum(not outcome.restored for outcome in outcomes.values())
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class TrialRunner:
     def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
+        self.known: dict[str, str] = {}
+        """The runs of the finished stages that several trials share, by key."""
 
     @property
     def late(self) -> bool:
@@ -125,7 +128,7 @@ class TrialRunner:
         return share_of(self.resources, max(need or 0 for need in needs))
 
     def _assign(self, share: Share) -> Assignment:
-        return assign(self.tracker, self.parent, share, self.resources, in_study=True)
+        return replace(assign(self.tracker, self.parent, share, self.resources, in_study=True), known=self.known)
 
     def _load(self) -> "ObjectRef":
         import ray

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.imports import fast_imports
-from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
-from pipelines.execution.assignment import Assignment
+from pipelines.execution.assignment import Assignment, Opened
 from pipelines.execution.chain import may_pass
-from pipelines.execution.compute import Results, compute_graphs
-from pipelines.execution.journal import Computed, Opened
+from pipelines.execution.journal import Computed
+from pipelines.execution.trial import compute_trials
+from pipelines.execution.trial_journal import Results
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
 from pipelines.study.plan import TrialPlan, plan_trial
@@ -78,7 +78,7 @@ def compute_trial(
 
     assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
     results: Results = {load.key: ray.get(data[0])}
-    outcomes = compute_graphs([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
+    outcomes = compute_trials([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
     tune.report(_last_report(study, plans, outcomes, results))
 
 
@@ -93,16 +93,15 @@ def _last_report(
         for plan, outcome in ended
         if isinstance(outcome, Exception)
     }
-    trained = {plan.stage.key: outcome.run_id for plan, outcome in ended if isinstance(outcome, Opened)}
+    trained = {plan.stage.key: outcome for plan, outcome in ended if isinstance(outcome, Opened)}
     report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained, "ended": True}
     (plan, outcome), *others = ended
-    if errors or others or plan.row in REFERENCES:
+    if errors or others or plan.is_fixed_reference:
         # epoch 0, which no scheduler judges: other trials are not to be compared with references
         return report | {"epoch": 0, "score": math.nan, "chosen": math.nan}
-    if isinstance(outcome, Computed):
-        score = outcome.result.config["history"][-1]["val/reconstruction"]
-        return report | {"score": score, "chosen": outcome.result.metrics[study.choose_metric]}
-    stack = plan.stage.inputs["stack"]
-    assert isinstance(stack, Stage)
-    score = results[stack.key].result.config["history"][-1]["val/reconstruction"]
-    return report | {"score": score, "chosen": score}
+    # of a trial that measured itself, its measures have the curves of training too
+    last = outcome if isinstance(outcome, Computed) else results[plan.trained.key]
+    history = last.result.config["history"]
+    # only ASHA goes by the score, and random weights have no epochs
+    score = history[-1]["val/reconstruction"] if history else math.nan
+    return report | {"score": score, "chosen": last.result.metrics.get(study.choose_metric, score)}
