@@ -97,18 +97,21 @@ def test_searches_of_all_rows_run_at_once_and_the_best_settings_get_the_other_se
     assert [plan.row for plan in running] == ["plain", "sparse"] * 2
     assert agenda.take(None, in_reserve=True) == []  # a search knows more when it is asked later
     tried: dict[str, list[tuple[float, dict[str, Any]]]] = {"plain": [], "sparse": []}
-    further = []
+    further: list[tuple[str, dict[str, Any], int]] = []
     while running:
         plan = running.pop(0)
         rate = plan.settings["finetune.lr"]
         agenda.finish(plan, abs(rate - 1e-3))
-        (tried[plan.row] if plan.seed == 0 else further).append((abs(rate - 1e-3), plan.settings, plan.row, plan.seed))
+        if plan.seed == 0:
+            tried[plan.row].append((abs(rate - 1e-3), plan.settings))
+        else:
+            further.append((plan.row, plan.settings, plan.seed))
         while group := agenda.take(None):
             running += group
     assert {row: len(of) for row, of in tried.items()} == {"plain": 6, "sparse": 6} and agenda.is_done
     for row, of in tried.items():
         best = min(of, key=lambda one: one[0])[1]
-        assert [(s, seed) for _, s, of_row, seed in further if of_row == row] == [(best, 1), (best, 2)]
+        assert [(settings, seed) for of_row, settings, seed in further if of_row == row] == [(best, 1), (best, 2)]
 
 
 def test_a_search_goes_on_from_what_was_finished_before() -> None:

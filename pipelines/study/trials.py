@@ -1,5 +1,6 @@
 """The trials of a study on Ray Tune, which asks for work whenever the cluster has room."""
 
+import logging
 import os
 import sys
 import time
@@ -84,6 +85,8 @@ class TrialRunner:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.room.slots + desk.room.reserve)
         from ray import tune
 
+        # it warns of each trial that it finds no file of; nobody reads them either
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         trainable = tune.with_parameters(
             compute_trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
             assignment=assignment, data=data,

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def compute_trial(
         import ray
         from ray import tune
 
-    plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
+    with warnings.catch_warnings(action="ignore"):  # the driver has planned the same trials, and shown its warnings
+        plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
     measured_elsewhere = assignment.share.gpus > 0
     assignment = replace(assignment, share=share_of_row(plans[0].row, assignment.share))
     load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))

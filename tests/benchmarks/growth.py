@@ -46,7 +46,8 @@ from pipelines.store.lease import Lease
 from pipelines.store.record import marker, study_marker
 from pipelines.store.runs import Tracker
 from pipelines.study import trials as trials_module
-from pipelines.study.plan import plan_trials
+from pipelines.study.agenda import Agenda
+from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
 from pipelines.study.trials import TrialRunner
 from pipelines.study.worker import choices
@@ -226,7 +227,7 @@ def stub(
     one = plan_trial(study, row, settings, seed, facts, numerics)
     run = Tracker(*assignment.store).open_trial(one.stage, assignment.parent, [], tags=one.tags())
     run.commit_trial(one.stage.key, Result({}, {}, {"val/reconstruction_mse": 0.0}), [], {}, {})
-    tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
+    tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0, "ended": True})
 
 
 def trials(quick: bool) -> list[dict[str, Any]]:
@@ -249,10 +250,10 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                     runner = TrialRunner(wanted, facts, tracker, top, Resources(cpus=1))
                     members = [m for m in plan_trials(wanted, facts, Numerics()) if m.row == "plain"]
                     if not found:
-                        runner.run(members[:4], lambda line: None)  # Ray and the first workers start
+                        run_all(runner, members[:4])  # Ray and the first workers start
                         members = members[4:]
                     began = time.perf_counter()
-                    errors = runner.run(members, lambda line: None).errors
+                    errors = run_all(runner, members)
                     seconds = time.perf_counter() - began
                 assert not errors and len(tracker.trials_of(top)) == count
                 found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
@@ -260,6 +261,14 @@ def trials(quick: bool) -> list[dict[str, Any]]:
     finally:
         vars(trials_module)["compute_trial"] = body
     return found
+
+
+def run_all(runner: TrialRunner, plans: Sequence[TrialPlan]) -> dict[str, str]:
+    """Run trials; return the errors of those that failed."""
+    agenda = Agenda(retries=0)
+    agenda.add(plans)
+    runner.run(agenda)
+    return agenda.endings.errors
 
 
 PARTS: dict[str, tuple[str, Callable[[Path, bool], list[dict[str, Any]]]]] = {
