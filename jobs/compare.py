@@ -22,6 +22,7 @@ from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.plan import describe_plans, plan_trials
+from pipelines.study.results import read
 from pipelines.study.run import run
 from pipelines.study.schema import Study
 
@@ -76,7 +77,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
         with scratch() as folder:
-            report = _write_report(study, facts, ended.trials, folder)
+            trials = [read(trial, tracker) for trial in ended.trials]
+            report = _write_report(study, facts, trials, folder)
             # uploaded from here and not from the user's folder, in which other files may lie
             tracker.log_folder(run_id, folder, "report")
             if settings.figures:
@@ -85,7 +87,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_summary(run_id, metrics, {})
     if settings.figures:
         say(f"wrote {settings.figures / 'report.html'}")
-    for trial in ended.trials:
+    for trial in trials:
         if trial.status == "failed":
             say(f"warning: {trial.name} failed: {trial.error}")
     _print_table(report)
@@ -95,7 +97,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "experiment": key,
         "metrics": metrics,
         "verdicts": report.verdicts,
-        "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
+        "trials": {kind: sum(t.status == kind for t in trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},
     }
 

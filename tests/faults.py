@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import shutil
 import threading
 import time
 import uuid
@@ -54,9 +53,10 @@ class Schedule:
 
 
 class Faulty:
-    """A client whose calls fail by a schedule: before they act, after, after a while, or with a file cut short."""
+    """A client, or the files in `folder`, whose calls fail by a schedule: before they act, after, after a while, or
+    with a file cut short."""
 
-    def __init__(self, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
+    def __init__(self, client: Any, schedule: Schedule, folder: Path | None = None) -> None:
         self._client, self._schedule, self._folder = client, schedule, folder
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -71,8 +71,8 @@ class Faulty:
                 self._schedule.hung = True
                 raise TimeoutError("timed out")
             answer = method(*args, **kwargs)
-            if fault == "tear" and name == "log_artifacts":
-                self._tear(self._folder(args[0]))
+            if fault == "tear" and name.startswith("log_artifact") and self._folder:
+                self._tear(self._folder)
             elif fault in ("lose", "tear"):
                 raise ConnectionError("connection reset by peer")
             return answer
@@ -104,7 +104,7 @@ class MemoryClient:
         run_id = uuid.uuid4().hex
         info = SimpleNamespace(
             run_id=run_id, experiment_id=experiment_id, status="RUNNING", start_time=start_time,
-            lifecycle_stage="active",
+            lifecycle_stage="active", artifact_uri=str(self.folder(run_id)),
         )  # fmt: skip
         data = SimpleNamespace(tags=dict(tags or {}), params={}, points={}, metrics={})
         self.runs[run_id] = SimpleNamespace(info=info, data=data, inputs=None, outputs=None)
@@ -185,12 +185,6 @@ class MemoryClient:
     def get_metric_history(self, run_id: str, key: str) -> list[Any]:
         return [m for m in self.runs[run_id].data.points.values() if m.key == key]
 
-    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        shutil.copytree(local_dir, self.folder(run_id) / (artifact_path or ""), dirs_exist_ok=True)
-
     def list_artifacts(self, run_id: str, path: str | None = None) -> list[Any]:
         found = sorted((self.folder(run_id) / (path or "")).glob("*"))
         return [SimpleNamespace(path=str(file.relative_to(self.folder(run_id)))) for file in found]
-
-    def download_artifacts(self, run_id: str, path: str, dst_path: str) -> str:
-        return str(shutil.copytree(self.folder(run_id) / path, Path(dst_path) / path, dirs_exist_ok=True))

@@ -6,7 +6,7 @@ from aecore.config.specs import LoadSpec
 from aecore.models.storage import Result
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.compute import Work, finish, inputs_of, load_rows, stages_below
+from pipelines.execution.compute import Work, compute_stage, inputs_of, load_rows, restored, stages_below
 from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.store.runs import Tracker
@@ -34,11 +34,8 @@ def _compute(stage: Stage, assignment: Assignment, done: dict[str, Any]) -> Any:
         if isinstance(stage.spec, LoadSpec):
             done[stage.key] = load_rows(stage.spec)
         else:
-            finished = Tracker(*assignment.store).find(stage.key)
-            inputs = {} if finished else inputs_of(stage, [done[parent.key] for parent in stage.parents()])
-            (outcome,) = finish([Work(stage, assignment, inputs)]).values()
-            if isinstance(outcome, Exception):
-                raise outcome
-            done[stage.key] = outcome
+            done[stage.key] = restored(stage, assignment) or compute_stage(
+                Work(stage, assignment, inputs_of(stage, [done[parent.key] for parent in stage.parents()]))
+            )
     value = done[stage.key]
     return value.result if isinstance(value, Computed) else value

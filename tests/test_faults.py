@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +43,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.execution.journal._LOG_SECONDS", 0.01)
 
 
-def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule, folder: Callable[[str], Path]) -> None:
-    faulty = Faulty(client, schedule, folder)
+def disturb(monkeypatch: pytest.MonkeyPatch, client: Any, schedule: Schedule) -> None:
+    faulty = Faulty(client, schedule)
     monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: faulty if schedule.on else client)
+    files_at = store_client.Store.files_at
+
+    def faulty_files_at(store: store_client.Store, uri: str) -> Any:
+        files = files_at(store, uri)
+        return Faulty(files, schedule, Path(uri.removeprefix("file://"))) if schedule.on else files
+
+    monkeypatch.setattr(Tracker, "files_at", faulty_files_at)
 
 
 class Pipeline:
@@ -132,7 +138,7 @@ def test_schedules_of_faults(
         patient = seed % 2 == 0
         folder, schedule = tmp_path / str(seed), Schedule(seed, *((2, 14) if patient else (20, 90)))
         memory = MemoryClient(folder / "artifacts")
-        disturb(monkeypatch, memory, schedule, memory.folder)
+        disturb(monkeypatch, memory, schedule)
         # every other one gives up at once
         tracker = Tracker("fake://", "0", patience=0.05 if patient else 0.0)
         survive(Pipeline(seed, folder / "checkpoints", monkeypatch), tracker, schedule)
@@ -146,11 +152,7 @@ def test_schedules_of_faults_of_a_real_store(
     seed: int, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, schedule = tracker.direct, Schedule(seed, 5, 40)
-
-    def folder(run_id: str) -> Path:
-        return Path(str(client.get_run(run_id).info.artifact_uri).removeprefix("file://"))
-
-    disturb(monkeypatch, client, schedule, folder)
+    disturb(monkeypatch, client, schedule)
     survive(Pipeline(seed, tmp_path, monkeypatch), tracker._replace(patience=0.0 if seed % 2 else 1.0), schedule)
 
 
@@ -242,13 +244,15 @@ def test_at_the_end_of_patience_the_place_is_told_and_nothing_is_trained_again(
 ) -> None:
     memory, down = MemoryClient(tmp_path / "artifacts"), [True]
 
-    class Refusing:
-        def __getattr__(self, name: str) -> Any:
-            if down[0] and name == "log_artifacts":
-                raise ConnectionError("refused")
-            return getattr(memory, name)
+    files_at = store_client.Store.files_at
 
-    monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: Refusing())
+    def refusing(store: store_client.Store, uri: str) -> Any:
+        if down[0]:
+            raise ConnectionError("refused")
+        return files_at(store, uri)
+
+    monkeypatch.setattr(store_client, "MlflowClient", lambda tracking_uri: memory)
+    monkeypatch.setattr(Tracker, "files_at", refusing)
     pipeline, tracker = Pipeline(0, tmp_path / "checkpoints", monkeypatch), Tracker("fake://", "0", patience=0.1)
     with pytest.raises(OutageError, match=r"^first is computed, and is kept in .*/checkpoints/\w+, but not") as error:
         pipeline.command(tracker)

@@ -32,8 +32,9 @@ from aecore.training.memory import peak_memory
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.compute import compute_graphs, load_rows
+from pipelines.execution.compute import load_rows
 from pipelines.execution.journal import Computed
+from pipelines.execution.trial import compute_trials
 from pipelines.store.connection import connect
 from pipelines.store.runs import Tracker
 from pipelines.study.groups import alike, groups_of
@@ -523,7 +524,7 @@ def test_trials_as_one_are_those_of_a_study(
     def compute(store: Tracker, top: str, plans: list[TrialPlan], everywhere: bool = False) -> list[Any]:
         common = Assignment(store=tuple(store), parent=top, share=Share(0, 1), tell=tell, reads_alone=True)
         assignments = [replace(common, tags=plan.tags()) for plan in plans]
-        return compute_graphs([plan.stage for plan in plans], assignments, {loaded.key: rows}, everywhere)
+        return compute_trials([plan.stage for plan in plans], assignments, {loaded.key: rows}, everywhere)
 
     with other.job_run("test", "alone", {}, {}) as top:
         alone = [compute(other, top, [plan])[0].result for plan in group[:2]]
@@ -545,14 +546,11 @@ def test_trials_as_one_are_those_of_a_study(
             run = found[m.stage.key]
             assert run.data.tags["row"] == "plain" and run.info.run_name == m.name
             for key, stage in m.stages().items():
-                if stage.kept:
-                    mine, theirs = tracker.find(key), other.find(key)
-                    assert mine and theirs
-                    if stage.trains:
-                        curves = [t.metrics(r)["val/loss"] for t, r in ((tracker, mine), (other, theirs))]
-                        assert curves[0] == pytest.approx(curves[1], rel=SAME)
-                    if key != m.stage.key:
-                        assert found[key].data.tags["mlflow.parentRunId"] == run.info.run_id
+                if stage.kept and stage.trains:
+                    assert tracker.find(key) == run.info.run_id
+                    mine, theirs = tracker.restore(run.info.run_id, key), other.restore(other.find(key) or "", key)
+                    curves = [one.config["history"][-1]["val/loss"] for one in (mine, theirs)]
+                    assert curves[0] == pytest.approx(curves[1], rel=SAME)
         bad = found[group[2].stage.key]
         assert bad.info.status == "FAILED" and "DivergenceError" in bad.data.tags["error"]
         told.clear()

@@ -180,12 +180,13 @@ def test_a_search_reads_all_pages(tracker: Tracker, monkeypatch: pytest.MonkeyPa
     study = parent(tracker, "many trials")
     for number in range(7):
         tags = {"row": "a", "settings": json.dumps({"number": number})}
-        trial = tracker.open_run(
-            Stage(f"trial {number}", "evaluation.measure", Data(labels=str(number))), study, tags=tags
+        trial = tracker.open_trial(
+            Stage(f"trial {number}", "evaluation.measure", Data(labels=str(number))), study, [], tags=tags
         )
         trial.close("FINISHED")
     monkeypatch.setattr("pipelines.store.client.PAGE_SIZE", 3)
-    assert sorted(settings["number"] for settings, _ in tracker.trials(study, "a")) == list(range(7))
+    records = tracker.trials_of(study)
+    assert sorted(json.loads(one.tags["settings"])["number"] for one in records.values()) == list(range(7))
     assert len(tracker.runs({"row": "a"})) == 7 and len(tracker.runs({"row": "a"}, limit=5)) == 5
     # a job that ends closes all the runs in it, however many they are
     with pytest.raises(KeyboardInterrupt), tracker.job_run("test", "many runs", {}, {}) as top:
@@ -420,18 +421,15 @@ def test_a_deleted_experiment_ends_in_one_line(tmp_path: Path) -> None:
         connect(tracker.uri, "gone")
 
 
-def test_trials_that_were_stopped_or_died_are_closed_with_all_below_them(tracker: Tracker) -> None:
+def test_trials_that_were_stopped_or_died_are_closed(tracker: Tracker) -> None:
     study = parent(tracker, "study")
     for name in ("stopped", "dead"):
-        trial = Stage(name, "evaluation.measure", Data(labels=name))
-        run = tracker.open_run(trial, study, tags={"row": "a", "settings": "{}"})
-        below = tracker.open_run(Stage(f"{name} below", "stages.finetune", Data(labels=name)), run.run_id)
+        run = tracker.open_trial(Stage(name, "evaluation.measure", Data(labels=name)), study, [], tags={"row": "a"})
         if name == "stopped":
-            tracker.stop(trial.key, 7)
+            tracker.stop_trial(run.run_id, 7)
         else:
-            tracker.fail(trial.key, "OOM")
-        found = [tracker.client.get_run(one.run_id) for one in (run, below)]
-        assert {one.info.status for one in found} == {"KILLED" if name == "stopped" else "FAILED"}
-        assert tracker.stopped(trial.key) == (7 if name == "stopped" else None)
-        assert found[0].data.tags.get("error") == ("OOM" if name == "dead" else None)
-    assert tracker.trials(study, "a") == []
+            tracker.fail_trial(run.run_id, "OOM")
+    stopped, dead = tracker.trials_of(study).values()
+    assert (stopped.status, stopped.stopped, stopped.tags.get("error")) == ("KILLED", 7, None)
+    assert (dead.status, dead.stopped, dead.tags.get("error")) == ("FAILED", None, "OOM")
+    assert not stopped.is_finished and not dead.is_finished

@@ -37,6 +37,10 @@ class Trial(NamedTuple):
     """Passes over the training rows. Those of a shared stage count for each trial that uses the stage."""
     seconds: float = 0.0
     """Seconds that training the trial's stages took, retries and the former training of restored stages included."""
+    cpu_seconds: float = 0
+    """Seconds of a CPU that were spent on the trial in all its attempts: CPUs times seconds."""
+    gpu_seconds: float = 0
+    """Seconds of a GPU that were spent on the trial in all its attempts: share of the GPU times seconds."""
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aecore.training.checkpoint import Checkpoints
 from pipelines.cluster.device import are_fake
@@ -23,6 +23,23 @@ Tell = Callable[[Stage, int, dict[str, float]], None]
 """Function that is called once per epoch with the stage, the epoch's number (from 1) and the epoch's metrics."""
 
 
+class Opened(NamedTuple):
+    """The open run of a trial that was trained and is to be measured by another process."""
+
+    run_id: str
+    files: str
+    """The URI of the run's artifacts, among which the trained stages lie."""
+    attempt: int
+    last_epoch: int
+    """The last epoch that is logged already."""
+    metrics: Mapping[str, float]
+    """The last value of each metric that the run has."""
+    totals: Mapping[str, float]
+    """Epochs and seconds of the training."""
+    spent: Mapping[str, float]
+    """CPU and GPU seconds, those of earlier attempts included."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
     """Where a stage is computed and where its result goes; nothing in an assignment is part of the stage's key.
@@ -35,8 +52,12 @@ class Assignment:
     parent: str
     """The MLflow run in which the stage's run is nested."""
     share: Share
-    run_id: str | None = None
-    """The stage's run, where another process has opened it already."""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """The runs of finished stages, by key, which need not be looked for."""
+    opened: "Opened | None" = None
+    """The trial's run, where another process has opened it and trained the trial."""
+    quiet: bool = False
+    """Whether nothing but warnings is printed and epochs are logged rarely, as in a study, which has many stages."""
     fake_gpus: bool = False
     """Whether the cluster's GPUs are only pretended, so that the stage computes on the CPU."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +101,7 @@ def assign(tracker: "Tracker", parent: str, share: Share, resources: Resources, 
         checkpoint_folder=checkpoint_folder(tracker.uri, resources.storage_path),
         checkpoint_seconds=resources.checkpoint_every,
         reads_alone=in_study,
+        quiet=in_study,
     )
 
 

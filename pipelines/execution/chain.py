@@ -18,7 +18,7 @@ from pipelines.cluster.share import Share, check_this_machine, share_of
 from pipelines.execution.assignment import Assignment, assign, checkpoint_folder, checkpoints_of
 from pipelines.execution.compute import (
     Work,
-    compute_stages,
+    compute_stage,
     import_for_evaluation,
     inputs_of,
     load_rows,
@@ -207,16 +207,16 @@ class _Chain:
     def _start(self, stage: Stage) -> "ObjectRef":
         inputs = [self._submit(parent) for parent in stage.parents()]
         if isinstance(stage.spec, LoadSpec):
-            options = options_of(Share(0, 1), self.resources) | {"name": stage.name}
+            options = options_of(Share(0, 1), self.resources) | {"name": stage.kind}
             return as_task(load_rows).options(**options).remote(stage.spec)
         if stage.key not in self.shares:
             self.shares[stage.key] = share_of(self.resources, device_memory(stage), reads_from_disk(stage))
         share = self.shares[stage.key]
         assignment = replace(self.assignment, share=share, parts=2 if stage.key in self.halved else 1)
         if is_trained_by_team(stage, self.resources):  # the team's members reserve CPUs and devices themselves
-            options = options_of_a_controller() | {"name": stage.name}
+            options = options_of_a_controller() | {"name": stage.kind}
             return as_task(compute_in_team).options(**options).remote(stage, assignment, self.resources, inputs)
-        options = options_of(share, self.resources) | {"name": stage.name}
+        options = options_of(share, self.resources) | {"name": stage.kind}
         return as_task(_compute_task).options(**options).remote(stage, assignment, *inputs)
 
     def _warm_up_evaluation(self, stages: Sequence[Stage]) -> None:
@@ -254,10 +254,7 @@ def as_task(function: Callable[..., Any]) -> Any:
 
 def _compute_task(stage: Stage, assignment: Assignment, *inputs: Any) -> Computed:
     """Compute a stage in a Ray task and return it finished."""
-    (outcome,) = compute_stages([Work(stage, assignment, inputs_of(stage, inputs))])
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    return compute_stage(Work(stage, assignment, inputs_of(stage, inputs)))
 
 
 def cause_of(error: Exception) -> Exception:

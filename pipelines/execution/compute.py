@@ -1,6 +1,7 @@
 """The one way in which stages are computed: restored if they are finished, else computed, logged and committed.
 
-A chained task, a trial of a study and the first member of a worker group all compute their stages here.
+A chained task and the first member of a worker group compute a stage here. A trial of a study computes its stages
+alike, but keeps all of them in one run, see `trial`.
 """
 
 import gc
@@ -8,12 +9,10 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from aecore.config.specs import LoadSpec
 from aecore.core.imports import fast_imports
@@ -25,7 +24,7 @@ from pipelines.cluster.device import device_of
 from pipelines.cluster.reading import spread
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.journal import Computed, Journal, Opened
+from pipelines.execution.journal import Computed, Journal
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line, say
 
@@ -33,8 +32,9 @@ if TYPE_CHECKING:
     from aecore.stages.context import Context
     from pipelines.store.runs import Tracker
 
-Results = dict[str, Any]
-"""Results by the keys of stages: a `Computed` for each stage that MLflow keeps, and the rows of the data."""
+T = TypeVar("T")
+Report = Callable[[int, dict[str, float]], None]
+"""Takes the number of an epoch, from 1, and its metrics."""
 
 
 class Work(NamedTuple):
@@ -62,111 +62,60 @@ def inputs_of(stage: Stage, values: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def compute_stages(works: Sequence[Work], everywhere: bool = False) -> list[Computed | Exception]:
-    """Compute stages in this process, log their epochs and commit their results; then free the GPU's memory.
+def compute_stage(work: Work) -> Computed:
+    """Compute a stage in this process, log its epochs and commit its result; then free the GPU's memory.
+
+    Raises:
+        Exception: Whatever the stage fails with.
+    """
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        # before the journal's thread imports MLflow: two imports at once may each find a package half made
+        import_functions([work.stage], work.assignment.share)
+        stack.callback(leave_device, work.assignment.share)
+        journal = stack.enter_context(Journal(work.stage, work.assignment))
+        (outcome,) = outcomes_of([work], [journal.report])
+        ending = journal.close(outcome)
+        end_if_unusable([ending])
+    if isinstance(ending, Exception):
+        raise ending
+    return ending
+
+
+def import_functions(stages: Iterable[Stage], share: Share) -> None:
+    """Import the functions of stages, and what they import."""
+    with fast_imports():
+        for stage in stages:
+            stage.function()
+    if share.gpus and not gc.get_freeze_count():
+        gc.freeze()  # modules, for the most part; not searching them after each stage saves 0.2 s
+
+
+def outcomes_of(
+    works: Sequence[Work], reports: Sequence[Report], everywhere: bool = False
+) -> list[Result | Exception]:  # fmt: skip
+    """Return the result of each stage, or the exception that its function raised.
 
     On a GPU, several training stages that differ in numbers alone are trained together as one (see
     `aecore.training.fused`). If a stage fails, the others go on.
 
     Args:
         works: One stage or several; all have the same share of the machine.
+        reports: Called after each epoch, one for each stage.
         everywhere: Train several stages together as one on a CPU as well; for tests.
-
-    Returns:
-        The finished stage, or the exception with which it failed, in the order of `works`.
     """
-    with redirect_stdout(sys.stderr), ExitStack() as stack:
-        # before the journals' threads import MLflow: two imports at once may each find a package half made
-        with fast_imports():
-            for work in works:
-                work.stage.function()
-        if works[0].assignment.share.gpus and not gc.get_freeze_count():
-            gc.freeze()  # modules, for the most part; not searching them after each stage saves 0.2 s
-        stack.callback(_leave_device, works[0].assignment.share)
-        journals = [stack.enter_context(Journal(work.stage, work.assignment)) for work in works]
-        outcomes = _outcomes(works, journals, everywhere)
-        endings = [journal.close(outcome) for journal, outcome in zip(journals, outcomes, strict=True)]
-        _end_if_unusable(endings)
-        return endings
+    with fast_imports():
+        import torch
 
-
-def compute_graphs(
-    stages: Sequence[Stage],
-    assignments: Sequence[Assignment],
-    results: Results,
-    everywhere: bool = False,
-    up_to_last: bool = False,
-) -> list[Computed | Opened | Exception]:
-    """Compute stages and all stages whose results they need in this process, all graphs step by step side by side.
-
-    A stage that several graphs share is computed once. Training stages at the same step are trained together as one
-    where `compute_stages` can do so. The runs of the stages of a graph are nested in the run of its last stage.
-
-    Args:
-        stages: The last stage of each graph.
-        assignments: One for each graph.
-        results: Results that exist already, the data among them; the results that are computed here are added.
-        up_to_last: Leave the last stages to be computed elsewhere; their runs stay open.
-
-    Returns:
-        The last stage of each graph, finished, or the exception with which this stage or a stage before it failed. With
-        `up_to_last` the open run of the last stage stands for a stage that is left.
-    """
-    finished: list[Computed | Exception | None] = [restored(*pair) for pair in zip(stages, assignments, strict=True)]
-    wanted = [pair for pair, one in zip(zip(stages, assignments, strict=True), finished, strict=True) if one is None]
-    failures: dict[str, Exception] = {}
-    with redirect_stdout(sys.stderr), ExitStack() as stack:
-        journals = [stack.enter_context(Journal(*pair)) for pair in wanted]
-        nested = [
-            replace(assignment, parent=journal.run_id, run_id=None, tags={})
-            for journal, (_, assignment) in zip(journals, wanted, strict=True)
-        ]
-        for step in zip_longest(*(stages_below(stage) for stage, _ in wanted)):
-            works: dict[str, Work] = {}
-            for stage, assignment in zip(step, nested, strict=True):
-                if stage is None or stage.key in results or stage.key in failures:
-                    continue
-                if failure := _failure_below(stage, failures):
-                    failures[stage.key] = failure
-                else:
-                    works.setdefault(stage.key, Work(stage, assignment, _inputs(stage, results)))
-            for key, ending in finish(list(works.values()), everywhere).items():
-                if isinstance(ending, Exception):
-                    failures[key] = ending
-                else:
-                    results[key] = ending
-        outcomes: list[Computed | Opened | Exception] = []
-        for (stage, assignment), journal in zip(wanted, journals, strict=True):
-            outcome: Result | Exception | None = _failure_below(stage, failures)
-            if outcome is None and up_to_last:
-                outcomes.append(Opened(journal.run_id))
-                continue
-            if outcome is None:
-                (outcome,) = _outcomes([Work(stage, assignment, _inputs(stage, results))], [journal])
-            outcomes.append(journal.close(outcome))
-    computed = iter(outcomes)
-    return [next(computed) if one is None else one for one in finished]
-
-
-def finish(works: Sequence[Work], everywhere: bool = False) -> dict[str, Computed | Exception]:
-    """Restore the stages that are finished and compute the others in this process.
-
-    Args:
-        everywhere: See `compute_stages`.
-
-    Returns:
-        Each stage finished, or the exception with which it failed, by the stage's key.
-    """
-    finished: dict[str, Computed | Exception] = {}
-    for work in works:
-        if computed := restored(work.stage, work.assignment):
-            finished[work.stage.key] = computed
-    missing = [work for work in works if work.stage.key not in finished]
-    together = missing and all(work.stage.trains for work in missing)
-    for group in [missing] if together else [[work] for work in missing]:
-        outcomes = compute_stages(group, everywhere)
-        finished |= {work.stage.key: outcome for work, outcome in zip(group, outcomes, strict=True)}
-    return finished
+    torch.set_num_threads(works[0].assignment.share.cpus)
+    contexts = [_try(partial(_context, work, report)) for work, report in zip(works, reports, strict=True)]
+    if any(isinstance(context, Exception) for context in contexts):  # the device is the same for all
+        return contexts
+    if len(works) > 1 and all(work.stage.trains for work in works):
+        return _train_as_one(works, contexts, everywhere)
+    return [
+        _try(partial(work.stage.function(), work.stage.spec, context, **work.inputs))
+        for work, context in zip(works, contexts, strict=True)
+    ]
 
 
 def train_along(work: Work) -> None:
@@ -177,7 +126,7 @@ def train_along(work: Work) -> None:
     work.stage.function()(work.stage.spec, _context(work, lambda epoch, metrics: None), **work.inputs)
 
 
-def _leave_device(share: Share) -> None:
+def leave_device(share: Share) -> None:
     """Give the memory of the GPU back after a stage; the process keeps it for the next stage, and CUDA's own memory."""
     if share.gpus:
         from aecore.training.memory import free_device_memory
@@ -185,7 +134,7 @@ def _leave_device(share: Share) -> None:
         free_device_memory()
 
 
-def _end_if_unusable(endings: Sequence[Computed | Exception]) -> None:
+def end_if_unusable(endings: Sequence[object]) -> None:
     """End this process where CUDA has failed in it, since nothing can use the GPU from it any more. The driver tries
     again what a lost worker has left, in another process."""
     import torch
@@ -218,12 +167,21 @@ def stages_below(stage: Stage) -> Iterator[Stage]:
     return below(stage)
 
 
-def restore(run_id: str, tracker: "Tracker") -> Result | None:
-    """Return the result of a finished stage, or None if its artifacts are lost: the stage is computed again."""
+def restore(run_id: str, tracker: "Tracker", key: str = "") -> Result | None:
+    """Return the result of a finished stage, or None if its artifacts are lost: the stage is computed again.
+
+    Args:
+        key: The stage's key, where the run is that of a trial; see `Tracker.restore`.
+    """
+    return unless_lost(run_id, lambda: tracker.restore(run_id, key))
+
+
+def unless_lost(run_id: str, read: Callable[[], T]) -> T | None:
+    """Return what `read` returns, or None, after a warning, if the artifacts of the run are lost."""
     from pipelines.store.errors import LostResultError
 
     try:
-        return tracker.restore(run_id)
+        return read()
     except LostResultError as error:
         say(f"warning: run {run_id} is finished, but its result is lost ({error}); it will be computed again")
         return None
@@ -235,39 +193,12 @@ def restored(stage: Stage, assignment: Assignment) -> Computed | None:
 
     tracker = Tracker(*assignment.store)
     run_id = tracker.find(stage.key)
-    result = restore(run_id, tracker) if run_id else None
+    result = restore(run_id, tracker, stage.key) if run_id else None
     if not (run_id and result):
         return None
     if checkpoints := assignment.checkpoints(stage):
         checkpoints.clear()  # whoever computed the stage may have died between the commit and this
     return Computed(run_id, result)
-
-
-def _inputs(stage: Stage, results: Results) -> dict[str, Any]:
-    return inputs_of(stage, [results[parent.key] for parent in stage.parents()])
-
-
-def _failure_below(stage: Stage, failures: Mapping[str, Exception]) -> Exception | None:
-    return next((failures[parent.key] for parent in stage.parents() if parent.key in failures), None)
-
-
-def _outcomes(
-    works: Sequence[Work], journals: Sequence[Journal], everywhere: bool = False
-) -> list[Result | Exception]:  # fmt: skip
-    """Return the result of each stage, or the exception that its function raised."""
-    with fast_imports():
-        import torch
-
-    torch.set_num_threads(works[0].assignment.share.cpus)
-    contexts = [_try(partial(_context, work, journal.report)) for work, journal in zip(works, journals, strict=True)]
-    if any(isinstance(context, Exception) for context in contexts):  # the device is the same for all
-        return contexts
-    if len(works) > 1 and all(work.stage.trains for work in works):
-        return _train_as_one(works, contexts, everywhere)
-    return [
-        _try(partial(work.stage.function(), work.stage.spec, context, **work.inputs))
-        for work, context in zip(works, contexts, strict=True)
-    ]
 
 
 def _train_as_one(
@@ -301,7 +232,7 @@ def _try(call: Callable[[], Any]) -> Any:
         return error
 
 
-def _context(work: Work, report: Callable[[int, dict[str, float]], None]) -> "Context":
+def _context(work: Work, report: Report) -> "Context":
     from aecore.stages.context import Context
     from aecore.training.team import ALONE
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 """Time between two logs to MLflow, and between two lines on stderr."""
+STUDY_LOG_SECONDS = 30.0
+"""Time between two logs to MLflow in a study, of which many stages run at once."""
 _LAST_LOG_SECONDS = 5.0
 """Seconds that the end of a stage waits for logging that is under way."""
 _MONITOR_SECONDS = 30.0
@@ -34,12 +36,6 @@ class Computed(NamedTuple):
     run_id: str
     result: Result
     """Without figures and example rows, which are in MLflow."""
-
-
-class Opened(NamedTuple):
-    """The open run of a stage that another process will compute."""
-
-    run_id: str
 
 
 class Point(NamedTuple):
@@ -99,7 +95,7 @@ class Journal:
         self._line = f"{self.stage.name}: epoch {epoch}  " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         now = time.monotonic()
         if now - self._said_at > _SAY_SECONDS or epoch == 1:
-            say(self._line)
+            self._say(self._line)
             self._said_at, self._line = now, ""
         if self.assignment.tell is not None:
             self.assignment.tell(self.stage, epoch, metrics)
@@ -113,14 +109,18 @@ class Journal:
         self._ended.set()
         self._thread.join(_LAST_LOG_SECONDS)
         if self._line:
-            say(self._line)
+            self._say(self._line)
         seconds = time.monotonic() - self._started_at
         ending = self._commit(outcome) if isinstance(outcome, Result) else outcome
         failed = isinstance(ending, Exception)
-        say(f"{self.stage.name}: {'failed' if failed else 'done'} after {seconds:.1f} s")
+        self._say(f"{self.stage.name}: {'failed' if failed else 'done'} after {seconds:.1f} s")
         if isinstance(ending, Exception) and not isinstance(ending, TakenOverError):
             self._fail(ending)
         return ending
+
+    def _say(self, line: str) -> None:
+        if not self.assignment.quiet:
+            say(line)
 
     @cached_property
     def _tracker(self) -> "Tracker":
@@ -133,10 +133,8 @@ class Journal:
         with self._open_lock:
             if self._run is None and self._finished_run_id is None:
                 self._finished_run_id = tracker.find(self.stage.key)
-            if self._run is None and self._finished_run_id is None and self.assignment.run_id:
-                self._run = tracker.continue_run(self.stage, self.assignment.run_id)
             if self._run is None and self._finished_run_id is None:
-                tags = {**self.assignment.tags, **_node_tags()}
+                tags = {**self.assignment.tags, **node_tags()}
                 self._run = tracker.open_run(
                     self.stage, self.assignment.parent, tags=tags, started_at=self._milliseconds
                 )
@@ -144,7 +142,7 @@ class Journal:
     def _log_as_epochs_come(self) -> None:
         """Open the run and log the reported epochs until the stage ends; epochs that cannot be logged are tried
         again."""
-        warned = monitored = False
+        warned, monitored = False, self.assignment.quiet  # a study would log the load of a machine once per stage
         with ExitStack() as stack:
             while True:
                 try:
@@ -160,7 +158,7 @@ class Journal:
                     if not warned and not self._ended.is_set():
                         say(f"warning: {self.stage.name}: its epochs are kept, to be logged later ({one_line(error)})")
                     warned = True
-                if self._ended.wait(_LOG_SECONDS):
+                if self._ended.wait(STUDY_LOG_SECONDS if self.assignment.quiet else _LOG_SECONDS):
                     return
 
     def _log_points(self) -> None:
@@ -203,7 +201,7 @@ class Journal:
             say(f"warning: {self.stage.name}: its failure is not in MLflow ({one_line(outage)})")
 
 
-def _node_tags() -> dict[str, str]:
+def node_tags() -> dict[str, str]:
     """Return a tag that names the node of this process; no tag if the process does not use Ray."""
     ray: Any = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():

@@ -11,7 +11,7 @@ from uuid import uuid4
 from aecore.core.errors import DeviceError, InputError, OutageError
 from pipelines.cluster.resources import Resources
 from pipelines.execution.assignment import Assignment
-from pipelines.execution.compute import Work, compute_stages, inputs_of, train_along
+from pipelines.execution.compute import Work, compute_stage, inputs_of, train_along
 from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
@@ -101,7 +101,4 @@ def _work_as_member(
     if team.rank:
         train_along(work)
         return None
-    (outcome,) = compute_stages([work])
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    return compute_stage(work)

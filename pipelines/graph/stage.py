@@ -54,6 +54,12 @@ class Stage:
         return fingerprint(self.fn, self.revision, self.spec, keys)
 
     @property
+    def kind(self) -> str:
+        """What the stage does, in a word: `layer`, `finetune`, `evaluate`. Tasks are called by it: Ray counts tasks by
+        their names, and a study has thousands of stages."""
+        return self.fn.rpartition(".")[2].removeprefix("pretrain_")
+
+    @property
     def trains(self) -> bool:
         """Whether the stage trains a model."""
         return self.fn in PREPARATIONS

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipelines.store.patience import PatientClient, wait_for
 
@@ -17,6 +19,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; `patience` waits longer where it may
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# results are small; in parts, MLflow would first ask the server, once per download, whether it can send parts
+os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # unpickling runs whatever code a file names
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would mix with Diabolo's progress on stderr
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
@@ -49,6 +53,10 @@ class Store(NamedTuple):
     def direct(self) -> MlflowClient:
         """The client whose calls raise at once."""
         return MlflowClient(tracking_uri=self.uri)
+
+    def files_at(self, uri: str) -> ArtifactRepository:
+        """Return the files of a run, whose artifact URI is given: `MlflowClient` would ask the server for it first."""
+        return get_artifact_repository(uri, tracking_uri=self.uri)
 
     def wait_for(self, call: Callable[[], T]) -> T:
         """Return what `call` returns, tried again while MLflow does not answer; see `patience.wait_for`."""

@@ -1,19 +1,20 @@
 """The tracker: finds, opens, restores and ends the runs of jobs and stages.
 
 A stage is one run, tagged with its key, however often it is attempted. Its artifacts come first and the status FINISHED
-last. That is the commit: a stage with a FINISHED run is restored instead of computed. A job is one run, too; the driver
+last. That is the commit: a stage with a FINISHED run is restored instead of computed. A trial of a study is one run,
+too, which bears the keys and holds the results of all its stages that have no run of their own. So is a job; the driver
 that holds its lease works on it. Calls wait out an outage; each call may act twice, since its answer may be lost.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
 from aecore.config.facts import Facts
@@ -27,12 +28,24 @@ from pipelines.store.errors import LostResultError
 from pipelines.store.lease import Lease, existing_leases, taken_over
 from pipelines.store.models import Models
 from pipelines.store.patience import CLOSE_SECONDS, HURRY_SECONDS, within
-from pipelines.store.stage_run import FIGURES, StageRun, download_result, log_batch, params_of, summary_points
+from pipelines.store.record import MEASURED, OWN, STOPPED, TRAINED, Record, marker, study_marker
+from pipelines.store.stage_run import (
+    FIGURES,
+    StageRun,
+    download_result,
+    download_results,
+    log_batch,
+    params_of,
+    summary_points,
+    trial_params,
+)
 from pipelines.store.system_metrics import PREFIX, system_metrics
 
 MARKED = "stage.key.names"
 """Tag of an experiment whose runs all bear their key in a tag's name; experiments of early versions lack it."""
-_STOPPED, _LEASE = "stopped.epoch", "lease"
+EPOCH = "epoch/"
+"""Prefix of the metrics of a trial's epochs, which sets them apart from its measures."""
+_LEASE = "lease"
 
 
 class Tracker(Store):
@@ -44,37 +57,91 @@ class Tracker(Store):
         return Models(self)
 
     def find(self, key: str) -> str | None:
-        """Return the id of the finished run of a stage or job, if there is one."""
+        """Return the id of the finished run that holds the result of a stage, or of a job, if there is one."""
         finished = self.finished(key)
         return finished[0] if finished else None
 
     def finished(self, key: str) -> tuple[str, dict[str, float]] | None:
-        """Return id and metrics of the finished run of a stage or job, if there is one."""
-        run = self._run_of(key, " and attributes.status = 'FINISHED'")
-        return (run.info.run_id, _metrics_of(run)) if run else None
+        """Return id and metrics of the finished run that holds the result of a stage, or of a job, if there is one. The
+        metrics of a stage that has no run of its own lie with its result."""
+        run = next(iter(self._holders(key, " and attributes.status = 'FINISHED'", 1)), None)
+        if run is None:
+            return None
+        record = _record_of(run)
+        return record.run_id, dict(record.metrics) if record.key == key else {}
+
+    def holders(self, key: str) -> list[Record]:
+        """Return all runs that hold the result of a stage, or will hold it when they are finished."""
+        return [_record_of(run) for run in self._holders(key)]
+
+    def trials_of(self, study: str) -> dict[str, Record]:
+        """Return all trials of a study, however they ended, by key; `study` is the id of the study's run.
+
+        This is one search, whatever the number of trials. The trials that earlier versions have left, which are found
+        by the tag of their parent, are marked for the next search.
+        """
+        runs = self.search(f"tags.`{study_marker(study)}` = '1'")
+        if not runs:
+            runs = self.search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study}' and tags.`row` LIKE '%'")
+            for run in runs:
+                self.add_to_study(run.info.run_id, study)
+        records = map(_record_of, runs)
+        return {record.key: record for record in sorted(records, key=lambda record: record.is_finished)}
+
+    def add_to_study(self, run_id: str, study: str) -> None:
+        """Make a trial's run one of the trials of a further study."""
+        self.client.set_tag(run_id, study_marker(study), "1")
 
     def is_known(self, key: str) -> bool:
         """Return whether a stage or job has a run, finished or not."""
         return self._run_of(key) is not None
 
     def metrics(self, run_id: str) -> dict[str, float]:
-        """Return the last value of each metric of a run, without the load of its machine."""
+        """Return the last value of each metric of a run, without the load of its machine and the epochs of a trial."""
         return _metrics_of(self.client.get_run(run_id))
 
-    def restore(self, run_id: str) -> Result:
+    def restore(self, run_id: str, key: str = "") -> Result:
         """Return the result of a finished stage.
+
+        Args:
+            key: The stage's key, where the run is a trial's and holds several results; by default the last stage's.
 
         Raises:
             LostResultError: The artifacts are missing or were altered. The run is then set FAILED, so that the stage
                 will be computed again.
             OutageError: MLflow does not answer.
         """
+        record = _record_of(self.client.get_run(run_id))
+        return self.results(record, key or record.key)[key or record.key]
+
+    def results(self, record: Record, key: str) -> dict[str, Result]:
+        """Return the result of a stage and those that lie in the same file of a finished run, by key.
+
+        Raises:
+            LostResultError, OutageError: As in `restore`.
+        """
+        place = record.places.get(key, OWN)
         try:
-            config, weights = download_result(self, run_id)
+            if place == OWN:
+                config, weights = download_result(self, record.files)
+                return {key: Result(config, weights, dict(record.metrics))}
+            results = download_results(self, record.files, place)
+            if key not in results:
+                raise LostResultError(f"{place} of run {record.run_id} has no result of {key}")
+            return results
         except LostResultError:
-            self.client.set_terminated(run_id, "FAILED")
+            self.client.set_terminated(record.run_id, "FAILED")
             raise
-        return Result(config, weights, self.metrics(run_id))
+
+    def trained(self, files: str) -> dict[str, Result]:
+        """Return the trained stages of a trial that is not finished, by key; none if they are not there or not whole.
+
+        Args:
+            files: The URI of the artifacts of the trial's run.
+        """
+        with suppress(LostResultError):
+            return download_results(self, files, TRAINED)
+        return {}
 
     def open_run(
         self, stage: Stage, parent: str, *, tags: Mapping[str, str] | None = None, started_at: int | None = None
@@ -87,26 +154,33 @@ class Tracker(Store):
             tags: Further tags of the run.
             started_at: When the stage began, Unix time in milliseconds; now by default.
         """
-        own_tags = {
-            MLFLOW_RUN_NAME: stage.name, MLFLOW_PARENT_RUN_ID: parent, "stage.key": stage.key, "stage.fn": stage.fn,
-            "attempts": "1", **(tags or {}),
-        }  # fmt: skip
+        own_tags = {**_tags_of(stage, parent), **(tags or {})}
         run, exists = self.find_or_create(stage.key, own_tags, started_at)
-        run_id, client = run.info.run_id, self.client
-        params = params_of(stage.spec.model_dump(mode="json"), run.data.params)
-        if not exists:
-            return StageRun(self, run_id, params=params)
-        history = client.get_metric_history(run_id, "seconds") if "seconds" in run.data.metrics else []
-        own_tags["attempts"] = str(int(run.data.tags.get("attempts", "0")) + 1)
-        if "error" in run.data.tags:
-            own_tags["error"] = ""  # the error of an earlier attempt
-        client.update_run(run_id, status="RUNNING")
-        log_batch(client, run_id, tags=own_tags)  # last, so that an opening that fails is not counted
-        return StageRun(self, run_id, max((point.step for point in history), default=0), run.data.metrics, params)
+        return self._begin(run, exists, own_tags, params_of(stage.spec.model_dump(mode="json")))
 
-    def continue_run(self, stage: Stage, run_id: str) -> StageRun:
-        """Return the run of a stage that another process of the same attempt has opened and written nothing to."""
-        return StageRun(self, run_id, params=params_of(stage.spec.model_dump(mode="json")))
+    def open_trial(
+        self, stage: Stage, study: str, keys: Iterable[str], *, tags: Mapping[str, str], earlier: str | None = None
+    ) -> StageRun:
+        """Open the run of a trial in a study's run: a new run, or the run `earlier` of earlier attempts.
+
+        Args:
+            stage: The trial's last stage.
+            keys: The keys of the other stages whose results the run will hold.
+        """
+        client, has_tried, started_at = self.direct, False, round(1000 * time.time())
+        own_tags = _tags_of(stage, study) | {study_marker(study): "1", marker(stage.key): MEASURED, **tags}
+        own_tags |= {marker(key): TRAINED for key in keys}
+
+        def create() -> tuple[Run, bool]:
+            nonlocal has_tried
+            if earlier is not None:
+                return client.get_run(earlier), True
+            made = self._holders(stage.key, client=client) if has_tried else []  # if its answer was lost
+            has_tried = True
+            return made[0] if made else client.create_run(self.experiment_id, started_at, own_tags), False
+
+        run, exists = self.wait_for(create)
+        return self._begin(run, exists, own_tags, trial_params(stage))
 
     @contextmanager
     def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
@@ -162,24 +236,18 @@ class Tracker(Store):
         finally:
             lease.release()
 
-    def stop(self, key: str, epoch: int) -> None:
+    def stop_trial(self, run_id: str, epoch: int) -> None:
         """End the run of a trial that a scheduler stopped after this epoch."""
-        self._end(key, "KILLED", _STOPPED, str(epoch))
+        self._end(run_id, "KILLED", STOPPED, str(epoch))
+
+    def fail_trial(self, run_id: str, error: str) -> None:
+        """End the open run of a trial whose process died without ending it."""
+        self._end(run_id, "FAILED", "error", error)
 
     def fail(self, key: str, error: str) -> None:
-        """End the open run of a stage or trial whose process died without ending it."""
-        self._end(key, "FAILED", "error", error)
-
-    def stopped(self, key: str) -> int | None:
-        """Return the epoch after which a scheduler stopped a trial, if one did."""
-        run = self._run_of(key, f" and tags.`{_STOPPED}` LIKE '%'")
-        return int(run.data.tags[_STOPPED]) if run else None
-
-    def trials(self, study: str, row: str) -> list[tuple[dict[str, Any], str]]:
-        """Return settings and run id of each finished trial of a study row; `study` is the id of the study's run."""
-        condition = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study}' and tags.`row` = '{row}'"
-        runs = self.search(f"{condition} and attributes.status = 'FINISHED'")
-        return [(json.loads(run.data.tags["settings"]), run.info.run_id) for run in runs]
+        """End the open run of a stage whose process died without ending it."""
+        if run := self._run_of(key, " and attributes.status = 'RUNNING'"):
+            self._end(run.info.run_id, "FAILED", "error", error)
 
     def runs(self, tags: Mapping[str, str], status: str = "FINISHED", limit: int | None = None) -> list[Run]:
         """Return the runs with all of these tags, the newest first."""
@@ -233,7 +301,7 @@ class Tracker(Store):
             if run := self._run_of(key, client=client):
                 return run, not has_tried  # if an answer was lost, the run is the one that the last try made
             has_tried = True
-            return client.create_run(self.experiment_id, started_at, {**tags, marker(key): "1"}), False
+            return client.create_run(self.experiment_id, started_at, {**tags, marker(key): OWN}), False
 
         return self.wait_for(look_then_create)
 
@@ -275,30 +343,58 @@ class Tracker(Store):
         log_batch(self.client, run.info.run_id, params=params, tags=tags if exists else {})
         return str(run.info.run_id)
 
-    def _end(self, key: str, status: str, tag: str, value: str) -> None:
-        if run := self._run_of(key, " and attributes.status = 'RUNNING'"):
-            self.client.set_tag(run.info.run_id, tag, value)
-            self.close_run(run.info.run_id, status)
+    def _end(self, run_id: str, status: str, tag: str, value: str) -> None:
+        self.client.set_tag(run_id, tag, value)
+        self.client.set_terminated(run_id, status)
+
+    def _begin(self, run: Run, exists: bool, tags: dict[str, str], params: Sequence[Param]) -> StageRun:
+        """Return the open run of a stage or trial; a run that existed gets its tags and counts one attempt more."""
+        run_id, client, attempt = run.info.run_id, self.client, 1
+        params = [param for param in params if param.key not in run.data.params]
+        if not exists:
+            return StageRun(self, run_id, run.info.artifact_uri or "", params=params)
+        name = next((name for name in ("seconds", f"{EPOCH}seconds") if name in run.data.metrics), None)
+        history = client.get_metric_history(run_id, name) if name else []
+        attempt += int(run.data.tags.get("attempts", "0"))
+        tags["attempts"] = str(attempt)
+        if "error" in run.data.tags:
+            tags["error"] = ""  # the error of an earlier attempt
+        client.update_run(run_id, status="RUNNING")
+        log_batch(client, run_id, tags=tags)  # last, so that an opening that fails is not counted
+        return StageRun(
+            self, run_id, run.info.artifact_uri or "", last_epoch=max((point.step for point in history), default=0),
+            metrics=run.data.metrics, params=params, attempt=attempt,
+        )  # fmt: skip
 
     def _run_of(self, key: str, condition: str = "", client: MlflowClient | None = None) -> Run | None:
-        """Return the run with this key that fulfils a further condition, if there is one."""
-        runs = self.search(f"tags.`{marker(key)}` = '1'{condition}", 1, client)
+        """Return the run of this stage or job alone that fulfils a further condition, if there is one."""
+        return next(iter(self._holders(key, condition, 1, client, f"= '{OWN}'")), None)
+
+    def _holders(
+        self, key: str, condition: str = "", limit: int | None = None, client: MlflowClient | None = None,
+        place: str = "LIKE '%'",
+    ) -> list[Run]:  # fmt: skip
+        """Return the runs that hold the result of a stage, runs of trials too, and fulfil a further condition."""
+        runs = self.search(f"tags.`{marker(key)}` {place}{condition}", limit, client)
         if not runs and not self.marked:
-            runs = self.search(f"tags.`stage.key` = '{key}'{condition}", 1, client)
-        return runs[0] if runs else None
+            runs = self.search(f"tags.`stage.key` = '{key}'{condition}", limit, client)
+        return runs
 
     def _open_runs(self) -> list[Run]:
         # without a condition on tags: MLflow would go through all tags of a name, those of finished runs too
         return self.search("attributes.status = 'RUNNING'")
 
 
-def marker(key: str) -> str:
-    """Return the name of a tag that only the run with this key has.
+def _tags_of(stage: Stage, parent: str) -> dict[str, str]:
+    return {
+        MLFLOW_RUN_NAME: stage.name, MLFLOW_PARENT_RUN_ID: parent, "stage.key": stage.key, "stage.fn": stage.fn,
+        "attempts": "1",
+    }  # fmt: skip
 
-    MLflow's tables have an index of the names of tags and none of their values.
-    """
-    return f"stage.key.{key}"
+
+def _record_of(run: Run) -> Record:
+    return Record(run.info.run_id, run.info.status, run.info.artifact_uri or "", run.data.tags, _metrics_of(run))
 
 
 def _metrics_of(run: Run) -> dict[str, float]:
-    return {name: value for name, value in run.data.metrics.items() if not name.startswith(PREFIX)}
+    return {name: value for name, value in run.data.metrics.items() if not name.startswith((PREFIX, EPOCH))}

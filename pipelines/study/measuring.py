@@ -10,9 +10,9 @@ from aecore.config.specs import LoadSpec
 from pipelines.cluster.placement import options_of
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
-from pipelines.execution.assignment import Assignment
+from pipelines.execution.assignment import Assignment, Opened
 from pipelines.execution.chain import as_task, cause_of
-from pipelines.execution.compute import compute_graphs
+from pipelines.execution.trial import compute_trials
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
 from pipelines.study.plan import TrialPlan
@@ -33,15 +33,11 @@ class Measuring:
     """The reference to the data, in a list."""
     pending: "dict[ObjectRef, TrialPlan]" = field(default_factory=dict)
 
-    def start(self, plan: TrialPlan, run_id: str) -> None:
-        """Submit the task that measures a trial.
-
-        Args:
-            run_id: The trial's open run.
-        """
+    def start(self, plan: TrialPlan, opened: Opened) -> None:
+        """Submit the task that measures a trial, whose run is open and holds the trained stages."""
         share = Share(0, 1)
-        assignment = replace(self.assignment, share=share, tags=plan.tags(), run_id=run_id)
-        options = options_of(share, self.resources) | {"name": plan.name}
+        assignment = replace(self.assignment, share=share, tags=plan.tags(), opened=opened)
+        options = options_of(share, self.resources) | {"name": plan.stage.kind}
         self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
 
     def wait(self, deadline: float | None) -> Iterator[tuple[str, Exception]]:
@@ -84,10 +80,10 @@ def reason_of(error: Exception) -> str:
 
 
 def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> None:
-    """Compute the last stage of a trial whose other stages are finished, in a Ray task."""
+    """Compute the last stage of a trial whose other stages are trained, in a Ray task."""
     import ray
 
     load = next(parent for parent in stage.parents() if isinstance(parent.spec, LoadSpec))
-    (outcome,) = compute_graphs([stage], [assignment], {load.key: ray.get(data[0])})
+    (outcome,) = compute_trials([stage], [assignment], {load.key: ray.get(data[0])})
     if isinstance(outcome, Exception):
         raise outcome

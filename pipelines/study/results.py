@@ -1,6 +1,6 @@
 """The results of a study's trials for the report, read back from MLflow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aecore.evaluation.trial import REFERENCES, Trial
@@ -9,50 +9,53 @@ from pipelines.study.plan import TrialPlan
 from pipelines.study.trials import Endings
 
 if TYPE_CHECKING:
+    from pipelines.store.record import Record
     from pipelines.store.runs import Tracker
 
-Runs = Mapping[str, tuple[str, dict[str, float]]]
-"""Id and metrics of each finished run, by the key of its stage."""
+_SPENT = ("epochs", "train_seconds", "cpu_seconds", "gpu_seconds")
+"""Metrics of a trial's run that are no measures."""
 
 
-def finished_runs(plans: Sequence[TrialPlan], tracker: "Tracker") -> Runs:
-    """Return id and metrics of the run of each finished stage of the trials."""
-    keys = {key for plan in plans for key, stage in plan.stages().items() if stage.kept}
-    runs = {key: tracker.finished(key) for key in keys}
-    return {key: run for key, run in runs.items() if run}
-
-
-def trial_of(plan: TrialPlan, tracker: "Tracker", runs: Runs, epochs: int, endings: Endings) -> Trial:
-    """Return the outcome of a trial, finished or not, in the form that the report reads.
+def trial_of(plan: TrialPlan, record: "Record | None", epochs: int, endings: Endings) -> Trial:
+    """Return the outcome of a trial, finished or not, in the form that the report reads, without its history, curves
+    and arrays; see `read`.
 
     Args:
+        record: The trial's run, if there is one; see `Tracker.trials_of`.
         epochs: Passes over the training rows that each trial may spend.
     """
     key, planned = plan.stage.key, 0 if plan.kind in REFERENCES else epochs
     error = endings.errors.get(key, "did not run")
-    trial = Trial(
-        plan.row, plan.settings, plan.seed, plan.kind, "failed", error, epochs_planned=planned
-    )  # fmt: skip
+    trial = Trial(plan.row, plan.settings, plan.seed, plan.kind, "failed", error, epochs_planned=planned)
+    if record is not None:
+        trial = trial._replace(
+            run_id=record.run_id, seconds=record.metrics.get("train_seconds", 0.0),
+            cpu_seconds=record.metrics.get("cpu_seconds", 0.0), gpu_seconds=record.metrics.get("gpu_seconds", 0.0),
+        )  # fmt: skip
     if key in endings.stopped:
         return trial._replace(status="stopped", error="", epochs_used=endings.stopped[key])
-    if key not in runs:
+    if record is None or not record.is_finished:
         return trial
-    run_id, _ = runs[key]
-    result = restore(run_id, tracker)
-    if result is None:
-        return trial._replace(error="its result is lost; start the study again")
-    curves = dict(result.config)
-    stages = [stage for stage in plan.stages().values() if stage.key in runs and stage.key != key]
-    spent = {stage.key: runs[stage.key][1] for stage in stages}
-    unsupervised = [stage.key for stage in stages if getattr(stage.spec, "variant", None) is not None]
     return trial._replace(
         status="finished",
         error="",
-        run_id=run_id,
-        metrics=result.metrics,
-        history=tuple(curves.pop("history")),
-        curves=curves,
-        arrays=result.weights,
-        epochs_used=round(sum(spent[key].get("epochs", 0) for key in unsupervised)),
-        seconds=sum(metrics.get("train_seconds", 0) for metrics in spent.values()),
+        metrics={name: value for name, value in record.metrics.items() if name not in _SPENT},
+        # runs of versions before 0.2 do not tell how many
+        epochs_used=round(record.metrics.get("epochs", planned)),
     )
+
+
+def read(trial: Trial, tracker: "Tracker") -> Trial:
+    """Return a finished trial with its history, curves and arrays, which are downloaded; leave others as they are."""
+    if trial.status != "finished":
+        return trial
+    result = restore(trial.run_id, tracker)
+    if result is None:
+        return trial._replace(status="failed", error="its result is lost; start the study again")
+    curves = dict(result.config)
+    return trial._replace(history=tuple(curves.pop("history")), curves=curves, arrays=result.weights)
+
+
+def finished(records: "Mapping[str, Record]") -> "dict[str, Record]":
+    """Return the records of finished trials."""
+    return {key: record for key, record in records.items() if record.is_finished}

@@ -8,7 +8,7 @@ from aecore.evaluation.trial import Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.plan import plan_trials, shared_stages
-from pipelines.study.results import finished_runs, trial_of
+from pipelines.study.results import finished, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import search
 from pipelines.study.trials import LATE, Endings, TrialRunner
@@ -20,14 +20,14 @@ Say = Callable[[str], None]
 
 
 class Ended(NamedTuple):
-    """The trials of a study that has ended, and how many stages were computed and restored."""
+    """The trials of a study that has ended, and how many trials and shared stages were computed, how many restored."""
 
     trials: list[Trial]
     """All trials, the stopped and the failed ones included."""
     computed: int
-    """Number of stages that were computed."""
+    """Number of trials, and of stages that several trials share, that were computed."""
     restored: int
-    """Number of stages that were finished before."""
+    """Number of trials that were finished before."""
 
 
 def run(
@@ -43,11 +43,13 @@ def run(
     plans = plan_trials(study, facts, resources.numerics)
     runner = TrialRunner(study, facts, tracker, parent, resources)
     endings = Endings()
-    before = finished_runs(plans, tracker)
+    earlier = tracker.trials_of(parent)
+    before, shared = finished(earlier), 0
     for plan in plans:
+        record = earlier.get(plan.stage.key)
         if plan.stage.key in before:
             say(f"{plan.name}: restored")
-        elif study.scheduler == "asha" and (epoch := tracker.stopped(plan.stage.key)) is not None:
+        elif study.scheduler == "asha" and record and (epoch := record.stopped) is not None:
             endings.stopped[plan.stage.key] = epoch
             say(f"{plan.name}: stopped at epoch {epoch} before")
     missing = [m for m in plans if m.stage.key not in before and m.stage.key not in endings.stopped]
@@ -55,7 +57,9 @@ def run(
         stages = shared_stages(runner.groups(missing))
         if stages:
             say(f"{len(stages)} stages that several trials share come first")
-            compute(stages, tracker, parent, resources, say, in_study=True)
+            outcomes = compute(stages, tracker, parent, resources, say, in_study=True)
+            runner.known |= {stage.key: outcomes[stage.name].run_id for stage in stages}
+            shared = sum(not outcome.restored for outcome in outcomes.values())
         ended = runner.run(missing, say)
         if runner.late:
             endings.errors |= {m.stage.key: LATE for m in missing}
@@ -66,6 +70,6 @@ def run(
                 searched, ended = search(runner, row, say)
                 plans += searched
                 endings.update(ended)
-    after = finished_runs(plans, tracker)
-    trials = [trial_of(plan, tracker, after, study.budget.epochs, endings) for plan in plans]
-    return Ended(trials, len(after.keys() - before.keys()), len(before))
+    after = tracker.trials_of(parent)
+    trials = [trial_of(plan, after.get(plan.stage.key), study.budget.epochs, endings) for plan in plans]
+    return Ended(trials, shared + len(finished(after).keys() - before.keys()), len(before))

@@ -6,6 +6,7 @@ from typing import Any
 
 from aecore.evaluation.trial import trial_name
 from pipelines.study.plan import TrialPlan
+from pipelines.study.results import finished
 from pipelines.study.trials import Endings, TrialRunner
 from pipelines.study.worker import config_of, settings_in
 
@@ -23,17 +24,19 @@ def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[l
     """
     study, first = runner.study, runner.study.seeds[0]
     tried: Tried = {}
-    for settings, run_id in runner.tracker.trials(runner.parent, row):
-        tried[_name(settings)] = settings, runner.tracker.metrics(run_id)[study.choose_metric]
+    for record in finished(runner.tracker.trials_of(runner.parent)).values():
+        if record.tags["row"] == row:
+            settings = json.loads(record.tags["settings"])
+            tried[_name(settings)] = settings, record.metrics[study.choose_metric]
     endings = Endings()
     left = study.budget.settings - len(tried)
     if left > 0:
         results = _fit(runner, row, tried, left)
         endings = runner.endings(results)
+        records = finished(runner.tracker.trials_of(runner.parent))
         for settings in (settings_in(result.config) for result in results if result.config):
-            finished = runner.tracker.finished(runner.plan_of(row, settings, first).stage.key)
-            if finished:
-                tried[_name(settings)] = settings, finished[1][study.choose_metric]
+            if ended := records.get(runner.plan_of(row, settings, first).stage.key):
+                tried[_name(settings)] = settings, ended.metrics[study.choose_metric]
             else:
                 say(f"{trial_name(row, settings, first)}: did not finish")
     plans = [runner.plan_of(row, settings, first) for settings, _ in tried.values()]
@@ -41,7 +44,8 @@ def search(runner: TrialRunner, row: str, say: Callable[[str], None]) -> tuple[l
         sign = -1 if study.choose == "probe" else 1
         best = min(tried.values(), key=lambda one: sign * one[1])[0]
         others = [runner.plan_of(row, best, seed) for seed in study.seeds[1:]]
-        endings.update(runner.run([m for m in others if not runner.tracker.find(m.stage.key)], say))
+        records = finished(runner.tracker.trials_of(runner.parent))
+        endings.update(runner.run([m for m in others if m.stage.key not in records], say))
         plans += others
     return plans, endings
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ class TrialRunner:
     def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
         self.data: ObjectRef | None = None
+        self.known: dict[str, str] = {}
+        """The runs of the finished stages that several trials share, by key."""
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
 
     @property
@@ -174,25 +176,29 @@ class TrialRunner:
         Args:
             unmeasured: Why trials that were trained could not be measured, by the key of the trial's stage.
         """
-        endings = Endings()
+        endings, records = Endings(), self.tracker.trials_of(self.parent)
         for result, choice in [(one, choice) for one in results for choice in choices(one.config)]:
             plan = self.plan_of(*choice)
-            key = plan.stage.key
-            if self.tracker.find(key):
+            key, record = plan.stage.key, records.get(plan.stage.key)
+            if record and record.is_finished:
                 continue
+            run_id = record.run_id if record and record.status == "RUNNING" else None
             metrics = result.metrics or {}
             reported = metrics.get("errors", {}) | {k: reason_of(error) for k, error in unmeasured.items()}
             if result.error is not None or key in reported:
                 endings.errors[key] = reported.get(key) or reason_of(result.error)
-                if TakenOverError.__name__ not in endings.errors[key]:  # else the run belongs to another driver now
-                    self.tracker.fail(key, endings.errors[key])
+                # a driver that was taken over leaves the run to the other
+                if run_id and TakenOverError.__name__ not in endings.errors[key]:
+                    self.tracker.fail_trial(run_id, endings.errors[key])
             elif not self.late and key not in metrics.get("trained", {}) and (epoch := metrics.get("epoch")):
                 endings.stopped[key] = epoch
-                self.tracker.stop(key, epoch)
+                if run_id:
+                    self.tracker.stop_trial(run_id, epoch)
                 self._clear_checkpoints(plan)
             else:
                 endings.errors[key] = LATE
-                self.tracker.fail(key, LATE)
+                if run_id:
+                    self.tracker.fail_trial(run_id, LATE)
         return endings
 
     @contextmanager
@@ -207,9 +213,9 @@ class TrialRunner:
     def _start_measuring(self, measuring: Measuring | None, trial: Any) -> None:
         """Submit the measuring of what one of Tune's trials has trained."""
         plans = {plan.stage.key: plan for plan in (self.plan_of(*choice) for choice in choices(trial.config))}
-        for key, run_id in trial.last_result.get("trained", {}).items():
+        for key, opened in trial.last_result.get("trained", {}).items():
             assert measuring is not None
-            measuring.start(plans[key], run_id)
+            measuring.start(plans[key], opened)
 
     def _share(self, groups: Sequence[Sequence[TrialPlan]]) -> Share:
         """Return the share of the cluster that each of these groups gets: what the largest needs.
@@ -223,7 +229,7 @@ class TrialRunner:
         return share_of(self.resources, max(need or 0 for need in needs))
 
     def _assign(self, share: Share) -> Assignment:
-        return assign(self.tracker, self.parent, share, self.resources, in_study=True)
+        return replace(assign(self.tracker, self.parent, share, self.resources, in_study=True), known=self.known)
 
     def _data(self) -> "list[ObjectRef]":
         """Return the reference to the data, in a list, where a reference that is sent stays a reference."""

@@ -11,9 +11,10 @@ from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
 from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import REFERENCES
 from pipelines.cluster.share import Share
-from pipelines.execution.assignment import Assignment
-from pipelines.execution.compute import Results, compute_graphs
-from pipelines.execution.journal import Computed, Opened
+from pipelines.execution.assignment import Assignment, Opened
+from pipelines.execution.journal import Computed
+from pipelines.execution.trial import compute_trials
+from pipelines.execution.trial_journal import Results
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
 from pipelines.study.plan import TrialPlan, plan_trial
@@ -92,7 +93,7 @@ def compute_trial(
 
     assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
     results: Results = {load.key: ray.get(data[0])}
-    outcomes = compute_graphs([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
+    outcomes = compute_trials([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
     tune.report(_last_report(study, plans, outcomes, results))
 
 
@@ -106,7 +107,7 @@ def _last_report(
         for plan, outcome in ended
         if isinstance(outcome, Exception)
     }
-    trained = {plan.stage.key: outcome.run_id for plan, outcome in ended if isinstance(outcome, Opened)}
+    trained = {plan.stage.key: outcome for plan, outcome in ended if isinstance(outcome, Opened)}
     report: dict[str, Any] = {"epoch": study.budget.epochs, "errors": errors, "trained": trained}
     if plans[0].kind in REFERENCES:
         # epoch 0, which no scheduler judges, since other trials are not to be compared with references

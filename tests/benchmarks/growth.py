@@ -43,7 +43,8 @@ from pipelines.graph.recipe import Stacked, build
 from pipelines.graph.stage import Stage
 from pipelines.store.connection import connect
 from pipelines.store.lease import Lease
-from pipelines.store.runs import Tracker, marker
+from pipelines.store.record import marker, study_marker
+from pipelines.store.runs import Tracker
 from pipelines.study import trials as trials_module
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
@@ -56,8 +57,8 @@ from tests.here import run_here
 ROWS, WIDTHS, LAYERS = 7_500, (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16)
 RUNS, TRIALS = (10, 100, 1_000, 10_000), (32, 125, 500)
 BATCH = 64
-MARK = marker("")
-AFTER_MARK = f"substr(key, {len(MARK) + 1})"
+MARK, STUDY = marker(""), study_marker("")
+AFTER_MARK, AFTER_STUDY = (f"substr(key, {len(mark) + 1})" for mark in (MARK, STUDY))
 
 
 def epoch(data: Arrays, facts: Facts, experiment: Experiment, repeats: int) -> float:
@@ -118,8 +119,9 @@ def template(tracker: Tracker) -> tuple[Stacked, str]:
     with tracker.job_run("compare", "study", {}, {}) as top:
         for number in range(8):
             tags = {"row": "plain", "settings": json.dumps({"finetune.lr": number}), "seed": "0"}
-            run = tracker.open_run(Stage(f"trial {number}", "nothing", Fit(epochs=number + 1)), top, tags=tags)
-            run.commit(Result({}, {}, {"val/reconstruction_mse": 1.0 + number}))
+            one = Stage(f"trial {number}", "nothing", Fit(epochs=number + 1))
+            run = tracker.open_trial(one, top, [], tags=tags)
+            run.commit_trial(one.key, Result({}, {}, {"val/reconstruction_mse": 1.0 + number}), [], {}, {})
     return graph, top
 
 
@@ -145,7 +147,10 @@ def multiply(path: Path, count: int) -> None:
                     f"THEN {other('value')} ELSE value END"
                 )
                 place = columns.index("key")
-                values[place] = f"CASE WHEN key LIKE '{MARK}%' THEN '{MARK}' || {other(AFTER_MARK)} ELSE key END"
+                values[place] = (
+                    f"CASE WHEN key LIKE '{MARK}%' THEN '{MARK}' || {other(AFTER_MARK)} "
+                    f"WHEN key LIKE '{STUDY}%' THEN '{STUDY}' || {other(AFTER_STUDY)} ELSE key END"
+                )
             names = ", ".join(f'"{name}"' for name in columns)
             store.execute(f"INSERT INTO {table} ({names}) SELECT {', '.join(values)} FROM {table}, numbers")
 
@@ -170,14 +175,13 @@ def lookups(tracker: Tracker, graph: Stacked, top: str, repeats: int) -> dict[st
         "find nothing": partial(tracker.find, "0" * 64),
         "metrics": partial(tracker.metrics, known),
         "open": partial(tracker.find_or_create, stages[0].key, {}),
-        "trials": partial(tracker.trials, top, "plain"),
-        "stopped": partial(tracker.stopped, stages[0].key),
+        "trials": partial(tracker.trials_of, top),
         "close nested": partial(tracker.close_run, known, "FINISHED"),
         "close abandoned": tracker.close_abandoned,
         "lease": lease,
         f"restore a job of {len(stages)}": again,
     }
-    assert len(tracker.trials(top, "plain")) == 8
+    assert len(tracker.trials_of(top)) == 8
     return {name: timed(call, repeats) for name, call in asked.items()}
 
 
@@ -220,8 +224,8 @@ def stub(
 
     ((row, settings, seed),) = choices(config)
     one = plan_trial(study, row, settings, seed, facts, numerics)
-    run = Tracker(*assignment.store).open_run(one.stage, assignment.parent, tags=one.tags())
-    run.commit(Result({}, {}, {"val/reconstruction_mse": 0.0}))
+    run = Tracker(*assignment.store).open_trial(one.stage, assignment.parent, [], tags=one.tags())
+    run.commit_trial(one.stage.key, Result({}, {}, {"val/reconstruction_mse": 0.0}), [], {}, {})
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0})
 
 
@@ -250,7 +254,7 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                     began = time.perf_counter()
                     errors = runner.run(members, lambda line: None).errors
                     seconds = time.perf_counter() - began
-                assert not errors and len(tracker.trials(top, "plain")) == count
+                assert not errors and len(tracker.trials_of(top)) == count
                 found.append({"trials": count, "s": seconds, "ms a trial": 1000 * seconds / len(members)})
                 print(found[-1], flush=True)
     finally:
