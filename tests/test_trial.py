@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import requests
 
-from aecore.config.experiment import Dense, Experiment, Fit
+from aecore.config.experiment import Dense, Experiment
 from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
 from aecore.core.errors import DivergenceError
@@ -41,7 +41,8 @@ def plan_of(row: str, seed: int, **fields: Any) -> TrialPlan:
     """A trial of digits that takes a second."""
     base = Experiment(network=Dense(widths=(6, 4)), pretrain=None)
     study = Study.model_validate({
-        "base": base.model_dump(), "variants": {"stacked": {"pretrain": {}}, "plain": {}}, "budget": {"epochs": EPOCHS}, "labels": {"counts": (100,), "fit": Fit(epochs=1).model_dump()}, "seeds": (seed,), **fields,
+        "base": base.model_dump(), "variants": {"stacked": {"pretrain": {}}, "plain": {}}, "seeds": (seed,),
+        "budget": {"epochs": EPOCHS}, "labels": {"counts": (100,), "fit": {"epochs": 1}}, **fields,
     })  # fmt: skip
     return next(plan for plan in plan_trials(study, inspect(base.data), Numerics()) if plan.row == row)
 
@@ -154,7 +155,7 @@ def test_a_trial_says_nothing_and_is_restored_by_any_study(
     assert second.run_id == first.run_id and trained == ALL
     assert tracker.trials_of(one).keys() == tracker.trials_of(two).keys() == {plan.stage.key}
     # another measure of the same stack
-    other = plan_of("stacked", 2, labels={"counts": (), "fit": Fit(epochs=1).model_dump()})
+    other = plan_of("stacked", 2, labels={"counts": (), "fit": {"epochs": 1}})
     assert other.stage.key != plan.stage.key
     third = compute(tracker, two, other, digits[1])
     assert isinstance(third, Computed) and trained == [*ALL, ALL[-1]]
