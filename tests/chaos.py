@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("worker", "node", "driver", "server")
 STAGES = ("layer 1", "layer 2", "finetune", "control", "evaluate", "evaluate control")
 TRAINED = STAGES[:4]
+KINDS_OF_STAGES = {"layer": STAGES[:2], "finetune": STAGES[2:4], "evaluate": STAGES[4:]}
+"""The stages of each kind; Ray's workers are called by the kinds of their stages."""
 DENOISING = ["--variant.kind", "denoising"]
 _START_SECONDS, _STAGE_SECONDS, _COMMIT_SECONDS = 18.0, 2.5, 1.5
 """Latest moments of a kill: after the job's start, a stage's first epoch, and a stage's end."""
@@ -165,7 +167,8 @@ class Job:
     def goes_on(self, lost: str = "", said: int = 0) -> float:
         """Seconds until the next epoch or end of a stage, of one that `lost` names if it names any, past so many
         characters of stderr; or until the job's end."""
-        names = [name for name in STAGES if name in lost.removeprefix("raylet with ").replace("ray::", "").split(", ")]
+        kinds = lost.removeprefix("raylet with ").replace("ray::", "").split(", ")
+        names = [name for kind, stages in KINDS_OF_STAGES.items() if kind in kinds for name in stages]
         again = "|".join(rf"{name}: attempt [\s\S]*\b{name}: (epoch \d|done after)" for name in names)
         began = time.monotonic()
         while not re.search(again or r": (epoch \d|done after)", self.text[said:]) and not self.ended():
@@ -230,7 +233,7 @@ def kill(kind: str, world: World, job: Job, rng: random.Random) -> str:
         workers: list[psutil.Process] = []
         while not workers and not job.ended():
             workers = [p for root in roots for p in descendants(root.pid) if is_worker(p)]
-        at_work = [p for p in workers if title(p).removeprefix("ray::") in STAGES]
+        at_work = [p for p in workers if title(p).removeprefix("ray::") in KINDS_OF_STAGES]
         return end_one(at_work or workers, rng)
     assert nodes is not None
     (second,) = nodes.nodes[1:]
@@ -468,9 +471,9 @@ def killed_study(world: World, seed: int, kinds: Sequence[str]) -> list[str]:
     seconds = time.monotonic() - calm.began
     for number, kind in enumerate(kinds):
         # while what trials share is computed, and then among the trials
-        moment = Moment("finetune: epoch", rng.uniform(0, 6)) if number else Moment("", rng.uniform(0.2, 0.6) * seconds)
+        moment = Moment("seed=0: begins", rng.uniform(0, 6)) if number else Moment("", rng.uniform(0.2, 0.6) * seconds)
         if kind == "trial":
-            moment = Moment("plain seed=0: finetune: epoch", rng.uniform(0, 0.5))
+            moment = Moment("plain seed=0: begins", rng.uniform(2, 4))
         assert job.until(moment), f"the study ended before kill {number}"
         told.append(f"{moment}: {kill(kind, world, job, rng)}")
         if kind == "driver":

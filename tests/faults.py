@@ -53,8 +53,8 @@ class Schedule:
 
 
 class Faulty:
-    """A client, or the files in `folder`, whose calls fail by a schedule: before they act, after, after a while, or with
-    a file cut short."""
+    """A client, or the files in `folder`, whose calls fail by a schedule: before they act, after, after a while, or
+    with a file cut short."""
 
     def __init__(self, client: Any, schedule: Schedule, folder: Path | None = None) -> None:
         self._client, self._schedule, self._folder = client, schedule, folder

@@ -72,7 +72,7 @@ def mlflow_server(folder: Path, backend: str | None = None, port: int | None = N
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = [
-        str(BIN / "mlflow"), "server", "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
         "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
         "--workers", "1",
     ]  # fmt: skip

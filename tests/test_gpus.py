@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.benchmarks.timeline import read, watched
 
 ROOT = Path(__file__).parents[1]
 START = """
@@ -27,12 +30,14 @@ cli.main("{name}", lambda: command.{name}(cli.parse(command.{Name}, "python -m j
 SMALL = ["--pretrain.epochs", "2", "--network.widths", "[16,8]"]
 
 
-def python(code: str, *args: str, cwd: Path, fake: bool = True, code_wanted: int = 0) -> subprocess.CompletedProcess:
+def python(
+    code: str, *args: str, cwd: Path, fake: bool = True, code_wanted: int = 0, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run code in a process of its own, which starts a Ray with pretended GPUs."""
-    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    env |= {"PYTHONPATH": str(ROOT), "DIABOLO_FAKE_GPUS": "1" if fake else "0"}
+    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    own |= {"PYTHONPATH": str(ROOT), "DIABOLO_FAKE_GPUS": "1" if fake else "0", **(env or {})}
     done = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=cwd, capture_output=True, text=True, check=False, timeout=240, env=env
+        [sys.executable, "-c", code, *args], cwd=cwd, capture_output=True, text=True, check=False, timeout=240, env=own
     )  # fmt: skip
     assert done.returncode == code_wanted, done.stdout + done.stderr
     return done
@@ -179,15 +184,13 @@ labels: {{counts: [], fit: {{epochs: 1}}}}
 def test_trials_are_measured_without_a_gpu(scheduler: str, tmp_path: Path) -> None:
     """Trials of a study train on the GPU; tasks on CPUs measure them, in other processes and on several cores."""
     (tmp_path / "study.yaml").write_text(STUDY.format(scheduler=scheduler))
-    done = job("compare", "study.yaml", gpus=1, cwd=tmp_path)
+    done = job("compare", "study.yaml", gpus=1, cwd=tmp_path, env=watched(tmp_path))
     report = json.loads(done.stdout.splitlines()[-1])
     ended = {"finished": 8, "stopped": 0, "failed": 0}
     if scheduler == "asha":
         ended = report["trials"]
         assert ended["failed"] == 0 and ended["finished"] > ended["stopped"] > 0
     assert report["status"] == "finished" and report["trials"] == ended, done.stdout
-    found = workers(done.stderr)
-    trained = {pid for stage, pid in found.items() if "classify" in stage or "finetune" in stage}
-    measured = [pid for stage, pid in found.items() if re.fullmatch(r"(plain|sparse|random|pca) seed=\d", stage)]
-    assert len(measured) == ended["finished"]
-    assert not trained & set(measured) and len(set(measured)) > 1
+    notes = read(tmp_path / "timeline.jsonl")
+    trained, measured = ({note.process for note in notes if note.kind == kind} for kind in ("fit", "measure"))
+    assert trained and not trained & measured and len(measured) > 1

@@ -41,7 +41,7 @@ class TrialJournal:
         self.finished: Computed | None = None
         """The trial's last stage, if another process has finished it before."""
         self.missing: set[str] = set()
-        """Keys of the stages that are computed here for this trial."""
+        """Keys of the stages that are computed here for this trial, or were so by an earlier attempt."""
         self._own: dict[str, Result] = {}
         """Trained stages from an earlier attempt, which lie in this trial's run already."""
         self._spent: Mapping[str, float] = {}
@@ -116,8 +116,7 @@ class TrialJournal:
         if isinstance(outcome, Exception):
             return self._fail(outcome)
         try:
-            if self.assignment.opened is None:
-                self._keep()
+            self._keep()
             self._run.commit_trial(self.stage.key, outcome, self._all_points(), self.totals(), self.spent())
         except Exception as error:
             return self._fail(self._unpublished(error))
@@ -153,7 +152,7 @@ class TrialJournal:
                 self._clear_checkpoints()
                 return
         if earlier:
-            self._own = self.tracker.trained(earlier.files)
+            self._read_own(earlier.files)
             self._spent = {name: earlier.metrics.get(name, 0.0) for name in ("cpu_seconds", "gpu_seconds")}
         self._restore_below(self.stage, found)
         self._run: StageRun = self.tracker.open_trial(
@@ -166,12 +165,20 @@ class TrialJournal:
         from pipelines.store.stage_run import StageRun, trial_params
 
         self._totals, self._spent = opened.totals, opened.spent
-        self._own = self.tracker.trained(opened.files)
+        self._read_own(opened.files)
         self._restore_below(self.stage, {})
         self._run = StageRun(
             self.tracker, opened.run_id, opened.files, last_epoch=opened.last_epoch, metrics=opened.metrics,
             params=trial_params(self.stage), attempt=opened.attempt,
         )  # fmt: skip
+
+    def _read_own(self, files: str) -> None:
+        """Take the trained stages that lie in the trial's run already, as far as they are whole."""
+        keys = {stage.key for stage in stages_below(self.stage)}
+        self._own = {key: result for key, result in self.tracker.trained(files).items() if key in keys}
+        self.missing |= self._own.keys()
+        for key, result in self._own.items():
+            self.results.setdefault(key, Computed("", result))
 
     def _look(self) -> "tuple[dict[str, Record], Record | None]":
         """Return the finished runs that hold the trial or stages of it, by key, and the trial's own unfinished run.
@@ -204,20 +211,16 @@ class TrialJournal:
     def _restore_below(self, stage: Stage, found: "Mapping[str, Record]") -> None:
         """Restore the stages that a stage needs, or else those that these need; note the ones that are missing."""
         for parent in stage.parents():
-            if not parent.kept or parent.key in self.missing:
+            if not parent.kept or parent.key in self.missing or parent.key in self.results:
                 continue
-            if parent.key not in self.results and (computed := self._restored(parent, found)):
+            if computed := self._restored(parent, found):
                 self.results[parent.key] = computed
-            if parent.key in self._own:
-                self.missing.add(parent.key)
-            elif parent.key not in self.results:
+            else:
                 self.missing.add(parent.key)
                 self._restore_below(parent, found)
 
     def _restored(self, stage: Stage, found: "Mapping[str, Record]") -> Computed | None:
         key = stage.key
-        if key in self._own:
-            return Computed("", self._own[key])
         if key in self.assignment.known:
             return _known(self.assignment.store, self.assignment.known[key], key)
         if key not in found:
