@@ -177,7 +177,10 @@ def test_what_pretraining_is_worth_is_said_in_points_with_its_interval() -> None
     worse = Pair("random", "plain", 0.01, 0.006, 0.014, 0.001, 0.002, 3)
     tied = Pair("random", "SAE", 0.001, -0.001, 0.003, 0.3, 0.6, 3)
     untested = Pair("random", "one", 0.001, np.nan, np.nan, 1.0, 1.0, 1)
-    others = [Pair("SDAE", "plain", 0.1, 0.0, 0.2, 0.0, 0.0, 3), Pair("lost", "random", *[np.nan] * 5, 0)]
+    others = [
+        Pair("SDAE", "plain", 0.1, 0.0, 0.2, 0.0, 0.0, 3),
+        Pair("lost", "random", np.nan, np.nan, np.nan, 1.0, 1.0, 0),
+    ]
     assert worth([gained, worse, tied, untested, *others], "random") == [
         "The pretraining of SDAE is worth: +0.41 points of accuracy (95 % interval +0.21 to +0.62).",
         "The pretraining of plain does harm: -1.00 points of accuracy (95 % interval -1.40 to -0.60).",
