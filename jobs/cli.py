@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
@@ -91,8 +91,12 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         if value := os.environ.get(f"{ENVIRONMENT}{alias.upper()}"):
             environment[alias] = value
     values = settings().model_dump(by_alias=True)
-    recipe = command_line.get("recipe") or environment.get("recipe") or settings.model_fields["recipe"].default
-    for source in (_read_recipe(Path(recipe)) if recipe else {}, environment, command_line):
+    file = command_line.get("recipe") or environment.get("recipe") or settings.model_fields["recipe"].default
+    recipe = _read_recipe(Path(file)) if file else {}
+    for name, field in settings.model_fields.items():
+        if get_origin(field.annotation) is dict and name in recipe:
+            values[name] = {}  # a study that names its rows does not have the default row as well
+    for source in (recipe, environment, command_line):
         values = overlay(values, source)
     try:
         return settings.model_validate(values)

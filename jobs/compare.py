@@ -109,10 +109,11 @@ def _write_report(study: Study, facts: Facts, trials: list[Trial], folder: Path)
     with fast_imports():
         from pipelines.reporting import report  # imports matplotlib, which takes a second
 
+    most = "at most " if study.choose == "finetuned" else ""
     description = {
         "data": f"{study.base.data.name}, {facts.rows} rows",
         "seeds": ", ".join(map(str, study.seeds)),
-        "budget": f"{study.budget.epochs} passes over the training rows per trial",
+        "budget": f"{most}{study.budget.epochs} passes over the training rows per trial",
     }
     about = report.About(study.name, study.choose_metric, description, facts.classes)
     return report.write(trials, about, folder, read=lambda trial: trial)

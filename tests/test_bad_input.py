@@ -413,7 +413,7 @@ TABLE: dict[str, Row] = {
         variants(a={"finetune": None, "pretrain": {}}),
     ),
     "setting of no field": study(
-        "settings.data.name: only fields of variant, network, pretrain and finetune can be searched",
+        "settings.data.name: only fields of variant, network, pretrain, finetune and labels.fit can be searched",
         {"settings": {"data.name": ["mnist"]}},
     ),
     "setting of the budget": study(
@@ -436,6 +436,22 @@ TABLE: dict[str, Row] = {
     ),
     "asha by probe": study(
         "scheduler: asha stops by reconstruction; set choose reconstruction", {"scheduler": "asha", "choose": "probe"}
+    ),
+    "classifier without labels": study(
+        "choose: finetuned needs labels, but the data have none; use reconstruction",
+        {"choose": "finetuned", "base": {"data": {"labels": None}}},
+    ),
+    "layers alone": study(
+        "variants.a.finetune: null, but each row is trained as a whole; leave it out or set choose finetuned",
+        variants(a={"pretrain": {}, "finetune": None}),
+    ),
+    "more epochs than the budget": study(
+        "variants.a: pretrain.epochs 20 with 3 layers is more than budget.epochs 40 allows, 13 per layer; raise the",
+        {
+            **variants(a={"pretrain": {}, "finetune": None}),
+            "choose": "finetuned",
+            "settings": {"pretrain.epochs": [20]},
+        },
     ),
     "too few epochs": study(
         "budget.epochs: 2 leave row a with its 3 layers no epoch for the whole; allow at least 4",

@@ -147,9 +147,17 @@ def test_a_stored_configuration_has_no_secrets() -> None:
 def test_every_recipe_parses(file: Path) -> None:
     if file.stem.startswith("study"):
         study = parse(Compare, "test", [str(file)]).study
-        assert len(study.variants) > 1 and all(experiment_of(study, row, {}, 0) for row in study.variants)
+        assert len({*study.variants, *study.searched_rows}) > 1 and all(
+            experiment_of(study, row, {}, 0) for row in study.variants
+        )
     else:
         assert settings(str(file)).experiment != Experiment()
+
+
+def test_a_study_that_names_its_rows_has_no_others(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("variants: {SDAE: {pretrain: {}}}")
+    study = parse(Compare, "test", [str(tmp_path / "study.yaml"), "--variants", '{"more": {}}']).study
+    assert study.variants == {"SDAE": {"pretrain": {}}, "more": {}}
 
 
 def test_the_study_of_digits_is_the_default_and_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,34 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path, head: dict[
     assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
 
 
+def test_optuna_chooses_by_the_finetuned_classifier_and_searches_the_control(
+    tmp_path: Path, head: dict[str, str]
+) -> None:
+    study = {
+        **SHARING,
+        "variants": {"SDAE": {"variant": {"kind": "denoising"}, "pretrain": {}, "finetune": None}},
+        "seeds": [0, 1],
+        "search": "optuna",
+        "choose": "finetuned",
+        "settings": {"pretrain.epochs": [1, 2], "labels.fit.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+        "budget": {"epochs": 4, "settings": 2},
+        "labels": {"counts": [], "fit": {"epochs": 3}},
+    }
+    done = compare(tmp_path, study, "--figures", "out", **head)
+    assert done.code == 0, done.err
+    # of each row two settings with the first seed, the best with the other; PCA twice
+    assert done.report["trials"] == {"finished": 8, "stopped": 0, "failed": 0}
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    for name, names in (("SDAE", {"pretrain.epochs", "labels.fit.lr"}), ("random", {"labels.fit.lr"})):
+        row = table[table["row"] == name]
+        best = row[row["seed"] == 0].sort_values("val/finetuned_accuracy").iloc[-1]
+        (other,) = row[row["seed"] == 1].to_dict("records")
+        assert {s.removeprefix("settings.") for s in row.dropna(axis=1).columns if s.startswith("settings.")} == names
+        assert all(other[f"settings.{setting}"] == pytest.approx(best[f"settings.{setting}"]) for setting in names)
+    again = compare(tmp_path, study)
+    assert again.report["stages"]["computed"] == 0 and again.report["metrics"] == done.report["metrics"]
+
+
 def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path, head: dict[str, str]) -> None:
     rates = [round(10 ** (-5 + step * 4 / 7), 9) for step in (3, 1, 6, 0, 7, 4, 2, 5)]
     study = {**SHARING, "variants": {"plain": {}}, "settings": {"finetune.lr": rates}, "budget": {"epochs": 16}}

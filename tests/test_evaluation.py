@@ -11,7 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from aecore.config.experiment import Conv, Data, Dense, Fit
+from aecore.config.experiment import Conv, Data, Dense, Experiment, Fit
 from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, ReferenceSpec
@@ -30,6 +30,7 @@ from aecore.stages.finetune import few_labels, finetune
 from aecore.stages.measure import measure
 from aecore.stages.reference import reference
 from aecore.variants import Denoising, Plain, Variational
+from pipelines.graph.recipe import build
 from tests.test_stages import CLASSES
 
 measure_spec = partial(MeasureSpec, classes=CLASSES, labels=(100, 9999), seed=0, pictures=True)
@@ -102,6 +103,39 @@ def test_every_variant_has_the_same_measures(measured: dict[str, Result]) -> Non
     assert all(np.isfinite(list(result.metrics.values())).all() for result in measured.values())
     rows = {result.weights["sse"].shape for result in measured.values()}
     assert rows == {result.weights[f"correct/{n}"].shape for result in measured.values() for n in ("probe", "knn")}
+
+
+@pytest.mark.parametrize("variant", [Denoising(level=0.2), Variational()])
+def test_layers_that_were_only_pretrained_are_measured_and_classified(
+    variant: Any, digits: tuple[Facts, Arrays]
+) -> None:
+    facts, arrays = digits
+    network = Dense(widths=(48, 24), code_activation=variant.code_activation)
+    experiment = Experiment(
+        network=network, variant=variant, pretrain=Fit(epochs=15, batch_size=32, lr=3e-3), finetune=None, control=False
+    )
+    graph = build(experiment, facts, Numerics(), served=False)
+    layers: tuple[Result, ...] = ()
+    for stage in graph.layers:
+        layers += (stage.function()(stage.spec, Context(), data=arrays, below=layers),)
+    specs = tuple(LayerSpec.model_validate({**layer.config["layer"], "stochastic": False}) for layer in layers)
+    spec = FinetuneSpec(
+        layers=specs,
+        task="classify",
+        classes=CLASSES,
+        variant=None,
+        fit=Fit(epochs=15, batch_size=32),
+        seed=0,
+        numerics=Numerics(),
+    )
+    classifier = finetune(spec, Context(), data=arrays, layers=layers)
+    found = measure(
+        measure_spec(variant=variant, labels=(9999,)), Context(), data=arrays, layers=layers, classifiers=[classifier]
+    )
+    assert found.metrics["val/finetuned_accuracy"] == 1 - classifier.metrics["best/error"]
+    assert found.metrics["test/unexplained"] < 0.9 and found.metrics["finetuned/accuracy"] > 0.8
+    assert found.config["labels"]["counts"] == [1222] and len(found.config["history"]) == 15
+    assert all(np.isfinite(value) for value in found.metrics.values())
 
 
 def test_labels_help_and_the_last_point_is_all_of_them(measured: dict[str, Result]) -> None:

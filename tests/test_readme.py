@@ -101,3 +101,11 @@ def test_the_example_of_a_study_is_one() -> None:
     (example,) = re.findall(r"^    base: .*?(?=\n\n)", PAGES["jobs/COMPARE.md"], re.MULTILINE | re.DOTALL)
     values = overlay(Study().model_dump(), yaml.safe_load(textwrap.dedent(example)))
     assert len(Study.model_validate(values).variants) == 3
+
+
+def test_the_example_of_a_supervised_search_is_one() -> None:
+    (example,) = re.findall(
+        r"^    variants:\n      SDAE.*?(?=\n\n)", PAGES["jobs/COMPARE.md"], re.MULTILINE | re.DOTALL
+    )
+    study = Study.model_validate(yaml.safe_load(textwrap.dedent(example)))
+    assert study.searched_rows == ["SDAE", "random"] and study.choose_metric == "val/finetuned_accuracy"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.figures.trials import COLOURS, looks
 from aecore.evaluation.trial import Dropped, Trial, study_status
-from pipelines.reporting.measures import MEASURES
+from pipelines.reporting.measures import MEASURES, compare_measures, worth_of_pretraining
 from pipelines.reporting.report import About, Cost, Report
 from pipelines.reporting.report import write as write_report
 
@@ -136,6 +136,15 @@ def written(study: list[Trial], tmp_path_factory: pytest.TempPathFactory) -> lis
     return write(
         study, "A study", {"data": "digits"}, CLASSES, tmp_path_factory.mktemp("study"), "val/probe_accuracy"
     ).files
+
+
+def test_what_pretraining_is_worth_is_the_gain_over_the_control(study: list[Trial]) -> None:
+    words = worth_of_pretraining(compare_measures(study))
+    assert len(words) == len(ROWS) - 2 and not [line for line in words if "pca" in line]
+    (sparse,) = [line for line in words if line.startswith("The pretraining of sparse is worth: +")]
+    assert float(re.findall(r"[+-][\d.]+", sparse)[0]) > 10
+    unlabelled = [trial(row, 0, labels=False) for row in ("plain", "random")]
+    assert worth_of_pretraining(compare_measures(unlabelled)) == []
 
 
 def test_the_page_asks_for_nothing(written: list[Path]) -> None:

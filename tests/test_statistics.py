@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from aecore.evaluation import statistics
-from aecore.evaluation.statistics import Pair, compare, holm, judge, listed, resolution
+from aecore.evaluation.statistics import Pair, compare, holm, judge, listed, resolution, worth
 
 
 def made(
@@ -171,6 +171,24 @@ def test_the_same_again_bit_for_bit() -> None:
 def test_many_rows_leave_p_room_to_be_small() -> None:
     values = {f"row{number}": np.full((2, 20), float(number)) for number in range(16)}
     assert all(pair.holds for pair in compare(values))
+
+
+def test_what_pretraining_is_worth_is_said_in_points_with_its_interval() -> None:
+    gained = Pair("SDAE", "random", 0.0041, 0.0021, 0.0062, 0.001, 0.002, 3)
+    worse = Pair("random", "plain", 0.01, 0.006, 0.014, 0.001, 0.002, 3)
+    tied = Pair("random", "SAE", 0.001, -0.001, 0.003, 0.3, 0.6, 3)
+    untested = Pair("random", "one", 0.001, np.nan, np.nan, 1.0, 1.0, 1)
+    others = [
+        Pair("SDAE", "plain", 0.1, 0.0, 0.2, 0.0, 0.0, 3),
+        Pair("lost", "random", np.nan, np.nan, np.nan, 1.0, 1.0, 0),
+    ]
+    assert worth([gained, worse, tied, untested, *others], "random") == [
+        "The pretraining of SDAE is worth: +0.41 points of accuracy (95 % interval +0.21 to +0.62).",
+        "The pretraining of plain does harm: -1.00 points of accuracy (95 % interval -1.40 to -0.60).",
+        "The pretraining of SAE makes no difference that holds: "
+        "-0.10 points of accuracy (95 % interval -0.30 to +0.10).",
+        "The pretraining of one makes no difference that holds: -0.10 points of accuracy.",
+    ]
 
 
 def test_resolution_is_where_a_difference_starts_to_hold() -> None:

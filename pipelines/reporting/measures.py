@@ -103,7 +103,7 @@ def worth_of_pretraining(comparisons: Sequence[Comparison]) -> list[str]:
     """Say for each study row what its training without labels is worth: how much higher the test accuracy of its
     finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
     finetuned = [one for one in comparisons if one.measure.name == "finetuned/accuracy"]
-    pairs = [pair for one in finetuned for pair, *_ in one.pairs if "pca" not in (pair.first, pair.second)]
+    pairs = [pair for one in finetuned for pair in one.pairs if "pca" not in (pair.first, pair.second)]
     return worth(pairs, "random")
 
 

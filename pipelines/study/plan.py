@@ -19,7 +19,6 @@ from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.evaluation.trial import REFERENCES, trial_name
 from aecore.models.spec import LayerSpec
-from aecore.variants import Variant
 from pipelines.graph.recipe import Stacked, build, load_stage
 from pipelines.graph.stage import Inputs, Stage
 from pipelines.study.schema import Labels, Range, Study, first_problem
@@ -75,8 +74,8 @@ class _Trained(NamedTuple):
     """The stages that train it, as inputs of further stages: `stack`, or `layers` that were only pretrained."""
     layers: tuple[LayerSpec, ...]
     """The layers of the classifiers that are finetuned from it."""
-    variant: Variant | None
-    """None for a reference."""
+    experiment: Experiment | None
+    """The experiment that trains it; None for a reference."""
 
 
 def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPlan]:
@@ -254,14 +253,14 @@ def _labels_of(study: Study, settings: Mapping[str, Any]) -> Labels:
 
 def _trained(graph: Stacked) -> _Trained:
     """Return the autoencoder of a study row: trained as a whole, or made of pretrained layers."""
-    variant = graph.experiment.variant
+    experiment = graph.experiment
     if graph.finetune is not None:
         assert isinstance(graph.finetune.spec, FinetuneSpec)
-        return _Trained(graph.data, {"stack": graph.finetune}, graph.finetune.spec.layers, variant)
-    dropout = {"dropout": graph.experiment.network.dropout}
+        return _Trained(graph.data, {"stack": graph.finetune}, graph.finetune.spec.layers, experiment)
+    dropout = {"dropout": experiment.network.dropout}
     specs = [layer.spec.layer for layer in graph.layers if isinstance(layer.spec, PretrainSpec)]
     layers = tuple(spec.model_copy(update=dropout) for spec in specs)
-    return _Trained(graph.data, {"layers": graph.layers}, layers, variant)
+    return _Trained(graph.data, {"layers": graph.layers}, layers, experiment)
 
 
 def _untrained(
@@ -291,7 +290,7 @@ def _untrained(
 
 def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Facts, numerics: Numerics) -> Stage:
     """Return the stage `name` that measures an autoencoder; the classifiers that it needs are among its inputs."""
-    data, variant = trained.data, trained.variant
+    data, variant = trained.data, trained.experiment.variant if trained.experiment else None
     assert isinstance(data.spec, LoadSpec)
     # the splits leave fewer rows than this for training; the stage takes a count that is too large as all training rows
     rows = min(facts.rows, data.spec.data.limit or facts.rows)
