@@ -101,7 +101,7 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
     finding). With one seed only points are drawn; the result then speaks of these weights, not of the method. Without
     points, that is with one number per seed, this is the t-test over seeds.
 
-    The spread over seeds is pooled over all R rows that have every seed, with (R - 1)(S - 1) degrees of freedom, as in
+    The spread over seeds is pooled over all R rows, with (R - 1)(S - 1) degrees of freedom if no seed is missing, as in
     a two-way analysis of variance. So a pair whose three seeds happen to agree is no finding. Where the pair's own
     spread is larger, the own spread is used, with 3 (S - 1) degrees of freedom or the pooled spread's, if these are
     fewer. In simulated null studies of ten rows something false is found in 2 % with 3 seeds, and in 8 % where one row
@@ -116,7 +116,7 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
         values: for each study row an array (seeds, points), or (seeds,) for measures that give one number per seed.
             Seeds and points are the same in every row; a seed that a row lacks is NaN there, and a pair is compared on
             the seeds that both rows have.
-        replicates: how often the points are drawn; raised where there are many pairs.
+        replicates: how often points are drawn, at least; 0 for the closed form of `_compare_many`, with p of any size.
         ratios: compare the logarithms of each seed's mean, all of which must be positive. Errors spread in proportion
             to their size, so that the spread of a poor row would hide the differences between good ones.
 
@@ -130,6 +130,8 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
     if len(shapes) > 1:
         raise ValueError(f"rows are paired, but their (seeds, points) differ: {sorted(shapes)}")
     table = np.stack([np.asarray(array, np.float64) for array in values.values()])
+    if not replicates:
+        return _compare_many(list(values), table, ratios)
     means = _means(table, max(replicates, _REPLICATES_PER_PAIR * len(pairs)), ratios)
     tested = [_compare_two(list(values), means, *pair) for pair in pairs]
     adjusted = holm(np.array([pair.p for pair in tested]))
@@ -137,11 +139,11 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
 
 
 def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
-    """Average `table` (study rows, seeds[, points]) over all its points and over the points of each draw."""
+    """Average `table` (study rows, seeds[, points]) over all its points and, if any, the points of each draw."""
     means = table.mean(2) if table.ndim == 3 else table
     means = np.log(means) if ratios else means
     draws = None
-    if table.ndim == 3:
+    if table.ndim == 3 and replicates:
         series = np.nan_to_num(table).reshape(-1, table.shape[2])
         draws = _resampled(series, replicates).reshape(replicates, *means.shape)
         draws = np.log(draws, where=draws > 0, out=np.zeros_like(draws)) if ratios else draws
@@ -197,6 +199,70 @@ def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[flo
     return low, high, p
 
 
+def _compare_many(names: Sequence[str], table: np.ndarray, ratios: bool) -> tuple[Pair, ...]:
+    """Compare all pairs of `table` (study rows, seeds[, points]) by t-tests, all at once.
+
+    The squared standard error of a pair's difference is that over seeds, which is the same as in the bootstrap, plus
+    that over points, by the central limit theorem. Degrees of freedom are joined as Welch and Satterthwaite do.
+    """
+    means = _means(table, 0, ratios)
+    first, second = np.triu_indices(len(table), 1)
+    gaps = _without(means.by_seed[first] - means.by_seed[second], means.noise)
+    common = np.isfinite(gaps)
+    seeds = common.sum(1)
+    over_seeds, freedom = _spreads(gaps, means)
+    over_points = _variances_over_points(table, common, ratios) if table.ndim == 3 else np.zeros(len(gaps))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = np.where(common, gaps, 0).sum(1) / seeds
+        over_seeds = np.square(over_seeds) / seeds
+        error = np.sqrt(over_seeds + over_points)
+        terms = np.where(over_seeds > 0, np.square(over_seeds) / freedom, 0)
+        terms += np.square(over_points) / max(1, table[0, 0].size - 1)
+        freedom = np.where(error > 0, error**4 / terms, 1)
+        p = np.where(error > 0, 2 * stdtr(freedom, -np.abs(difference) / error), difference == 0)
+        width = stdtrit(freedom, 0.975) * error
+    untested = seeds < (1 if table.ndim == 3 else 2)
+    p[untested], width[untested] = 1, np.nan
+    columns = (difference, difference - width, difference + width, p, holm(p), seeds)
+    rows = zip(first, second, *(column.tolist() for column in columns), strict=True)
+    return tuple(Pair(names[one], names[other], *rest) for one, other, *rest in rows)
+
+
+def _spreads(gaps: np.ndarray, means: _Means) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair of `gaps` (pairs, seeds) what `_spread` returns for one."""
+    seeds = np.isfinite(gaps).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centred = np.nan_to_num(gaps - (np.nansum(gaps, 1) / seeds)[:, None])
+        own = _without(np.sqrt(np.square(centred).sum(1) / np.maximum(seeds - 1, 1)), means.noise)
+    pooled, pooled_freedom = means.pooled
+    own_freedom = np.minimum(3 * (seeds - 1), pooled_freedom) if pooled else seeds - 1
+    use_pooled = (own > 0) & (own < pooled)
+    return np.where(use_pooled, pooled, own), np.where(use_pooled, pooled_freedom, own_freedom)
+
+
+def _variances_over_points(table: np.ndarray, common: np.ndarray, ratios: bool) -> np.ndarray:
+    """Return the variance over points of each pair's mean difference, (pairs,).
+
+    Args:
+        table: (study rows, seeds, points).
+        common: the seeds that both rows of a pair have, (pairs, seeds).
+        ratios: of differences of logarithms; their variance is that of values divided by their mean.
+    """
+    first, second = np.triu_indices(len(table), 1)
+    variances = np.zeros(len(first))
+    for seeds in np.unique(common[common.any(1)], axis=0):
+        series = np.zeros((len(table), table.shape[2]))
+        for seed in np.flatnonzero(seeds):
+            centred = table[:, seed] - table[:, seed].mean(1, keepdims=True)
+            series += centred / (table[:, seed].mean(1, keepdims=True) if ratios else 1) / seeds.sum()
+        products = series @ series.T / series.shape[1] ** 2
+        own = np.diag(products)
+        pairs = (common == seeds).all(1)
+        one, other = first[pairs], second[pairs]
+        variances[pairs] = np.maximum(0, own[one] + own[other] - 2 * products[one, other])
+    return variances
+
+
 def _resampled(values: np.ndarray, replicates: int) -> np.ndarray:
     """Return means (replicates, series) of `values` (series, points), over the same drawn points for all series."""
     rng = np.random.default_rng(0)
@@ -219,14 +285,16 @@ def _draws_of_t(freedom: int, count: int) -> np.ndarray:
 
 
 def _pooled(means: np.ndarray) -> Spread:
-    """Return the spread of a difference of two study rows, pooled over `means` (study rows, seeds): the residual of a
-    two-way analysis of variance. It is zero where there are too few rows or seeds."""
-    whole = means[np.isfinite(means).all(1)]
-    freedom = (len(whole) - 1) * (means.shape[1] - 1)
-    if len(whole) < 3 or freedom < 1:
+    """Return the spread of a difference of two rows, pooled over `means` (study rows, seeds): the residual of a two-way
+    analysis of variance of the values that are there. It is zero where there are too few rows or seeds."""
+    rows, seeds = np.nonzero(np.isfinite(means))
+    known = means[rows, seeds]
+    design = np.hstack([np.eye(means.shape[0])[rows], np.eye(means.shape[1])[seeds]])
+    effects, _, rank, _ = np.linalg.lstsq(design, known, rcond=None)
+    freedom = len(known) - int(rank)
+    if len(np.unique(rows)) < 3 or freedom < 1:
         return 0.0, 0
-    rest = whole - whole.mean(1, keepdims=True) - whole.mean(0) + whole.mean()
-    return float(np.sqrt(2 * np.square(rest).sum() / freedom)), freedom
+    return float(np.sqrt(2 * np.square(known - design @ effects).sum() / freedom)), freedom
 
 
 def _without(values: np.ndarray, noise: float) -> np.ndarray:

@@ -44,6 +44,16 @@ class Trial(NamedTuple):
         return trial_name(self.row, self.settings, self.seed)
 
 
+class Dropped(NamedTuple):
+    """A study row that racing dropped, since it was worse than the best."""
+
+    row: str
+    after_seeds: int
+    """Number of seeds with which the row was trained."""
+    words: str
+    """Why it was dropped, in a sentence."""
+
+
 def trial_name(row: str, settings: Mapping[str, Any], seed: int) -> str:
     """Return a trial's name as people read it, such as `plain finetune.lr=0.001 seed=0`."""
     values = (f"{value:.4g}" if isinstance(value, float) else value for value in settings.values())
