@@ -182,11 +182,11 @@ def main() -> None:
     parser.add_argument("--values", type=Path, help="file (.npz) to keep the trained study's values in")
     args = parser.parse_args()
     start = time.monotonic()
-    lines = [
-        {"study": name} | replayed(draw, goal, planned, args.replays)
-        for name, draw, goal in cases(trained(args.values))
-        for planned in PLANNED
-    ]
+    lines = []
+    for name, draw, goal in cases(trained(args.values)):
+        for planned in PLANNED:
+            lines.append({"study": name} | replayed(draw, goal, planned, args.replays))
+            print(lines[-1], flush=True)
     show(f"{args.replays} replays each", lines)
     last({"replays": lines, "seconds": time.monotonic() - start})
 
