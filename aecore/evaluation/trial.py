@@ -37,6 +37,10 @@ class Trial(NamedTuple):
     """Passes over the training rows. Those of a shared stage count for each trial that uses the stage."""
     seconds: float = 0.0
     """Seconds that training the trial's stages took, retries and the former training of restored stages included."""
+    cpu_seconds: float = 0.0
+    """CPUs that the trial held, times seconds, all attempts included."""
+    gpu_seconds: float = 0.0
+    """Share of a GPU that the trial held, times seconds, all attempts included."""
 
     @property
     def name(self) -> str:
