@@ -76,6 +76,7 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         InputError: a key is unknown or a value does not fit. The message holds the full path of the field.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = _with_values(settings, args)
     both = type(settings.__name__, (settings, _Sources), {"__doc__": inspect.cleandoc(settings.__doc__ or "")})
     try:
         command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
@@ -108,6 +109,23 @@ def _with_underscores(arg: str) -> str:
     """Replace the hyphens in an option's name, as in `--warm-start`, by the underscores of the field's name."""
     option = re.match(r"--(no-)?([\w.-]+)", arg)
     return f"--{option[1] or ''}{option[2].replace('-', '_')}{arg[option.end() :]}" if option else arg
+
+
+def _with_values(settings: type[BaseModel], args: list[str]) -> list[str]:
+    """Give a value to each option that may stand alone or before a word, such as `--plan` and `--plan probe`: `true`
+    where it stands alone, though a recipe may follow."""
+    words = {
+        f"--{name}": [word for kind in get_args(field.annotation) for word in get_args(kind)]
+        for name, field in settings.model_fields.items()
+        if bool in get_args(field.annotation)
+    }
+    complete: list[str] = []
+    for argument in args:
+        if complete and argument in words.get(complete[-1], ()):
+            complete[-1] += f"={argument}"
+        else:
+            complete.append(argument)
+    return [f"{argument}=true" if argument in words else argument for argument in complete]
 
 
 _CODES = {"failed": 1, "partial": 3}

@@ -5,10 +5,12 @@ measured alike; the report says which differences are more than chance.
 """
 
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic_settings import CliImplicitFlag, CliPositionalArg
+from pydantic_settings import CliPositionalArg
 
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
@@ -21,10 +23,12 @@ from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
-from pipelines.study.plan import describe_plans, plan_trials
+from pipelines.study.plan import plan_trials
+from pipelines.study.preview import preview
 from pipelines.study.results import read
 from pipelines.study.run import run
 from pipelines.study.schema import Study
+from pipelines.study.spending import CostRow, cost_report, cost_rows, spent_by_row
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report
@@ -45,8 +49,9 @@ class Compare(Study):
     recipe: CliPositionalArg[Path] = _DEFAULT
     """YAML file of the study; without one, scikit-learn's digits are studied."""
     resources: Resources = Resources()
-    plan: CliImplicitFlag[bool] = False
-    """Print the trials, which are finished already and which would run, and stop."""
+    plan: bool | Literal["probe"] = False
+    """Print the trials, which are finished already, and what the others will cost, and stop. `--plan probe` computes a
+    few steps of each kind of trial first, for a better forecast."""
     figures: cli.Folder | None = None
     """Also write the report and its figures into this folder."""
 
@@ -62,16 +67,19 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     if settings.resources.workers > 1:
         raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
     facts = inspect(study.base.data)
-    plans = plan_trials(study, facts, settings.resources.numerics)
+    plan_trials(study, facts, settings.resources.numerics)  # a row that does not fit the data ends the job here
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
     if settings.plan:
-        for line in describe_plans(study, plans, tracker):
+        for line in preview(study, facts, settings.resources, tracker, probes=settings.plan == "probe"):
             print(line)
         return None
+    began = time.monotonic()
     assert tracker is not None
 
     # a study that gets another seed or study row stays the same study, and so the same MLflow run
-    key = fingerprint("compare", facts.digest, study.model_dump(mode="json", exclude={"seeds", "variants"}))
+    limits = {"cpu_hours", "gpu_hours"}  # nor does a larger budget make it another
+    config = study.model_dump(mode="json", exclude={"seeds": True, "variants": True, "budget": limits})
+    key = fingerprint("compare", facts.digest, config)
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
     with tracker.job_run("compare", key, tags, config) as run_id:
@@ -94,6 +102,12 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         say(f"wrote {settings.figures / 'report.html'}")
     _print_table(report)
     _say_failures(ended.trials)
+    cost = {}
+    if ended.forecast:
+        seconds = time.monotonic() - began
+        spent = spent_by_row(ended.forecast, ended.trials, ended.shared)
+        _print_costs(cost_rows(ended.forecast, spent, seconds))
+        cost = {"cost": cost_report(ended.forecast, spent, seconds)}
     return {
         "status": status,
         "run_id": run_id,
@@ -102,6 +116,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "verdicts": report.verdicts,
         "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},
+        **cost,
     }
 
 
@@ -130,6 +145,16 @@ def _say_failures(trials: list[Trial]) -> None:
         say(f"warning: {', '.join(names[:_NAMED])}{more} failed: {reason}")
     if reasons:
         say("the same command runs these trials again, and no others")
+
+
+def _print_costs(rows: Sequence[CostRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("row", "forecast", "spent", title="What it cost, all attempts included", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110, markup=False).print(table)
 
 
 def _print_table(report: "Report") -> None:

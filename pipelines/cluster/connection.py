@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from aecore.core.errors import InputError
 from aecore.core.imports import fast_imports
-from pipelines.cluster.nodes import possible_nodes
+from pipelines.cluster.nodes import Node, possible_nodes
+from pipelines.cluster.share import has_cluster, this_machine
 
 _ADDRESS_SECONDS = 10.0
 
@@ -50,6 +51,14 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
             # that it waits for the warm-up and then finds a worker with its imports done
             function, *arguments = warm_up
             ray.remote(num_cpus=max(1, cpus - 1), num_gpus=gpus, max_calls=0)(function).remote(*arguments, gpus > 0)
+
+
+def nodes_at_hand() -> list[Node]:
+    """Return the nodes of the cluster that is named; without one, this machine, for which no Ray is started."""
+    if not has_cluster():
+        return [this_machine()]
+    start_ray()
+    return possible_nodes()
 
 
 def import_ray() -> None:

@@ -1,8 +1,9 @@
 """On which nodes a stage's task or a trial may run, as options for Ray."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from pipelines.cluster.nodes import ACCELERATOR, possible_nodes
+from pipelines.cluster.nodes import ACCELERATOR, Node, possible_nodes
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 
@@ -38,15 +39,16 @@ def bundle_of(share: Share, resources: Resources) -> tuple[dict[str, float], dic
     return bundle, {"bundle_label_selector": [resources.labels]} if share.gpus and resources.labels else {}
 
 
-def most_trials(share: Share) -> int:
-    """Return how many trials with this share of the cluster may run at once; on GPUs so many that each node of four
-    CPUs or more has one left to measure trials."""
+def most_trials(share: Share, nodes: Sequence[Node] | None = None) -> int:
+    """Return how many trials with this share of the cluster, or of the given nodes, may run at once; on GPUs so many
+    that each node of four CPUs or more has one left to measure trials."""
+    nodes = nodes or possible_nodes()
     if not share.gpus:
-        return max(1, sum(int(node.cpus // share.cpus) * node.count for node in possible_nodes()))
+        return max(1, sum(int(node.cpus // share.cpus) * node.count for node in nodes))
     counts = [
         node.count
         * int(min(node.gpus / share.gpus, (node.cpus - (node.cpus >= _FEW_CPUS)) / (_TRIAL_CPU * share.cpus)))
-        for node in possible_nodes()
+        for node in nodes
     ]
     return max(1, sum(counts))
 

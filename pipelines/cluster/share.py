@@ -133,8 +133,17 @@ def check_this_machine(resources: Resources) -> None:
 
     Does nothing where a cluster is named or Ray runs already.
     """
-    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
-        return
+    if not has_cluster():
+        share_of(resources, memory=0, nodes=[this_machine()])
+
+
+def has_cluster() -> bool:
+    """Return whether a cluster is named or Ray runs already."""
+    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+
+
+def this_machine() -> Node:
+    """Return this machine as the one node of an embedded Ray, which need not run."""
     import pynvml
 
     try:
@@ -145,4 +154,4 @@ def check_this_machine(resources: Resources) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = min(gpus, len(list(filter(None, visible.split(",")))))
-    share_of(resources, memory=0, nodes=[Node({"CPU": os.cpu_count() or 1, "GPU": gpus})])
+    return Node({"CPU": os.cpu_count() or 1, "GPU": gpus})

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -21,11 +21,11 @@ from aecore.evaluation.trial import REFERENCES, trial_name
 from aecore.models.spec import LayerSpec
 from pipelines.graph.recipe import Stacked, build, load_stage
 from pipelines.graph.stage import Inputs, Stage
+from pipelines.graph.work import guessed_seconds, shape_of
 from pipelines.study.schema import Labels, Range, Study, first_problem
 
-if TYPE_CHECKING:
-    from pipelines.store.runs import Tracker
-
+COST_SHAPE, COST_WORK = "cost.shape", "cost.work"
+"""Tags of a trial's run: `shape_of` its stages, and the sum of their `guessed_seconds`."""
 _JUDGE_FIT = Fit(epochs=10, batch_size=128)
 _JUDGE_WIDTHS = (128, 64)
 
@@ -58,8 +58,13 @@ class TrialPlan(NamedTuple):
         return stage[-1] if isinstance(stage, tuple) else stage
 
     def tags(self) -> dict[str, str]:
-        """Return the tags of the trial's MLflow run."""
-        return {"row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed)}
+        """Return the tags of the trial's MLflow run; its shape and work let a later forecast use what it has cost."""
+        kept = [stage for stage in self.stages().values() if stage.kept]
+        work = sum(map(guessed_seconds, kept))
+        return {
+            "row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed),
+            COST_SHAPE: shape_of(kept), COST_WORK: f"{work:.6g}",
+        }  # fmt: skip
 
     def stages(self) -> dict[str, Stage]:
         """Return all stages of the trial by key, in an order in which they can run; `stage` comes last."""
@@ -352,14 +357,18 @@ def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
     return [group for group in groups if group]
 
 
-def describe_plans(study: Study, plans: Sequence[TrialPlan], tracker: "Tracker | None") -> Iterator[str]:
-    """Yield a line for each trial: whether it is finished, and how many of its stages other trials need too."""
+def describe_plans(study: Study, plans: Sequence[TrialPlan], finished: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each trial: whether it is finished, and how many of its stages other trials need too.
+
+    Args:
+        finished: The run of each finished trial, by the key of its stage.
+    """
     groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
     shared = {stage.key for stage in shared_stages(groups)}
     for plan in plans:
         stages = [stage for stage in plan.stages().values() if stage.kept]
         counts = f"{len(stages)} stages, {sum(stage.key in shared for stage in stages)} shared"
-        run_id = tracker.find(plan.stage.key) if tracker else None
+        run_id = finished.get(plan.stage.key)
         state = f"finished, run {run_id}" if run_id else "would run"
         yield f"{plan.name:40} {plan.stage.key[:12]}  {counts:22} {state}"
     for row in study.searched_rows if study.search == "optuna" else ():

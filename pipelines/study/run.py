@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aecore.config.facts import Facts
 from aecore.evaluation.trial import REFERENCES, Trial
+from pipelines.cluster.connection import nodes_at_hand
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda
+from pipelines.study.cost import Cost, Forecast, finished_samples, forecast, groups_of, machine_for, plans_of_search
 from pipelines.study.desk import reason_of
 from pipelines.study.groups import reference_groups
 from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
@@ -38,6 +40,10 @@ class Ended(NamedTuple):
     """Number of stages that were finished now."""
     restored: int
     """Number of trials that were finished before."""
+    forecast: Forecast | None
+    """What the missing trials were to cost; None where none was missing."""
+    shared: Cost
+    """What the stages that several trials share have cost."""
 
     @property
     def status(self) -> Literal["finished", "partial", "failed"]:
@@ -63,15 +69,22 @@ def run(
     _restore(plan_trials(study, facts, resources.numerics), before, agenda, say)
     for row in study.searched_rows if study.search == "optuna" else ():
         agenda.sources.append(_search(runner, row, before, agenda))
-    shared = 0
+    expected, shared, seconds = None, 0, 0.0
     if agenda.has_work():
-        shared = _compute_shared_stages(runner, agenda, say)
+        missing = [*agenda.waiting(), *plans_of_search(study, facts, resources.numerics)]
+        nodes = nodes_at_hand()
+        machine = machine_for(groups_of(missing, study, resources, nodes), resources, nodes)
+        expected = forecast(missing, machine, finished_samples(tracker))
+        shared, seconds = _compute_shared_stages(runner, agenda, say)
         runner.run(agenda)
     after = tracker.trials_of(parent)
     _close_runs(agenda, after, tracker)
     trials = [trial_of(plan, after.get(key), study.budget.epochs, agenda.endings) for key, plan in agenda.plans.items()]
     finished = [{key for key, record in records.items() if record.is_finished} for records in (before, after)]
-    return Ended(trials, shared + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()))
+    return Ended(
+        trials, shared + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()), expected,
+        Cost.of(machine.share, seconds) if expected else Cost(),
+    )  # fmt: skip
 
 
 def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, say: Say) -> None:
@@ -104,21 +117,22 @@ def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> S
     return Search(study, row, runner.plan_of, tried)
 
 
-def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> int:
-    """Compute the stages that several trials need; return how many were computed now. The trials that need one which
-    fails fail, for its reason."""
+def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> tuple[int, float]:
+    """Compute the stages that several trials need; return how many were computed now, and the seconds that they took to
+    train. The trials that need one which fails fail, for its reason."""
     plans = agenda.waiting()
     groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
     stages = shared_stages(groups)
     if not stages:
-        return 0
+        return 0, 0.0
     say(f"{len(stages)} stages that several trials share come first")
     failures: dict[str, Exception] = {}
     outcomes = compute(stages, runner.tracker, runner.parent, runner.resources, say, failures)
     found = {plan.stage.key: [failures[key] for key in plan.stages() if key in failures] for plan in plans}
     agenda.refuse({key: reason_of(errors[0]) for key, errors in found.items() if errors})
     runner.known |= {stage.key: outcomes[stage.name].run_id for stage in stages if stage.name in outcomes}
-    return sum(not outcome.restored for outcome in outcomes.values())
+    computed = [outcome for outcome in outcomes.values() if not outcome.restored]
+    return len(computed), sum(outcome.metrics.get("train_seconds", 0.0) for outcome in computed)
 
 
 def _close_runs(agenda: Agenda, records: Records, tracker: "Tracker") -> None:

@@ -50,6 +50,11 @@ class Budget(Frozen):
     """Number of settings that the searches random and optuna try for each study row."""
     hours: PositiveFloat | None = None
     """Wall time in hours after which all trials are ended; null sets no limit."""
+    cpu_hours: PositiveFloat | None = None
+    """CPU-hours that the study may spend, all commands and attempts together: the CPUs that its trials hold, times
+    hours. When they are spent all trials are ended, and the same command with more goes on; null sets no limit."""
+    gpu_hours: PositiveFloat | None = None
+    """GPU-hours that the study may spend, as `cpu_hours`; a share of a GPU counts as such."""
 
 
 class Labels(Frozen):
