@@ -7,6 +7,7 @@ measured alike; the report says which differences are more than chance.
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.core.imports import fast_imports
 from aecore.data.dataset import inspect
-from aecore.evaluation.trial import Trial
+from aecore.evaluation.trial import Trial, study_status
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
@@ -26,12 +27,13 @@ from pipelines.host.scratch import scratch
 from pipelines.study.plan import plan_trials
 from pipelines.study.preview import preview
 from pipelines.study.results import read
-from pipelines.study.run import run
+from pipelines.study.run import Ended, run
 from pipelines.study.schema import Study
 from pipelines.study.spending import CostRow, cost_report, cost_rows, spent_by_row
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report
+    from pipelines.store.runs import Tracker
 
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
 _COLUMNS = ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
@@ -69,32 +71,33 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     facts = inspect(study.base.data)
     plan_trials(study, facts, settings.resources.numerics)  # a row that does not fit the data ends the job here
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
-    if settings.plan:
-        for line in preview(study, facts, settings.resources, tracker, probes=settings.plan == "probe"):
-            print(line)
-        return None
-    began = time.monotonic()
-    assert tracker is not None
-
     # a study that gets another seed or study row stays the same study, and so the same MLflow run
     limits = {"cpu_hours", "gpu_hours"}  # nor does a larger budget make it another
     config = study.model_dump(mode="json", exclude={"seeds": True, "variants": True, "budget": limits})
     key = fingerprint("compare", facts.digest, config)
+    if settings.plan:
+        run_id = tracker.run_id_of(key) if tracker else None
+        for line in preview(study, facts, settings.resources, tracker, run_id, probes=settings.plan == "probe"):
+            print(line)
+        return None
+    began = time.monotonic()
+    assert tracker is not None
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
     with tracker.job_run("compare", key, tags, config) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
+        spent = spent_by_row(ended.forecast, ended.trials, ended.shared) if ended.forecast else {}
+        costs = cost_rows(ended.forecast, spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:
-            trials = [read(trial, tracker) for trial in ended.trials]
-            report = _write_report(study, facts, trials, folder)
+            report = _write_report(study, facts, ended, costs, tracker, folder)
             # uploaded from here and not from the user's folder, in which other files may lie
             tracker.log_folder(run_id, folder, "report")
             if settings.figures:
                 shutil.copytree(folder, settings.figures, dirs_exist_ok=True)
         metrics = {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
-        status = ended.status
+        status = study_status(ended.trials)
         tracker.log_summary(run_id, metrics, {"status": status})
     if status == "failed":
         tracker.client.set_terminated(run_id, "FAILED")
@@ -102,12 +105,9 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         say(f"wrote {settings.figures / 'report.html'}")
     _print_table(report)
     _say_failures(ended.trials)
-    cost = {}
+    seconds = time.monotonic() - began
     if ended.forecast:
-        seconds = time.monotonic() - began
-        spent = spent_by_row(ended.forecast, ended.trials, ended.shared)
         _print_costs(cost_rows(ended.forecast, spent, seconds))
-        cost = {"cost": cost_report(ended.forecast, spent, seconds)}
     return {
         "status": status,
         "run_id": run_id,
@@ -116,11 +116,13 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "verdicts": report.verdicts,
         "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},
-        **cost,
+        **({"cost": cost_report(ended.forecast, spent, seconds)} if ended.forecast else {}),
     }
 
 
-def _write_report(study: Study, facts: Facts, trials: list[Trial], folder: Path) -> "Report":
+def _write_report(
+    study: Study, facts: Facts, ended: Ended, costs: Sequence[CostRow], tracker: "Tracker", folder: Path
+) -> "Report":  # fmt: skip
     with fast_imports():
         from pipelines.reporting import report  # imports matplotlib, which takes a second
 
@@ -130,8 +132,11 @@ def _write_report(study: Study, facts: Facts, trials: list[Trial], folder: Path)
         "seeds": ", ".join(map(str, study.seeds)),
         "budget": f"{most}{study.budget.epochs} passes over the training rows per trial",
     }
-    about = report.About(study.name, study.choose_metric, description, facts.classes)
-    return report.write(trials, about, folder, read=lambda trial: trial)
+    about = report.About(
+        study.name, study.choose_metric, description, facts.classes, ended.dropped,
+        [report.Cost(*row) for row in costs],
+    )  # fmt: skip
+    return report.write(ended.trials, about, folder, partial(read, tracker=tracker))
 
 
 def _say_failures(trials: list[Trial]) -> None:

@@ -26,10 +26,10 @@ from pipelines.store.errors import LostResultError
 from pipelines.store.record import MEASURED, TRAINED
 from pipelines.store.runs import Tracker
 from pipelines.store.stage_run import StageRun
+from pipelines.study.agenda import Endings
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.results import read, trial_of
 from pipelines.study.schema import Study
-from pipelines.study.trials import Endings
 from tests.here import run_here
 from tests.nodes import mlflow_server
 

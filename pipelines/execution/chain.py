@@ -237,7 +237,7 @@ class _Chain:
         with suppress(OutageError):  # the error itself matters more than that MLflow cannot record it
             hasty = self.tracker._replace(patience=0.0)
             hasty.fail(stage.key, one_line(error, 500))
-            if not hasty.is_known(stage.key):
+            if not hasty.run_id_of(stage.key):
                 hasty.open_run(stage, self.assignment.parent).fail(error)
 
 

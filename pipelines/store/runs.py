@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
 from aecore.config.facts import Facts
@@ -92,9 +92,10 @@ class Tracker(Store):
         """Make a trial's run one of the trials of a further study."""
         self.client.set_tag(run_id, study_marker(study), "1")
 
-    def is_known(self, key: str) -> bool:
-        """Return whether a stage or job has a run, finished or not."""
-        return self._run_of(key) is not None
+    def run_id_of(self, key: str) -> str | None:
+        """Return the id of the run of a stage or job, finished or not, if there is one."""
+        run = self._run_of(key)
+        return str(run.info.run_id) if run else None
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """Return the last value of each metric of a run, without the load of its machine and the epochs of a trial."""
@@ -290,6 +291,11 @@ class Tracker(Store):
         known = self.client.get_run(run_id).data.metrics if metrics else {}
         run_tags = [RunTag(name, value) for name, value in tags.items()]
         self.client.log_batch(run_id, summary_points(metrics, known), tags=run_tags)
+
+    def log_last(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Log metrics of a job, each in the place of its last value."""
+        now = round(1000 * time.time())
+        self.client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()])
 
     def find_or_create(self, key: str, tags: Mapping[str, str], started_at: int | None = None) -> tuple[Run, bool]:
         """Return the run with this key, and whether it existed before. If it did not, it is created with these tags."""

@@ -13,6 +13,7 @@ from pipelines.study.agenda import LATE, Agenda
 from pipelines.study.measuring import Measured, Measuring
 from pipelines.study.plan import TrialPlan
 from pipelines.study.schema import Study
+from pipelines.study.spending import Spending
 
 _LOOK_SECONDS = 5.0
 """Seconds between two looks at what the cluster holds."""
@@ -64,12 +65,14 @@ class Room:
 class Desk:
     """Hands out the trials of an agenda group by group, and enters in it how they end."""
 
-    def __init__(self, study: Study, agenda: Agenda, room: Room, measuring: Measuring | None) -> None:
+    def __init__(
+        self, study: Study, agenda: Agenda, room: Room, measuring: Measuring | None, spending: Spending
+    ) -> None:  # fmt: skip
         """
         Args:
             measuring: Measures the trials that were trained; None where trials measure themselves.
         """
-        self.study, self.agenda, self.room, self.measuring = study, agenda, room, measuring
+        self.study, self.agenda, self.room, self.measuring, self.spending = study, agenda, room, measuring, spending
         self._open = 0
         """Number of groups that were handed out and have not come back."""
         self._polled_at = 0.0
@@ -87,10 +90,14 @@ class Desk:
         return config_of(group)
 
     def poll(self) -> None:
-        """Take the measures of trials that were trained before."""
-        if self.measuring and time.monotonic() - self._polled_at > _POLL_SECONDS:
-            self._polled_at = time.monotonic()
+        """Take the measures of trials that were trained before, and halt the study if its budget is spent."""
+        if time.monotonic() - self._polled_at < _POLL_SECONDS:
+            return
+        self._polled_at = time.monotonic()
+        if self.measuring:
             self.take_measured(self.measuring.take_ended())
+        if not self.agenda.halted and (reason := self.spending.exhausted()):
+            self.agenda.halt(reason)
 
     def take_measured(self, measured: Iterable[Measured]) -> None:
         """Enter how the measuring of trials ended."""
@@ -98,9 +105,10 @@ class Desk:
             if isinstance(outcome, Exception):
                 self._fail(plan, reason_of(outcome), may_pass(cause_of(outcome)))
             else:
-                self.agenda.finish(plan, outcome.get(self.study.choose_metric))
+                self.spending.add(outcome.cost)
+                self.agenda.finish(plan, outcome.metrics.get(self.study.choose_metric))
 
-    def take_ended(self, config: Mapping[str, Any], report: Mapping[str, Any], late: bool) -> None:
+    def take_ended(self, trial_id: str, config: Mapping[str, Any], report: Mapping[str, Any], late: bool) -> None:
         """Enter how the trials of a group ended.
 
         Args:
@@ -109,6 +117,7 @@ class Desk:
             late: The study's time is up, so that Tune has stopped the trial.
         """
         self._open -= 1
+        self.spending.end(trial_id)
         for plan in self._plans(config):
             key = plan.stage.key
             if failure := report.get("errors", {}).get(key):
@@ -123,9 +132,10 @@ class Desk:
             else:
                 self.agenda.stop(plan, report.get("epoch", 0), report.get("chosen"))
 
-    def take_lost(self, config: Mapping[str, Any], reason: str) -> None:
+    def take_lost(self, trial_id: str, config: Mapping[str, Any], reason: str) -> None:
         """Enter that a group lost its worker. What went wrong in a stage is reported and does not come here."""
         self._open -= 1
+        self.spending.end(trial_id)
         for plan in self._plans(config):
             self._fail(plan, reason, True)
 

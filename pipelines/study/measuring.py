@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aecore.config.specs import LoadSpec
 from pipelines.cluster.placement import options_of
@@ -15,14 +15,24 @@ from pipelines.execution.chain import as_task
 from pipelines.execution.journal import Computed
 from pipelines.execution.trial import compute_trials
 from pipelines.graph.stage import Stage
+from pipelines.study.cost import Cost
 from pipelines.study.plan import TrialPlan
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 _GRACE_SECONDS = 60.0
-Measured = tuple[TrialPlan, dict[str, float] | Exception]
-"""A trial, and its metrics or the error with which measuring it failed."""
+
+
+class Measures(NamedTuple):
+    """What a task has measured of a trial, and what measuring it has cost."""
+
+    metrics: dict[str, float]
+    cost: Cost
+
+
+Measured = tuple[TrialPlan, Measures | Exception]
+"""A trial, and its measures or the error with which measuring it failed."""
 
 
 @dataclass
@@ -87,13 +97,15 @@ class Measuring:
                 ray.cancel(reference, force=True)
 
 
-def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> dict[str, float]:
-    """Compute the last stage of a trial whose other stages are trained, in a Ray task; return the trial's metrics."""
+def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> Measures:
+    """Compute the last stage of a trial whose other stages are trained, in a Ray task."""
     import ray
+
+    began = time.monotonic()
 
     load = next(parent for parent in stage.parents() if isinstance(parent.spec, LoadSpec))
     (outcome,) = compute_trials([stage], [assignment], {load.key: ray.get(data[0])})
     if isinstance(outcome, Exception):
         raise outcome
     assert isinstance(outcome, Computed)
-    return outcome.result.metrics
+    return Measures(outcome.result.metrics, Cost.of(assignment.share, time.monotonic() - began))

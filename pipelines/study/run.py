@@ -1,20 +1,26 @@
 """A study from its first trial to its last: what is finished is restored, the rest runs on Ray Tune."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from aecore.config.facts import Facts
-from aecore.evaluation.trial import REFERENCES, Trial
-from pipelines.cluster.connection import nodes_at_hand
+from aecore.evaluation.racing import GOALS
+from aecore.evaluation.trial import REFERENCES, Dropped, Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
-from pipelines.study.agenda import Agenda
-from pipelines.study.cost import Cost, Forecast, finished_samples, forecast, groups_of, machine_for, plans_of_search
+from pipelines.study.agenda import Agenda, Endings
+from pipelines.study.cost import Cost, Forecast
 from pipelines.study.desk import reason_of
 from pipelines.study.groups import reference_groups
 from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
-from pipelines.study.results import trial_of
+from pipelines.study.preview import forecast_study
+from pipelines.study.race import Race
+from pipelines.study.results import read, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import Search
 from pipelines.study.trials import TrialRunner
@@ -44,13 +50,8 @@ class Ended(NamedTuple):
     """What the missing trials were to cost; None where none was missing."""
     shared: Cost
     """What the stages that several trials share have cost."""
-
-    @property
-    def status(self) -> Literal["finished", "partial", "failed"]:
-        """`partial` if some trials failed, `failed` if no trial of a variant is finished."""
-        if all(trial.status != "finished" for trial in self.trials if trial.row not in REFERENCES):
-            return "failed"
-        return "partial" if any(trial.status == "failed" for trial in self.trials) else "finished"
+    dropped: list[Dropped]
+    """The study rows that a race dropped."""
 
 
 def run(
@@ -66,24 +67,29 @@ def run(
     runner = TrialRunner(study, facts, tracker, parent, resources)
     agenda = Agenda(resources.retries)
     before = tracker.trials_of(parent)
-    _restore(plan_trials(study, facts, resources.numerics), before, agenda, say)
+    race = Race(study, runner.plan_of, partial(_scores, tracker, parent, study)) if study.scheduler == "race" else None
+    plans = [m for m in plan_trials(study, facts, resources.numerics) if not race or m.row in REFERENCES]
+    _restore(plans, before, agenda, say)
+    if race:
+        agenda.before = {key: math.nan for key, record in before.items() if record.is_finished}
+        agenda.sources.append(race)
     for row in study.searched_rows if study.search == "optuna" else ():
         agenda.sources.append(_search(runner, row, before, agenda))
-    expected, shared, seconds = None, 0, 0.0
+    expected, shared = None, []
     if agenda.has_work():
-        missing = [*agenda.waiting(), *plans_of_search(study, facts, resources.numerics)]
-        nodes = nodes_at_hand()
-        machine = machine_for(groups_of(missing, study, resources, nodes), resources, nodes)
-        expected = forecast(missing, machine, finished_samples(tracker))
-        shared, seconds = _compute_shared_stages(runner, agenda, say)
+        expected = forecast_study(study, facts, resources, agenda.waiting(), tracker)
+        shared = _compute_shared_stages(runner, agenda, say)
         runner.run(agenda)
     after = tracker.trials_of(parent)
     _close_runs(agenda, after, tracker)
-    trials = [trial_of(plan, after.get(key), study.budget.epochs, agenda.endings) for key, plan in agenda.plans.items()]
+    trials = [
+        trial_of(plan, after.get(key), study.budget.epochs, agenda.endings)._replace(number=number)
+        for number, (key, plan) in enumerate(agenda.plans.items())
+    ]
     finished = [{key for key, record in records.items() if record.is_finished} for records in (before, after)]
     return Ended(
-        trials, shared + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()), expected,
-        Cost.of(machine.share, seconds) if expected else Cost(),
+        trials, len(shared) + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()), expected,
+        sum(shared, Cost()), race.dropped if race else [],
     )  # fmt: skip
 
 
@@ -104,10 +110,21 @@ def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, say: S
     agenda.add(missing)
 
 
+def _scores(tracker: "Tracker", parent: str, study: Study, plans: Sequence[TrialPlan]) -> dict[str, np.ndarray]:
+    """Return by key what the finished ones of some trials reached on each test row, in the measure of the race."""
+    goal, records = GOALS[study.choose], tracker.trials_of(parent)
+    scores = {}
+    for plan in plans:
+        trial = read(trial_of(plan, records.get(plan.stage.key), study.budget.epochs, Endings()), tracker)
+        if trial.status == "finished" and goal.metric in trial.metrics:
+            scores[plan.stage.key] = trial.arrays.get(goal.points, np.array([trial.metrics[goal.metric]]))
+    return scores
+
+
 def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> Search:
     """Return the search of a row's settings; it goes on from what an earlier call has finished."""
     study, tried = runner.study, []
-    for record in before.values():
+    for record in reversed(list(before.values())):  # the oldest first
         if record.is_finished and record.tags.get("row") == row:
             settings, seed = json.loads(record.tags["settings"]), int(record.tags["seed"])
             agenda.plans[record.key] = runner.plan_of(row, settings, seed)
@@ -117,22 +134,25 @@ def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> S
     return Search(study, row, runner.plan_of, tried)
 
 
-def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> tuple[int, float]:
-    """Compute the stages that several trials need; return how many were computed now, and the seconds that they took to
-    train. The trials that need one which fails fail, for its reason."""
+def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> list[Cost]:
+    """Compute the stages that several trials need; return the costs of those that were computed now. The trials that
+    need one which fails fail, for its reason."""
     plans = agenda.waiting()
     groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
     stages = shared_stages(groups)
     if not stages:
-        return 0, 0.0
+        return []
     say(f"{len(stages)} stages that several trials share come first")
     failures: dict[str, Exception] = {}
     outcomes = compute(stages, runner.tracker, runner.parent, runner.resources, say, failures)
     found = {plan.stage.key: [failures[key] for key in plan.stages() if key in failures] for plan in plans}
     agenda.refuse({key: reason_of(errors[0]) for key, errors in found.items() if errors})
     runner.known |= {stage.key: outcomes[stage.name].run_id for stage in stages if stage.name in outcomes}
-    computed = [outcome for outcome in outcomes.values() if not outcome.restored]
-    return len(computed), sum(outcome.metrics.get("train_seconds", 0.0) for outcome in computed)
+    seconds = [one.metrics.get("train_seconds", 0.0) for one in outcomes.values() if not one.restored]
+    share = runner.share_of(stages)
+    costs = [Cost.of(share, each) for each in seconds]
+    runner.spending.add(sum(costs, Cost()))
+    return costs
 
 
 def _close_runs(agenda: Agenda, records: Records, tracker: "Tracker") -> None:

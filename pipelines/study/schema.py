@@ -84,8 +84,9 @@ class Study(Frozen):
     search: Literal["grid", "random", "optuna"] = "grid"
     """How settings are chosen: all combinations, random draws, or by Optuna, which searches with the first seed; the
     best settings are then trained with the other seeds."""
-    scheduler: Literal["none", "asha"] = "none"
-    """asha stops trials early whose reconstruction error lags behind (Li et al. 2020)."""
+    scheduler: Literal["none", "asha", "race"] = "none"
+    """asha stops trials early whose reconstruction error lags behind (Li et al. 2020). race adds seeds in rounds; a
+    study row that is worse than the best one, by the statistics of the report, gets no further seeds."""
     choose: Literal["reconstruction", "probe", "finetuned"] = "reconstruction"
     """The validation measure by which a study row's best settings are chosen: the squared reconstruction error, the
     accuracy of a linear probe, or (finetuned) the accuracy of the classifier that is finetuned with all labels. Under
@@ -105,6 +106,9 @@ class Study(Frozen):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} lists a seed twice; name each once")
         spaces = [self.space(row) for row in self.variants]
+        if self.scheduler == "race" and any(spaces):
+            # dropping rows by test rows is the verdict itself, made early; settings may not be chosen so
+            raise ValueError("scheduler: race compares rows and searches no settings; choose them first, or use asha")
         for name, values in (item for space in spaces for item in space.items()):
             _check_setting(name, values, self.choose == "finetuned")
         if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):

@@ -4,14 +4,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aecore.config.facts import Facts
 from aecore.config.specs import LoadSpec
+from aecore.core.errors import OutageError
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.placement import bundle_of
@@ -20,6 +21,7 @@ from pipelines.cluster.share import Share, count_gpus, share_of
 from pipelines.execution.assignment import Assignment, assign
 from pipelines.execution.compute import load_rows
 from pipelines.graph.needs import device_memory
+from pipelines.graph.stage import Stage
 from pipelines.host.environment import has_embedded_ray
 from pipelines.host.scratch import scratch
 from pipelines.study.agenda import LATE, Agenda
@@ -27,6 +29,7 @@ from pipelines.study.desk import Desk, Room
 from pipelines.study.measuring import Measuring
 from pipelines.study.plan import TrialPlan, largest_settings, plan_trial
 from pipelines.study.schema import Study
+from pipelines.study.spending import Spending
 from pipelines.study.worker import choices, compute_trial, share_of_row
 
 if TYPE_CHECKING:
@@ -35,12 +38,17 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 
+_LOG_SECONDS = 60.0
+"""Seconds between two logs of what a study has spent."""
+
+
 class TrialRunner:
     """Runs the trials of one study. The data are read once into the memory of Ray, and all trials share them."""
 
     def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
+        self.spending = Spending.after(study.budget, tracker.metrics(parent))
         self.known: dict[str, str] = {}
         """The runs of the finished stages that several trials share, by key."""
 
@@ -62,11 +70,14 @@ class TrialRunner:
         room = Room(share, self.resources, as_one=self.study.scheduler != "asha")
         data = [self._load()]
         with self._measuring(share, data) as measuring:
-            desk = Desk(self.study, agenda, room, measuring)
-            self._fit(desk, self._assign(share), data)
-            if measuring:
-                desk.take_measured(measuring.take_rest(self.deadline))
-        agenda.halt(LATE)
+            desk = Desk(self.study, agenda, room, measuring, self.spending)
+            try:
+                self._fit(desk, self._assign(share), data)
+                if measuring:
+                    desk.take_measured(measuring.take_rest(self.deadline))
+            finally:
+                self.log_spending()
+        agenda.halt(agenda.halted or LATE)
         for plan in list(agenda.running.values()):
             agenda.fail(plan, LATE)
 
@@ -105,9 +116,14 @@ class TrialRunner:
                 ),
                 run_config=tune.RunConfig(
                     storage_path=str(folder), name="trials", verbose=0,
-                    callbacks=[_callback(desk, lambda: self.late)],
+                    callbacks=[_callback(desk, self)],
                 ),
             ).fit()  # fmt: skip
+
+    def log_spending(self) -> None:
+        """Log what the study has spent, so that the next command goes on from it; no outage delays the study."""
+        with suppress(OutageError):
+            self.tracker._replace(patience=0.0).log_last(self.parent, self.spending.metrics())
 
     @contextmanager
     def _measuring(self, share: Share, data: "list[ObjectRef]") -> Iterator[Measuring | None]:
@@ -129,6 +145,10 @@ class TrialRunner:
         ]
         needs = [device_memory(stage, count) for plan, count in groups for stage in plan.stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
+
+    def share_of(self, stages: Sequence[Stage]) -> Share:
+        """Return the share of the cluster that stages get which several trials need."""
+        return share_of(self.resources, max(device_memory(stage) or 0 for stage in stages))
 
     def _assign(self, share: Share) -> Assignment:
         return replace(assign(self.tracker, self.parent, share, self.resources, in_study=True), known=self.known)
@@ -182,19 +202,28 @@ def _searcher(desk: Desk) -> Any:
     return Asking()
 
 
-def _callback(desk: Desk, late: Any) -> Any:
-    """Return a callback for Tune that tells the desk how trials end."""
+def _callback(desk: Desk, runner: TrialRunner) -> Any:
+    """Return a callback for Tune that tells the desk how trials end, and logs each minute what they have spent."""
     from ray import tune
 
     class Telling(tune.Callback):
+        logged_at = time.monotonic()
+
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             desk.poll()
+            if time.monotonic() - self.logged_at > _LOG_SECONDS:
+                self.logged_at = time.monotonic()
+                runner.log_spending()
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            held = trial.placement_group_factory.required_resources
+            desk.spending.begin(trial.trial_id, Share(held.get("GPU", 0.0), held["CPU"]))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            desk.take_ended(trial.config, trial.last_result, late())
+            desk.take_ended(trial.trial_id, trial.config, trial.last_result, runner.late)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             lines = str(trial.get_error() or "its worker was lost").strip().splitlines()
-            desk.take_lost(trial.config, lines[-1][:300])
+            desk.take_lost(trial.trial_id, trial.config, lines[-1][:300])
 
     return Telling()
