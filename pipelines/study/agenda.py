@@ -91,8 +91,11 @@ class Agenda:
             return []
         group = self._next_group(devices) or ([] if in_reserve else self._from_sources())
         self.running |= {plan.stage.key: plan for plan in group}
-        self._began |= dict.fromkeys((plan.stage.key for plan in group), time.monotonic())
         return group
+
+    def begin(self, keys: Sequence[str]) -> None:
+        """Note that trials which were handed out have started."""
+        self._began |= dict.fromkeys(keys, time.monotonic())
 
     def waiting(self) -> list[TrialPlan]:
         """Return the trials that wait."""

@@ -108,6 +108,11 @@ class Desk:
                 self.spending.add(outcome.cost)
                 self.agenda.finish(plan, outcome.metrics.get(self.study.choose_metric))
 
+    def begin(self, trial_id: str, config: Mapping[str, Any], share: Share) -> None:
+        """Note that Tune has started a group of trials, with this share of the cluster."""
+        self.spending.begin(trial_id, share)
+        self.agenda.begin(keys_of(config))
+
     def take_ended(self, trial_id: str, config: Mapping[str, Any], report: Mapping[str, Any], late: bool) -> None:
         """Enter how the trials of a group ended.
 

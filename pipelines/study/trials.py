@@ -92,6 +92,7 @@ class TrialRunner:
         # Tune would write each report to three files, and its own state every ten seconds; nobody reads them
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
         os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output cannot be silenced
         # so many workers may start at once; Ray's autoscaler also goes by the trials that wait
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.room.slots + desk.room.reserve)
         from ray import tune
@@ -217,7 +218,7 @@ def _callback(desk: Desk, runner: TrialRunner) -> Any:
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             held = trial.placement_group_factory.required_resources
-            desk.spending.begin(trial.trial_id, Share(held.get("GPU", 0.0), held["CPU"]))
+            desk.begin(trial.trial_id, trial.config, Share(held.get("GPU", 0.0), held["CPU"]))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             desk.take_ended(trial.trial_id, trial.config, trial.last_result, runner.late)

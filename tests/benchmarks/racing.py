@@ -154,10 +154,10 @@ def replayed(draw: Draw, goal: Goal, planned: int, replays: int) -> dict[str, An
         races.append(race(values, goal, planned))
     pairs = list(zip(full, races, strict=True))
     shares: dict[str, float] = {
-        "agree": np.mean([best == one.best for best, one in pairs]),
+        "agree": float(np.mean([best == one.best for best, one in pairs])),
         "steady": Counter(full).most_common(1)[0][1] / replays,
-        "a winner was dropped": np.mean([bool(best & one.dropped) for best, one in pairs]),
-        "trials": np.mean([one.trials / count for one in races]),
+        "a winner was dropped": float(np.mean([bool(best & one.dropped) for best, one in pairs])),
+        "trials": float(np.mean([one.trials / count for one in races])),
         "trials, most": max(one.trials / count for one in races),
     }
     winner = "/".join(f"{size}" for size in sorted({len(best) for best in full}))
