@@ -112,7 +112,8 @@ def _write_report(study: Study, facts: Facts, trials: list[Trial], folder: Path)
         "seeds": ", ".join(map(str, study.seeds)),
         "budget": f"{study.budget.epochs} passes over the training rows per trial",
     }
-    return report.write(trials, study.name, description, facts.classes, folder, study.choose_metric)
+    about = report.About(study.name, study.choose_metric, description, facts.classes)
+    return report.write(trials, about, folder, read=lambda trial: trial)
 
 
 def _say_failures(trials: list[Trial]) -> None:

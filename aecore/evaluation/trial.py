@@ -1,6 +1,6 @@
 """The result of a trial of a study: what the report reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,17 +31,43 @@ class Trial(NamedTuple):
     curves: Mapping[str, Any] = {}
     """Measures that are curves, as plain JSON; see `aecore.evaluation`."""
     arrays: Mapping[str, np.ndarray] = {}
-    """Values per test row, pictures and maps; see `aecore.evaluation`."""
+    """Values per test row, pictures and maps; see `aecore.evaluation`.
+
+    `history`, `curves` and `arrays` are large, and so they are empty until the report reads them for the trials that it
+    compares."""
     epochs_planned: int = 0
     epochs_used: int = 0
     """Passes over the training rows. Those of a shared stage count for each trial that uses the stage."""
     seconds: float = 0.0
     """Seconds that training the trial's stages took, retries and the former training of restored stages included."""
+    cpu_seconds: float = 0.0
+    """CPU-seconds spent on the trial (its share of CPUs times wall seconds), all attempts included."""
+    gpu_seconds: float = 0.0
+    """GPU-seconds spent on the trial, likewise."""
+    number: int = 0
+    """Place of the trial in the order in which trials were started."""
 
     @property
     def name(self) -> str:
         """The trial's name in messages and in the report."""
         return trial_name(self.row, self.settings, self.seed)
+
+
+class Dropped(NamedTuple):
+    """A study row that racing dropped, since it was worse than the best."""
+
+    row: str
+    after_seeds: int
+    """Number of seeds with which the row was trained."""
+    words: str
+    """Why it was dropped, in a sentence."""
+
+
+def study_status(trials: Sequence[Trial]) -> Literal["finished", "partial", "failed"]:
+    """Return how a study ended: `partial` if some trials failed, `failed` if no trial of a variant finished."""
+    if not any(trial.status == "finished" and trial.row not in REFERENCES for trial in trials):
+        return "failed"
+    return "partial" if any(trial.status == "failed" for trial in trials) else "finished"
 
 
 def trial_name(row: str, settings: Mapping[str, Any], seed: int) -> str:

@@ -1,13 +1,16 @@
 """The measures that the report of a study compares, and their comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import Pair, compare, judge, worth
+from aecore.evaluation.statistics import Pair, Verdict, compare, judge, worth
 from aecore.evaluation.trial import REFERENCES, Trial
+
+SHOWN_ROWS = 12
+"""The most study rows that a figure or a table of pairs shows."""
 
 
 class Measure(NamedTuple):
@@ -15,6 +18,8 @@ class Measure(NamedTuple):
 
     name: str
     label: str
+    short: str
+    """A label for the head of a narrow column."""
     better: str = ""
     """`higher` or `lower`; empty for measures that are only described, since neither is better."""
     points: str = ""
@@ -34,26 +39,26 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("test/reconstruction_mse", "Squared error per feature", "lower", "sse", True),
-    Measure("test/unexplained", "Variance left unexplained", "lower", ratios=True),
-    Measure("probe/accuracy", "Linear probe, accuracy", "higher", "correct/probe"),
-    Measure("knn/accuracy", "Nearest neighbours, accuracy", "higher", "correct/knn"),
-    Measure("finetuned/accuracy", "Finetuned, accuracy", "higher", "correct/finetuned"),
-    Measure("cluster/nmi", "k-means, mutual information (NMI)", "higher"),
-    Measure("cluster/ari", "k-means, Rand index (ARI)", "higher"),
-    Measure("cluster/accuracy", "k-means, accuracy", "higher"),
-    Measure("robust/accuracy", "Probe under noise, mean accuracy", "higher"),
-    Measure("robust/mse", "Restored from noise, mean squared error", "lower", ratios=True),
-    Measure("vae/bound", "Evidence lower bound, nats", "higher"),
-    Measure("vae/iw_bound", "Importance-weighted bound, nats", "higher"),
-    Measure("sample/frechet", "Samples, Fréchet distance", "lower", ratios=True),
-    Measure("sample/frechet_floor", "Real rows, Fréchet distance"),
-    Measure("vae/active_units", "Active latent units"),
-    Measure("contraction/norm", "Norm of the encoder's Jacobian"),
-    Measure("contraction/relative", "Norm of the Jacobian / spread of the codes"),
-    Measure("units/mean_activation", "Mean activity of a unit"),
-    Measure("units/dead", "Share of units that never move"),
-    Measure("units/saturated", "Share of activities at their bounds"),
+    Measure("test/reconstruction_mse", "Squared error per feature", "Squared error", "lower", "sse", True),
+    Measure("test/unexplained", "Variance left unexplained", "Unexplained variance", "lower", ratios=True),
+    Measure("probe/accuracy", "Linear probe, accuracy", "Probe accuracy", "higher", "correct/probe"),
+    Measure("knn/accuracy", "Nearest neighbours, accuracy", "Neighbours accuracy", "higher", "correct/knn"),
+    Measure("finetuned/accuracy", "Finetuned, accuracy", "Finetuned accuracy", "higher", "correct/finetuned"),
+    Measure("cluster/nmi", "k-means, mutual information (NMI)", "k-means NMI", "higher"),
+    Measure("cluster/ari", "k-means, Rand index (ARI)", "k-means ARI", "higher"),
+    Measure("cluster/accuracy", "k-means, accuracy", "k-means accuracy", "higher"),
+    Measure("robust/accuracy", "Probe under noise, mean accuracy", "Accuracy under noise", "higher"),
+    Measure("robust/mse", "Restored from noise, mean squared error", "Error from noise", "lower", ratios=True),
+    Measure("vae/bound", "Evidence lower bound, nats", "Evidence bound", "higher"),
+    Measure("vae/iw_bound", "Importance-weighted bound, nats", "Weighted bound", "higher"),
+    Measure("sample/frechet", "Samples, Fréchet distance", "Fréchet distance", "lower", ratios=True),
+    Measure("sample/frechet_floor", "Real rows, Fréchet distance", "Fréchet, real rows"),
+    Measure("vae/active_units", "Active latent units", "Active units"),
+    Measure("contraction/norm", "Norm of the encoder's Jacobian", "Jacobian norm"),
+    Measure("contraction/relative", "Norm of the Jacobian / spread of the codes", "Relative Jacobian"),
+    Measure("units/mean_activation", "Mean activity of a unit", "Mean activity"),
+    Measure("units/dead", "Share of units that never move", "Dead units"),
+    Measure("units/saturated", "Share of activities at their bounds", "Saturated units"),
 )
 """The measures in the order of the report."""
 
@@ -65,17 +70,32 @@ class Comparison:
     measure: Measure
     means: dict[str, float]
     """Means over seeds, by study row."""
-    verdict: str
-    """Which study row is best, in words; empty where nothing is compared."""
-    cells: list[tuple[str, bool]]
-    """For each study row its mean and spread as text, and whether the row is among the best."""
-    pairs: list[tuple[Pair, str, str, str]]
-    """Each pair of study rows with its difference and the ends of its interval as text."""
+    cells: dict[str, str]
+    """Mean and spread as text, by study row."""
+    verdict: Verdict | None
+    """None where nothing is compared."""
+    words: str
+    """Which study row is best, in words; empty for measures that are only described."""
+    pairs: tuple[Pair, ...]
+    """All pairs of study rows."""
+
+    def shown_pairs(self) -> Iterator[tuple[Pair, str, str, str]]:
+        """Yield pairs with difference and ends of the interval as text: all pairs of a dozen study rows, else those of
+        the rows with the best means and the references."""
+        rows = set(self.means)
+        if self.verdict and len(rows) > SHOWN_ROWS:
+            references = self.verdict.references
+            ranked = [row for row in self.verdict.ranked if row not in references]
+            rows = {*ranked[: SHOWN_ROWS - len(references)], *references}
+        show = self.measure.show_difference
+        for pair in self.pairs:
+            if pair.first in rows and pair.second in rows:
+                yield pair, show(pair.difference), show(pair.low), show(pair.high)
 
 
-def compare_measures(trials: Sequence[Trial], rows: Sequence[str]) -> list[Comparison]:
+def compare_measures(trials: Sequence[Trial]) -> list[Comparison]:
     """Compare the study rows by each measure that at least one of them has."""
-    comparisons = (_compare(measure, trials, rows) for measure in MEASURES)
+    comparisons = (_compare(measure, trials) for measure in MEASURES)
     return [comparison for comparison in comparisons if comparison]
 
 
@@ -83,33 +103,25 @@ def worth_of_pretraining(comparisons: Sequence[Comparison]) -> list[str]:
     """Say for each study row what its training without labels is worth: how much higher the test accuracy of its
     finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
     finetuned = [one for one in comparisons if one.measure.name == "finetuned/accuracy"]
-    pairs = [pair for one in finetuned for pair, *_ in one.pairs if "pca" not in (pair.first, pair.second)]
+    pairs = [pair for one in finetuned for pair in one.pairs if "pca" not in (pair.first, pair.second)]
     return worth(pairs, "random")
 
 
-def _compare(measure: Measure, trials: Sequence[Trial], rows: Sequence[str]) -> Comparison | None:
+def _compare(measure: Measure, trials: Sequence[Trial]) -> Comparison | None:
     by_seed = _values(trials, measure._replace(points=""))
     if not by_seed:
         return None
     means = {row: float(np.nanmean(values)) for row, values in by_seed.items()}
     cells = {row: _cell(measure, values) for row, values in by_seed.items()}
     pairs: tuple[Pair, ...] = ()
-    best: tuple[str, ...] = ()
-    words = ""
+    verdict, words = None, ""
     if measure.better and len(means) > 1:
         pairs = compare(_values(trials, measure), ratios=measure.ratios)
         verdict = judge(means, pairs, measure.better == "higher", REFERENCES)
-        best, words = verdict.best, verdict.words()
+        words = verdict.words()
     elif measure.better:
         words = "; ".join(f"only {row} has it, {cell}: not compared." for row, cell in cells.items())
-    show = measure.show_difference
-    return Comparison(
-        measure=measure,
-        means=means,
-        verdict=words,
-        cells=[(cells.get(row, "–"), row in best) for row in rows],
-        pairs=[(pair, show(pair.difference), show(pair.low), show(pair.high)) for pair in pairs],
-    )
+    return Comparison(measure=measure, means=means, cells=cells, verdict=verdict, words=words, pairs=pairs)
 
 
 def _values(trials: Sequence[Trial], measure: Measure) -> dict[str, np.ndarray]:

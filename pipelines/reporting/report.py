@@ -1,20 +1,19 @@
 """The report of a study: one HTML page that needs no other file, its figures as PNG, all numbers as Parquet and CSV."""
 
-import json
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 import pandas as pd
 
 from aecore.evaluation.figures import codes, curves, images, settings
-from aecore.evaluation.statistics import resolution
-from aecore.evaluation.trial import Trial
-from pipelines.reporting.measures import compare_measures
+from aecore.evaluation.trial import Dropped, Trial
+from pipelines.reporting import summary, tables
+from pipelines.reporting.measures import SHOWN_ROWS, Comparison, compare_measures
+from pipelines.reporting.selection import Read, choose_drawn, choose_settings, read_results, same_settings
 
 CAPTIONS = {
     "learning_curves": "Means over seeds, to the last epoch that all seeds reached. Faint: trials that the scheduler "
@@ -29,9 +28,35 @@ CAPTIONS = {
     "activations": "The same test rows and one colour scale everywhere; the lowest seed of each row.",
     "identity_risk": "A code wider than the data can copy it. Weights of the lowest seed, each unit on its own scale.",
     "samples": "Samples and manifold are decoded means; the lowest seed of each row.",
+    "search": "Each row's best settings so far, in the order in which they were started. Points: each settings' mean "
+    "over its seeds.",
     "importance": "All finished trials of the search. A bar that ends near its tick shows no effect.",
 }
 """The caption of each figure, in the order of the report."""
+
+
+class Cost(NamedTuple):
+    """A line of the table that sets what a study was forecast to cost beside what it spent."""
+
+    label: str
+    forecast: str
+    spent: str
+
+
+class About(NamedTuple):
+    """What a report tells of a study besides its trials."""
+
+    title: str
+    choose: str
+    """The validation metric by which a study row's settings are chosen, where several were tried: more is better if the
+    name contains `accuracy`, else less."""
+    facts: Mapping[str, str] = {}
+    """Lines to print under the matrix, by name."""
+    classes: Sequence[str] = ()
+    """Names of the classes; empty without labels."""
+    dropped: Sequence[Dropped] = ()
+    """The study rows that racing dropped."""
+    costs: Sequence[Cost] = ()
 
 
 class Report(NamedTuple):
@@ -39,78 +64,105 @@ class Report(NamedTuple):
 
     files: list[Path]
     """The page comes first."""
+    answer: str
+    """Which study row to use, in a sentence or two."""
     verdicts: dict[str, str]
     """Which study row is best, in words, by measure."""
     means: dict[str, dict[str, float]]
     """Means over seeds of the chosen settings, by measure and study row."""
 
 
-def write(
-    trials: Sequence[Trial], title: str, facts: dict[str, str], classes: Sequence[str], folder: Path, choose: str
-) -> Report:
-    """Write the report of a study into `folder`: `report.html`, `results.parquet`, `results.csv` and `figures/*.png`.
+def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Report:
+    """Write the report of a study into `folder`: `report.html`, `results.parquet`, `results.csv`, `pairs.csv` and
+    `figures/*.png`.
 
     Args:
         trials: all trials, however they ended, in the order in which study rows are to appear.
-        facts: lines to print under the title, by name.
-        classes: names of the classes; empty without labels.
-        choose: the validation metric by which a study row's settings are chosen, where several were tried: more is
-            better if the name contains `accuracy`, else less.
+        read: called in a few threads, once for each finished trial with the settings that were chosen.
     """
-    chosen = _choose_settings(trials, choose)
-    compared = [trial for trial in trials if _key(trial.settings) == _key(chosen[trial.row])]
-    stopped = [t for t in trials if t.status == "stopped" and _key(t.settings) != _key(chosen[t.row])]
+    chosen = choose_settings(trials, about.choose)
+    places = [n for n, trial in enumerate(trials) if same_settings(trial.settings) == same_settings(chosen[trial.row])]
+    drawn = choose_drawn([trials[place] for place in places], about.choose)
+    compared = read_results([trials[place] for place in places], read, drawn)
+    results = dict(zip(places, compared, strict=True))
+    trials = [results.get(place, trial) for place, trial in enumerate(trials)]
     with ThreadPoolExecutor(1) as thread:
-        maps = thread.submit(codes.planes, compared)  # takes as long as all other figures together
-        comparisons = compare_measures(compared, list(chosen))
-        drawn = {
-            "learning_curves": curves.learning_curves([*compared, *stopped]),
-            "label_efficiency": curves.label_efficiency(compared),
-            "robustness": curves.robustness(compared),
-            "contraction": curves.contraction(compared),
-            "reconstructions": images.reconstructions(compared),
-            "triptychs": images.triptychs(compared),
-            "activations": codes.activations(compared),
-            "identity_risk": images.identity_risk(compared),
-            "samples": images.samples(compared),
-            "importance": settings.importance(trials, choose),
-        }
-        drawn["codes_maps"] = codes.codes_maps(compared, maps.result(), classes)
-    figures = {name: png for name in CAPTIONS if (png := drawn[name])}
+        shown = [trial for trial in compared if trial.row in drawn]
+        maps = thread.submit(codes.planes, shown)  # takes as long as all other figures together
+        comparisons = compare_measures(compared)
+        figures = _draw(trials, shown, about)
+        if png := codes.codes_maps(shown, maps.result(), about.classes):
+            figures["codes_maps"] = png
+    answer = summary.answer(summary.leading(comparisons, about.choose), compared)
     page = _render(
-        title=title,
-        facts=facts,
-        unfinished=[trial for trial in trials if trial.status != "finished"],
-        rows=list(chosen),
-        comparisons=comparisons,
-        seeds=_describe_seeds(compared),
-        chosen={row: _describe(values) for row, values in chosen.items() if values},
-        choose=choose,
-        figures=[(CAPTIONS[name], name, b64encode(png).decode()) for name, png in figures.items()],
-        costs=_costs(trials),
+        about=about,
+        answer=answer,
+        figures=[(CAPTIONS[name], name, b64encode(figures[name]).decode()) for name in CAPTIONS if name in figures],
+        chosen={row: summary.describe_settings(values) for row, values in chosen.items() if values},
+        **_compared(comparisons, compared, drawn, about.choose),
+        **_ended(trials, drawn),
     )
-    files = _write_files(folder, page, figures, _table(trials))
-    verdicts = {one.measure.name: one.verdict for one in comparisons if one.verdict}
-    return Report(files, verdicts, {one.measure.name: one.means for one in comparisons})
+    files = _write_files(folder, page, figures, tables.results_table(trials), tables.pairs_table(comparisons))
+    verdicts = {one.measure.name: one.words for one in comparisons if one.words}
+    return Report(files, answer.words(), verdicts, {one.measure.name: one.means for one in comparisons})
 
 
-def _choose_settings(trials: Sequence[Trial], choose: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of each study row that have the best mean of the metric `choose` over seeds, or the first
-    settings if no trial has the metric."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    known = {_key(trial.settings): trial.settings for trial in trials}
-    for trial in trials:
-        seeds = scores.setdefault(trial.row, {}).setdefault(_key(trial.settings), [])
-        if trial.status == "finished" and np.isfinite(trial.metrics.get(choose, np.nan)):
-            seeds.append(-trial.metrics[choose] if "accuracy" in choose else trial.metrics[choose])
+def _draw(trials: Sequence[Trial], compared: Sequence[Trial], about: About) -> dict[str, bytes]:
+    """Draw all figures except the maps.
+
+    Args:
+        compared: the trials of the study rows that are drawn, with the chosen settings.
+    """
+    rows, known = {trial.row for trial in compared}, {id(trial) for trial in compared}
+    searched = [trial for trial in trials if trial.row in rows]
+    stopped = [trial for trial in searched if trial.status == "stopped" and id(trial) not in known]
+    drawn = {
+        "learning_curves": curves.learning_curves([*compared, *stopped]),
+        "label_efficiency": curves.label_efficiency(compared),
+        "robustness": curves.robustness(compared),
+        "contraction": curves.contraction(compared),
+        "reconstructions": images.reconstructions(compared),
+        "triptychs": images.triptychs(compared),
+        "activations": codes.activations(compared),
+        "identity_risk": images.identity_risk(compared),
+        "samples": images.samples(compared),
+        "search": settings.search(searched, about.choose),
+        "importance": settings.importance(trials, about.choose),
+    }
+    return {name: png for name, png in drawn.items() if png}
+
+
+def _compared(
+    comparisons: Sequence[Comparison], compared: Sequence[Trial], drawn: Sequence[str], choose: str
+) -> dict[str, Any]:
+    """Return what the page shows of the comparisons; study rows stand in the order of the measure that answers."""
+    first = summary.leading(comparisons, choose)
+    ranked = first.verdict.ranked if first and first.verdict else ()
+    rows = list(dict.fromkeys([*ranked, *(trial.row for trial in compared)]))
     return {
-        row: known[min(keys, key=lambda key: np.mean(keys[key]) if keys[key] else np.inf)]
-        for row, keys in scores.items()
+        "rows": rows,
+        "shown": [row for row in rows if row in drawn],
+        "comparisons": comparisons,
+        "heads": [one for one in comparisons if one.verdict],
+        "matrix": summary.matrix(comparisons, rows),
+        "leading": first,
+        "references": first.verdict.references if first and first.verdict else (),
+        "seeds": summary.describe_seeds(compared),
+        "tests": summary.describe_tests(len(rows)),
+        "many": len(rows) > SHOWN_ROWS,
     }
 
 
-def _key(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True, default=str)
+def _ended(trials: Sequence[Trial], drawn: Sequence[str]) -> dict[str, Any]:
+    """Return what the page shows of how the trials ended and what they cost."""
+    columns, (*costs, total) = tables.costs(trials)
+    return {
+        "status": summary.describe_status(trials),
+        "failures": summary.failures(trials),
+        "stopped": sum(trial.status == "stopped" for trial in trials),
+        "cost_columns": columns,
+        "costs": [*(cells for cells in costs if cells[0] in drawn), total],
+    }
 
 
 def _render(**context: Any) -> str:
@@ -120,77 +172,16 @@ def _render(**context: Any) -> str:
     return templates.get_template("report.html.j2").render(**context)
 
 
-def _write_files(folder: Path, page: str, figures: dict[str, bytes], table: pd.DataFrame) -> list[Path]:
+def _write_files(
+    folder: Path, page: str, figures: Mapping[str, bytes], results: pd.DataFrame, pairs: pd.DataFrame
+) -> list[Path]:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    files = [folder / "report.html", folder / "results.parquet", folder / "results.csv"]
+    files = [folder / name for name in ("report.html", "results.parquet", "results.csv", "pairs.csv")]
     files[0].write_text(page, encoding="utf-8")
-    table.to_parquet(files[1], index=False)
-    table.to_csv(files[2], index=False)
-    for name, png in figures.items():
+    results.to_parquet(files[1], index=False)
+    results.to_csv(files[2], index=False)
+    pairs.to_csv(files[3], index=False, float_format="%.6g")
+    for name in (name for name in CAPTIONS if name in figures):
         files.append(folder / "figures" / f"{name}.png")
-        files[-1].write_bytes(png)
+        files[-1].write_bytes(figures[name])
     return files
-
-
-def _describe(settings: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}" for name, value in settings.items()
-    )
-
-
-def _describe_seeds(trials: Sequence[Trial]) -> str:
-    """Return sentences that say over how many seeds the means are taken."""
-    finished: dict[str, list[int]] = {trial.row: [] for trial in trials}
-    for trial in trials:
-        if trial.status == "finished":
-            finished[trial.row].append(trial.seed)
-    sets = {tuple(sorted(seeds)) for seeds in finished.values()}
-    if len(sets) > 1:
-        each = ", ".join(f"{row} {len(seeds)}" for row, seeds in finished.items())
-        return f"Finished seeds: {each}. Rows are compared in pairs, on the seeds that both have."
-    (seeds,) = sets
-    if len(seeds) == 1:
-        return "One seed per row: the verdicts speak of these weights; with another seed they may differ."
-    text = f"{len(seeds)} seeds in every row, the same in each."
-    pairs = len(finished) * (len(finished) - 1) // 2
-    if len(seeds) > 1 and pairs:
-        least = f"{resolution(len(seeds), len(finished)):.2g} times their standard deviation over seeds"
-        text += f" Differences of less than about {least} are ties (pairs: {pairs})."
-    return text
-
-
-def _costs(trials: Sequence[Trial]) -> list[list[str]]:
-    """Return the cells of the table of costs (trials, epochs, hours): a line per study row, then a line of totals."""
-    frame = pd.DataFrame(
-        {
-            "row": [trial.row for trial in trials],
-            **{kind: [trial.status == kind for trial in trials] for kind in ("finished", "stopped", "failed")},
-            "planned": [trial.epochs_planned for trial in trials],
-            "used": [trial.epochs_used for trial in trials],
-            "hours": [trial.seconds / 3600 for trial in trials],
-        }
-    )
-    table = frame.groupby("row", sort=False).sum()
-    lines = [*table.itertuples(), ("all rows", *table.sum())]
-    return [[row, *(f"{value:.0f}" for value in values[:-1]), f"{values[-1]:.3g}"] for row, *values in lines]
-
-
-def _table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """Return a table with a line per trial and a column per field, setting (`settings.<name>`) and metric. Settings
-    that are not scalars are written as JSON."""
-
-    def scalar(value: Any) -> Any:
-        return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=str)
-
-    fields = ("row", "kind", "seed", "status", "error", "run_id", "epochs_planned", "epochs_used", "seconds")
-    lines = []
-    for trial in trials:
-        line = {field: getattr(trial, field) for field in fields[:2]}
-        line |= {f"settings.{name}": scalar(value) for name, value in trial.settings.items()}
-        lines.append(line | {field: getattr(trial, field) for field in fields[2:]} | dict(trial.metrics))
-    table = pd.DataFrame(lines)
-    for name in [name for name in table.columns if str(name).startswith("settings.")]:
-        # a column of Parquet has one type
-        if len({isinstance(value, str) for value in table[name].dropna()}) > 1:
-            table[name] = [None if pd.isna(value) else str(value) for value in table[name]]
-    return table

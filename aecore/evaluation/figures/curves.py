@@ -170,10 +170,10 @@ def _draw(axes: Axes, lines: Mapping[str, Line], look: Mapping[str, Look], named
     open_frame(axes)
     axes.tick_params(labelsize=FONT - 1)
     if named:
-        _name_ends(axes, {row: (line.x[-1], line.mean(-1)) for row, line in lines.items()}, look)
+        name_ends(axes, {row: (line.x[-1], line.mean(-1)) for row, line in lines.items()}, look)
 
 
-def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], look: Mapping[str, Look]) -> None:
+def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], look: Mapping[str, Look]) -> None:
     """Write names right of the axes, each joined to its line's end; names that would overlap are pushed apart."""
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
