@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from aecore.evaluation.statistics import Pair, compare, holm, judge, resolution
+from aecore.evaluation import statistics
+from aecore.evaluation.statistics import Pair, compare, holm, judge, listed, resolution
 
 
 def made(
@@ -183,3 +184,48 @@ def test_resolution_is_where_a_difference_starts_to_hold() -> None:
 def test_unpaired_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 5\), \(3, 5\)"):
         compare({"a": np.zeros((3, 5)), "b": np.zeros((2, 5))})
+
+
+def both_ways(values: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, ratios: bool = False) -> list[np.ndarray]:
+    """Compare rows by the bootstrap and in closed form; return the numbers of all pairs, (pairs, 6), for each."""
+    results = []
+    for limit in (len(values), len(values) - 1):
+        monkeypatch.setattr(statistics, "BOOTSTRAPPED_ROWS", limit)
+        results.append(np.array([pair[2:] for pair in compare(values, 20_000, ratios)], np.float64))
+    return results
+
+
+@pytest.mark.parametrize("ratios", [False, True])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_closed_form_agrees_with_the_bootstrap(seeds: int, ratios: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = made(np.random.default_rng(seeds), (0, 0.05, 0.1, 0.2), seeds, 500, 0.05 if seeds > 1 else 0.0)
+    values = {row: np.exp(found / 4) for row, found in values.items()}
+    if seeds > 1:
+        values["row3"][2] = np.nan
+    drawn, closed = both_ways(values, monkeypatch, ratios)
+    assert np.allclose(drawn[:, 0], closed[:, 0]) and (drawn[:, 5] == closed[:, 5]).all()
+    width = (closed[:, 2] - closed[:, 1]) / (drawn[:, 2] - drawn[:, 1])
+    assert np.all((width > 0.9) & (width < 1.1))
+    assert np.allclose(drawn[:, 3], closed[:, 3], atol=0.03)
+
+
+def test_without_points_the_closed_form_is_the_same_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    values = {f"row{n}": n / 4 + rng.normal(size=4) for n in range(5)} | {"even": np.ones(4), "alike": np.ones(4)}
+    values["row1"][:3] = np.nan
+    values["row2"][0] = np.nan
+    drawn, closed = both_ways(values, monkeypatch)
+    assert np.allclose(drawn, closed, equal_nan=True)
+
+
+def test_of_many_equal_rows_few_are_found_different() -> None:
+    wrong = 0
+    for number in range(40):
+        values = made(np.random.default_rng(number), (0.0,) * 30, 3, 200, 0.05)
+        wrong += any(pair.holds for pair in compare(values))
+    assert wrong <= 5
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    assert listed([*"abcdefghijkl"]) == "a, b, c, d, e, f, g, h, i, j, k and l"
+    assert listed([*"abcdefghijklm"]) == "a, b, c, d, e, f, g, h, i, j and 3 more"

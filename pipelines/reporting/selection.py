@@ -11,7 +11,7 @@ from aecore.evaluation.trial import REFERENCES, Trial
 from pipelines.reporting.measures import MEASURES, SHOWN_ROWS
 
 Read = Callable[[Trial], Trial]
-"""Returns a trial with `history`, `curves` and `arrays` filled; where its result is lost, as failed and with an error."""
+"""Returns a trial with `history`, `curves` and `arrays` filled. A trial whose result is lost comes back as failed."""
 _READERS = 4
 _POINTS = {measure.points for measure in MEASURES if measure.points}
 

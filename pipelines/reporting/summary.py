@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 class Failures(NamedTuple):
     """The trials that failed."""
 
-    count: int
+    total: int
     reasons: list[tuple[int, str]]
     """How many trials failed alike, and the first one's error; the most frequent first."""
     listed: list[Trial]
