@@ -20,9 +20,8 @@ from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
 from pipelines.cluster import nodes as nodes_module
-from pipelines.cluster.nodes import possible_nodes
 from pipelines.cluster.device import position_of
-from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.nodes import check_reach, possible_nodes
 from pipelines.cluster.placement import bundle_of, most_trials, options_of, options_of_a_controller
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus, share_of

@@ -161,6 +161,7 @@ def test_the_winner_wins_and_ties_are_ties(written: list[Path]) -> None:
     assert re.search(
         r"Which should I use\? sparse: by probe accuracy it wins with \d\d\.\d\d %; [\w ]+, the next, has ", said
     )
+    assert re.search(r"The pretraining of sparse is worth: \+[\d.]+ points of accuracy \(95 % interval ", said)
     # the best rows are marked by more than their colour
     assert re.search(r'<td class="tied" [^>]*>[^<]*★</td>', written[0].read_text())
 

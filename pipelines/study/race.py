@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-
 from aecore.evaluation.racing import GOALS, drop, rounds
+
 from aecore.evaluation.trial import Dropped
 from pipelines.host.messages import say
 from pipelines.study.plan import TrialPlan

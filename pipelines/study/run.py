@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from aecore.config.facts import Facts
-from aecore.evaluation.trial import REFERENCES, Trial
+from aecore.evaluation.trial import Trial, study_status
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda
@@ -42,9 +42,7 @@ class Ended(NamedTuple):
     @property
     def status(self) -> Literal["finished", "partial", "failed"]:
         """`partial` if some trials failed, `failed` if no trial of a variant is finished."""
-        if all(trial.status != "finished" for trial in self.trials if trial.row not in REFERENCES):
-            return "failed"
-        return "partial" if any(trial.status == "failed" for trial in self.trials) else "finished"
+        return study_status(self.trials)
 
 
 def run(
