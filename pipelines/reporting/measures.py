@@ -101,8 +101,8 @@ def compare_measures(trials: Sequence[Trial]) -> list[Comparison]:
 
 
 def worth_of_pretraining(comparisons: Sequence[Comparison], rows: Sequence[str]) -> list[str]:
-    """Say for each of these study rows what its training without labels is worth: how much higher the test accuracy of its
-    finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
+    """Say for each of these study rows what its training without labels is worth: how much higher the test accuracy of
+    its finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
     finetuned = [one for one in comparisons if one.measure.name == "finetuned/accuracy"]
     known = {*rows, "random"} - {"pca"}
     pairs = [pair for one in finetuned for pair in one.pairs if {pair.first, pair.second} <= known]
