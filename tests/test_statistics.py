@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import ttest_rel
 
 from aecore.evaluation import statistics
-from aecore.evaluation.statistics import Pair, compare, holm, judge, listed, resolution, worth
+from aecore.evaluation.statistics import Pair, compare, holm, resolution
+from aecore.evaluation.verdicts import judge, listed, worth
 
 
 def made(

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import Pair, compare, judge
+from aecore.evaluation.statistics import Pair, compare
 from aecore.evaluation.trial import Dropped
+from aecore.evaluation.verdicts import judge
 
 FIRST_SEEDS = 2
 """Number of seeds of the first round. The spread over seeds is pooled over the rows, so two are enough to see by."""

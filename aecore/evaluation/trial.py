@@ -41,9 +41,9 @@ class Trial(NamedTuple):
     seconds: float = 0.0
     """Seconds that training the trial's stages took, retries and the former training of restored stages included."""
     cpu_seconds: float = 0.0
-    """Seconds of a CPU that were spent on the trial in all its attempts: CPUs times seconds."""
+    """CPU-seconds spent on the trial (its share of CPUs times wall seconds), all attempts included."""
     gpu_seconds: float = 0.0
-    """Seconds of a GPU that were spent on the trial in all its attempts: share of the GPU times seconds."""
+    """GPU-seconds spent on the trial, likewise."""
     number: int = 0
     """Place of the trial in the order in which trials were started."""
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import Pair, Verdict, compare, judge, worth
+from aecore.evaluation.statistics import Pair, compare
 from aecore.evaluation.trial import REFERENCES, Trial
+from aecore.evaluation.verdicts import Verdict, judge, worth
 
 SHOWN_ROWS = 12
 """The most study rows that a figure or a table of pairs shows."""
@@ -99,11 +100,12 @@ def compare_measures(trials: Sequence[Trial]) -> list[Comparison]:
     return [comparison for comparison in comparisons if comparison]
 
 
-def worth_of_pretraining(comparisons: Sequence[Comparison]) -> list[str]:
-    """Say for each study row what its training without labels is worth: how much higher the test accuracy of its
-    finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
+def worth_of_pretraining(comparisons: Sequence[Comparison], rows: Sequence[str]) -> list[str]:
+    """Say for each of these study rows what its training without labels is worth: how much higher the test accuracy of
+    its finetuned classifier is than that of the same network finetuned from random weights. Empty without labels."""
     finetuned = [one for one in comparisons if one.measure.name == "finetuned/accuracy"]
-    pairs = [pair for one in finetuned for pair in one.pairs if "pca" not in (pair.first, pair.second)]
+    known = {*rows, "random"} - {"pca"}
+    pairs = [pair for one in finetuned for pair in one.pairs if {pair.first, pair.second} <= known]
     return worth(pairs, "random")
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from aecore.evaluation.figures import codes, curves, images, settings
 from aecore.evaluation.trial import Dropped, Trial
 from pipelines.reporting import summary, tables
-from pipelines.reporting.measures import SHOWN_ROWS, Comparison, compare_measures
+from pipelines.reporting.measures import SHOWN_ROWS, Comparison, compare_measures, worth_of_pretraining
 from pipelines.reporting.selection import Read, choose_drawn, choose_settings, read_results, same_settings
 
 CAPTIONS = {
@@ -148,6 +148,7 @@ def _compared(
         "leading": first,
         "references": first.verdict.references if first and first.verdict else (),
         "seeds": summary.describe_seeds(compared),
+        "worth": worth_of_pretraining(comparisons, drawn),
         "tests": summary.describe_tests(len(rows)),
         "many": len(rows) > SHOWN_ROWS,
     }

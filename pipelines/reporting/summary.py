@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import BOOTSTRAPPED_ROWS, listed, resolution
+from aecore.evaluation.statistics import BOOTSTRAPPED_ROWS, resolution
 from aecore.evaluation.trial import REFERENCES, Trial, study_status
+from aecore.evaluation.verdicts import listed
 from pipelines.reporting.measures import SHOWN_ROWS, Comparison
 
 _TESTED_BY = {
@@ -18,6 +19,8 @@ _TESTED_BY = {
 """The measure on test rows for each validation metric by which settings are chosen."""
 _LISTED = 20
 """The most failed trials, and the most reasons, that the page lists."""
+_NAMED = 4
+"""The most rows that the answer names as tied."""
 
 
 class Cell(NamedTuple):
@@ -109,10 +112,11 @@ def answer(one: Comparison | None, trials: Sequence[Trial]) -> Answer:
         return Answer(best[0], f"{by} it wins with {values[best[0]]}; {ranked[1]}, the next, has {values[ranked[1]]}.")
     seconds = {row: _mean_seconds(trials, row) for row in best}
     cheapest = min(best, key=lambda row: seconds[row])
-    others = listed([row for row in best if row != cheapest])
+    others = [row for row in best if row != cheapest]
+    others = others if len(others) <= _NAMED else [*others[: _NAMED - 1], f"{len(others) - _NAMED + 1} more"]
     reference = "a reference; " if cheapest in REFERENCES else ""
     least = f"of these {len(best)} it took least training, {seconds[cheapest]:.2g} s per trial"
-    return Answer(cheapest, f"{reference}{by} it ties with {others}, and {least}.")
+    return Answer(cheapest, f"{reference}{by} it ties with {listed(others)}, and {least}.")
 
 
 def _mean_seconds(trials: Sequence[Trial], row: str) -> float:

@@ -9,8 +9,8 @@ from matplotlib.ticker import MaxNLocator
 
 from aecore.evaluation.figures.look import open_frame, png, titled
 from aecore.evaluation.figures.trials import FONT, WIDTH, Look, best_row, by_row, looks, percent
-from aecore.evaluation.statistics import listed
 from aecore.evaluation.trial import Trial
+from aecore.evaluation.verdicts import listed
 
 _BAND = "band: lowest to highest seed"
 _NOISES = {"gaussian": "Gaussian noise", "masking": "masking", "salt_and_pepper": "salt and pepper"}
