@@ -11,8 +11,8 @@ from aecore.evaluation.trial import Dropped
 FIRST_SEEDS = 2
 """Number of seeds of the first round. The spread over seeds is pooled over the rows, so two are enough to see by."""
 _SPENT = 0.1
-"""Part of the level that all looks before the last spend together. With half of it 8 % of replayed races dropped a row
-that ties in the full study, and saved only a few trials more (`python -m tests.benchmarks.racing`)."""
+"""Part of the level that all looks before the last spend together. With half of it up to 9 % of replayed races dropped
+a row that ties in the full study, at few trials less (`python -m tests.benchmarks.racing`)."""
 
 
 class Goal(NamedTuple):
