@@ -153,7 +153,7 @@ def replayed(draw: Draw, goal: Goal, planned: int, replays: int) -> dict[str, An
         full.append(winners(values, goal))
         races.append(race(values, goal, planned))
     pairs = list(zip(full, races, strict=True))
-    shares = {
+    shares: dict[str, Any] = {
         "agree": np.mean([best == one.best for best, one in pairs]),
         "steady": Counter(full).most_common(1)[0][1] / replays,
         "a winner was dropped": np.mean([bool(best & one.dropped) for best, one in pairs]),
