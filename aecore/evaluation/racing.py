@@ -12,8 +12,8 @@ from aecore.evaluation.verdicts import judge
 FIRST_SEEDS = 2
 """Number of seeds of the first round. The spread over seeds is pooled over the rows, so two are enough to see by."""
 _SPENT = 0.1
-"""Part of the level that all looks before the last spend together. With half of it up to 8 % of replayed races dropped
-a row that ties in the full study, at hardly fewer trials (`python -m tests.benchmarks.racing`)."""
+"""Part of the level that all looks before the last spend together. With half of it up to 9 % of replayed races dropped
+a row that ties in the full study, at few trials less (`python -m tests.benchmarks.racing`)."""
 
 
 class Goal(NamedTuple):

@@ -153,15 +153,15 @@ def replayed(draw: Draw, goal: Goal, planned: int, replays: int) -> dict[str, An
         full.append(winners(values, goal))
         races.append(race(values, goal, planned))
     pairs = list(zip(full, races, strict=True))
-    shares: dict[str, float] = {
-        "agree": float(np.mean([best == one.best for best, one in pairs])),
+    shares: dict[str, Any] = {
+        "agree": np.mean([best == one.best for best, one in pairs]),
         "steady": Counter(full).most_common(1)[0][1] / replays,
-        "a winner was dropped": float(np.mean([bool(best & one.dropped) for best, one in pairs])),
-        "trials": float(np.mean([one.trials / count for one in races])),
+        "a winner was dropped": np.mean([bool(best & one.dropped) for best, one in pairs]),
+        "trials": np.mean([one.trials / count for one in races]),
         "trials, most": max(one.trials / count for one in races),
     }
     winner = "/".join(f"{size}" for size in sorted({len(best) for best in full}))
-    return {"seeds": planned, "winners": winner} | {f"{k} %": round(100 * v) for k, v in shares.items()}
+    return {"seeds": planned, "winners": winner} | {f"{k} %": round(100 * float(v)) for k, v in shares.items()}
 
 
 def cases(values: Values) -> Iterator[tuple[str, Draw, Goal]]:
