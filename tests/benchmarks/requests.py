@@ -3,7 +3,7 @@
 What a trial of a study costs MLflow: its requests, its seconds when nobody else asks, and how many trials a second a
 store takes from many workers at once, which is when the store is the bottleneck. The stores are a SQLite file, a server
 on SQLite, and a server on PostgreSQL where `--postgres` names an empty database, as in `uv run --with psycopg2-binary
-python -m tests.benchmarks.requests --postgres postgresql://USER:PASSWORD@HOST/DATABASE`.
+python -m tests.benchmarks.requests --postgres postgresql+psycopg2://USER:PASSWORD@HOST/DATABASE`.
 
 The trials are made up, but as large as those of the default study; only what goes to MLflow is done, by threads of this
 process, so that the server and the threads share the cores of this machine.
@@ -130,10 +130,12 @@ def measure(postgres: str | None = None, quick: bool = False) -> list[dict[str, 
     with tempfile.TemporaryDirectory(prefix="diabolo_requests") as temporary:
         folder = Path(temporary)
         rows.append({"store": "SQLite", **measured(f"sqlite:///{folder}/mlflow.db", quick)})
+        print(rows[-1], flush=True)
         for name, backend in (("server on SQLite", None), ("server on PostgreSQL", postgres)):
             if backend or "PostgreSQL" not in name:
                 with mlflow_server(folder / name.replace(" ", "_"), backend) as uri:
                     rows.append({"store": name, **measured(uri, quick)})
+                print(rows[-1], flush=True)
     show("What a trial costs MLflow", rows)
     return rows
 
