@@ -53,7 +53,7 @@ def running(command: list[str], log: Path, env: dict[str, str], cwd: Path) -> It
         end(process)
 
 
-def wait_for(url: str, log: Path, seconds: float = 90, headers: dict[str, str] | None = None) -> None:
+def wait_for(url: str, log: Path, seconds: float = 180, headers: dict[str, str] | None = None) -> None:
     """Until a server answers."""
     deadline = time.monotonic() + seconds
     while True:
