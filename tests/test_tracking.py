@@ -429,7 +429,7 @@ def test_trials_that_were_stopped_or_died_are_closed(tracker: Tracker) -> None:
             tracker.stop_trial(run.run_id, 7)
         else:
             tracker.fail_trial(run.run_id, "OOM")
-    stopped, dead = tracker.trials_of(study).values()
+    stopped, dead = sorted(tracker.trials_of(study).values(), key=lambda one: one.status, reverse=True)
     assert (stopped.status, stopped.stopped, stopped.tags.get("error")) == ("KILLED", 7, None)
     assert (dead.status, dead.stopped, dead.tags.get("error")) == ("FAILED", None, "OOM")
     assert not stopped.is_finished and not dead.is_finished

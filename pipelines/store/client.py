@@ -14,14 +14,19 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from pipelines.store.patience import PatientClient, wait_for
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; `patience` waits longer where it may
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# results are small; in parts, MLflow would first ask the server, once per download, whether it can send parts
-os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
-os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # unpickling runs whatever code a file names
+SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow's own 7 tries of 120 s each hold a call up for a quarter of an hour; `patience` waits longer where it may
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # results are small; in parts, MLflow would first ask the server, once per download, whether it can send parts
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # unpickling runs whatever code a file names
+}
+"""Values of MLflow's own environment variables, where the user has set no others."""
+for _name, _value in SETTINGS.items():
+    os.environ.setdefault(_name, _value)
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would mix with Diabolo's progress on stderr
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
