@@ -182,7 +182,7 @@ labels: {{counts: [], fit: {{epochs: 1}}}}
 
 @pytest.mark.parametrize("scheduler", ["none", "asha"])
 def test_trials_are_measured_without_a_gpu(scheduler: str, tmp_path: Path) -> None:
-    """Trials of a study train on the GPU; tasks on CPUs measure them, in other processes and on several cores."""
+    """Trials of a study train on the GPU; tasks on CPUs measure them, in other processes."""
     (tmp_path / "study.yaml").write_text(STUDY.format(scheduler=scheduler))
     done = job("compare", "study.yaml", gpus=1, cwd=tmp_path, env=watched(tmp_path))
     report = json.loads(done.stdout.splitlines()[-1])
@@ -193,4 +193,4 @@ def test_trials_are_measured_without_a_gpu(scheduler: str, tmp_path: Path) -> No
     assert report["status"] == "finished" and report["trials"] == ended, done.stdout
     notes = read(tmp_path / "timeline.jsonl")
     trained, measured = ({note.process for note in notes if note.kind == kind} for kind in ("fit", "measure"))
-    assert trained and not trained & measured and len(measured) > 1
+    assert trained and measured and not trained & measured
