@@ -97,12 +97,13 @@ class Nodes:
     stack: ExitStack = field(repr=False)
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
-    def add(self, cpus: int, *before: str) -> subprocess.Popen:
-        """One node more; `before` is what the command line begins with."""
+    def add(self, cpus: int, *before: str, gpus: int = 0) -> subprocess.Popen:
+        """One node more; its GPUs are only pretended. `before` is what the command line begins with."""
         own = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="dn", dir="/tmp", ignore_cleanup_errors=True))
         command = [
             *before, str(BIN / "ray"), "start", f"--address={self.gcs}", f"--num-cpus={cpus}", "--block",
             "--disable-usage-stats", "--object-store-memory=200000000", f"--temp-dir={own}",
+            *([f"--num-gpus={gpus}"] if gpus else []),
         ]  # fmt: skip
         log = self.folder / f"node{len(self.nodes)}.log"
         self.nodes.append(self.stack.enter_context(running(command, log, self.env, self.folder)))

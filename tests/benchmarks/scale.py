@@ -1,0 +1,221 @@
+"""python -m tests.benchmarks.scale [--trials 250 1000] [--join-late] [--die-early] [--optuna] [-- --scheduler asha ...]
+
+`jobs.compare` as its user starts it, on a fake cluster on this machine: a head without GPUs, eight nodes of four GPUs
+that Ray only pretends to have, and an `mlflow server`. Stages compute nothing (see `tests.benchmarks.noop`); the whole
+way through Ray, Tune and MLflow is real. Tables of seconds, memory, requests, queues, GPUs in use, and of where the
+time goes. What follows `--` is passed on to `jobs.compare`.
+
+The nodes share this machine's cores, so its seconds are those of 33 processes on them, not of a real cluster.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.benchmarks import noop
+from tests.benchmarks.sampler import Processes
+from tests.benchmarks.scale_tables import Run, print_tables, summary
+from tests.benchmarks.searching import compare_searches, show_search
+from tests.benchmarks.streaming import environ
+from tests.benchmarks.tables import last, show
+from tests.nodes import BIN, Nodes, end, mlflow_server, ray_nodes, running
+
+ROOT, HOOK = Path(__file__).parents[2], Path(__file__).parent / "noop_hook"
+NODES, GPUS, CPUS, HEAD_CPUS = 8, 4, 5, 2
+"""Nodes with GPUs; GPUs and CPUs of each; CPUs of the head."""
+SEEDS, EPOCHS, REFERENCES = 3, 4, 2
+LATE_SECONDS = 60.0
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stacked": {"pretrain": {}},
+    "sparse": {"variant": {"kind": "sparse", "penalty": "l1", "weight": 0.1}},
+    "topk": {"variant": {"kind": "sparse", "penalty": "topk", "k": 0.5}},
+    "masking": {"variant": {"kind": "denoising", "noise": "masking", "level": 0.25}},
+    "gaussian": {"variant": {"kind": "denoising", "noise": "gaussian", "level": 0.25}},
+    "contractive": {"variant": {"kind": "contractive", "weight": 0.1}},
+    "variational": {"variant": {"kind": "variational"}},
+    "narrow": {"network": {"widths": [4]}},
+    "wide": {"network": {"widths": [16]}},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is like."""
+
+    trials: int
+    seconds: float = 1.0
+    """Seconds of a training."""
+    join_late: bool = False
+    """Half of the nodes join after a minute."""
+    die_early: bool = False
+    """Two nodes are killed when half of the trials are measured."""
+    search: str = "random"
+    apart: bool = False
+    """The networks of settings differ, so that only seeds are trained as one."""
+    store: str | None = None
+    """Where the MLflow server keeps its tables; SQLite by default."""
+    more: tuple[str, ...] = ()
+    """Further arguments of `jobs.compare`."""
+
+
+def recipe(setup: Setup) -> dict[str, Any]:
+    """The study: ten rows with as many settings and three seeds as give about so many trials."""
+    space: dict[str, Any] = {
+        "finetune.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+        "finetune.weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
+    }
+    if setup.apart:
+        space["network.widths"] = [[width] for width in range(8, 512)]
+    each = SEEDS if setup.search != "optuna" else 1  # the others run with the best settings only
+    return {
+        "name": "Scale",
+        "base": {
+            "data": {"limit": 300}, "network": {"kind": "dense", "widths": [8]}, "pretrain": None,
+            "finetune": {"task": "reconstruct", "batch_size": 32},
+        },
+        "variants": VARIANTS, "seeds": list(range(SEEDS)), "settings": space, "search": setup.search,
+        "budget": {"epochs": EPOCHS, "settings": max(1, round(setup.trials / len(VARIANTS) / each))},
+        "labels": {"counts": [], "fit": {"epochs": 1}},
+    }  # fmt: skip
+
+
+def record(study: dict[str, Any], folder: Path) -> None:
+    """Keep a real result of each kind of stage of the study."""
+    from aecore.config.specs import Numerics
+    from aecore.data.dataset import inspect
+    from pipelines.execution.compute import load_rows
+    from pipelines.study.plan import plan_trials
+    from pipelines.study.schema import Study
+
+    small = study | {"settings": {}, "search": "grid", "seeds": [0, 1]}
+    wanted = Study.model_validate(small)
+    plans = plan_trials(wanted, inspect(wanted.base.data), Numerics())
+    noop.record([plan.stage for plan in plans], load_rows, folder)
+
+
+@contextmanager
+def cluster(folder: Path, count: int) -> Iterator[Nodes]:
+    """The head and so many nodes; what is started on them computes nothing."""
+    own = {
+        "PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_NOTES": str(folder / "notes.jsonl"),
+        "NOOP_RESULTS": str(folder / "results"),
+    }  # fmt: skip
+    os.environ.update(own)
+    with ray_nodes(folder / "ray", HEAD_CPUS) as nodes:
+        # other programs use this machine's memory, too, and no worker is to be ended for that
+        nodes.env["RAY_memory_monitor_refresh_ms"] = "0"
+        for _ in range(count):
+            nodes.add(CPUS, gpus=GPUS)
+        nodes.wait_for(count + 1, 300)
+        for name in own:
+            del os.environ[name]
+        yield nodes
+
+
+@contextmanager
+def server(folder: Path, store: str | None) -> Iterator[str]:
+    """The MLflow server, which notes its requests; its address."""
+    own = {"PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_REQUESTS": str(folder / "requests.jsonl")}
+    os.environ.update(own)
+    with mlflow_server(folder / "mlflow", store) as uri:
+        for name in own:
+            del os.environ[name]
+        yield uri
+
+
+def run(setup: Setup, folder: Path) -> Run:
+    """Start everything, run the study, and read what was noted."""
+    folder.mkdir(parents=True)
+    os.environ["NOOP_SECONDS"] = str(setup.seconds)
+    study = recipe(setup)
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    record(study, folder / "results")
+    for name in ("notes", "requests", "samples"):
+        (folder / f"{name}.jsonl").touch()
+    with ExitStack() as stack:
+        uri = stack.enter_context(server(folder, setup.store))
+        before = {one.pid for one in psutil.Process().children()}
+        nodes = stack.enter_context(cluster(folder, NODES // 2 if setup.join_late else NODES))
+        env = {**environ(), **{k: v for k, v in nodes.env.items() if k.startswith("RAY_")}}
+        env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.gcs, "MLFLOW_TRACKING_URI": uri, "DIABOLO_FAKE_GPUS": "1"}
+        look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
+        stack.enter_context(running(look, folder / "sampler.log", env, folder))
+        began = time.time()
+        with (folder / "stdout.txt").open("w") as out, (folder / "log.txt").open("w") as log:
+            command = [sys.executable, "-m", "jobs.compare", str(folder / "study.yaml"), *setup.more]
+            driver = subprocess.Popen(command, cwd=folder, stdout=out, stderr=log, env=env)
+        spy = [
+            str(BIN / "py-spy"), "record", "--pid", str(driver.pid), "--rate", "20", "--idle", "--threads",
+            "--nonblocking", "--format", "raw", "--output", str(folder / "stacks.txt"), "--duration", "unlimited",
+        ]  # fmt: skip
+        watched = subprocess.Popen(spy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ray = [node.pid for node in nodes.nodes]
+        with Processes(driver.pid, min(before), ray) as processes:
+            events = follow(setup, driver, nodes, ray, folder)
+        ended = time.time()
+        watched.wait(60)
+        return Run.read(folder, uri, driver.returncode, (began, ended), processes, events)
+
+
+def follow(
+    setup: Setup, driver: subprocess.Popen, nodes: Nodes, ray: list[int], folder: Path
+) -> list[tuple[float, str]]:  # fmt: skip
+    """Wait for the driver, add and kill nodes meanwhile; what was done when."""
+    began, events = time.time(), list[tuple[float, str]]()
+    while driver.poll() is None:
+        time.sleep(0.5)
+        measured = (folder / "notes.jsonl").read_text().count('"kind": "measure"')
+        if setup.join_late and not any("join" in what for _, what in events) and time.time() - began > LATE_SECONDS:
+            ray += [nodes.add(CPUS, gpus=GPUS).pid for _ in range(NODES // 2)]
+            events.append((time.time(), f"{NODES // 2} nodes begin to join"))
+        if setup.die_early and not any("killed" in what for _, what in events) and measured >= setup.trials / 2:
+            for node in nodes.nodes[1:3]:
+                end(node)
+            events.append((time.time(), "2 nodes are killed"))
+    return events
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", nargs="+", type=int, default=[1000], help="how many; each number is a run")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a training")
+    parser.add_argument("--join-late", action="store_true", help="half of the nodes join after a minute")
+    parser.add_argument("--die-early", action="store_true", help="two nodes are killed half-way")
+    parser.add_argument("--apart", action="store_true", help="settings differ in their networks, not in numbers alone")
+    parser.add_argument("--optuna", action="store_true", help="Optuna searches; also ten repetitions against random")
+    parser.add_argument("--store", help="URI of the MLflow server's tables, such as postgresql://...; else SQLite")
+    parser.add_argument("--keep", type=Path, help="folder for logs and notes, which are deleted otherwise")
+    parser.add_argument("more", nargs="*", help="passed on to jobs.compare, after --")
+    args = parser.parse_args()
+    results: dict[str, Any] = {"runs": []}
+    if args.optuna:
+        results["search"] = compare_searches()
+        show_search(results["search"])
+    with tempfile.TemporaryDirectory(prefix="diabolo_scale", ignore_cleanup_errors=True) as temporary:
+        for trials in args.trials:
+            setup = Setup(
+                trials, args.seconds, args.join_late, args.die_early, "optuna" if args.optuna else "random", args.apart,
+                args.store, tuple(args.more),
+            )  # fmt: skip
+            done = run(setup, (args.keep or Path(temporary)).absolute() / f"{trials}")
+            print_tables(done)
+            results["runs"].append(summary(done))
+    if len(results["runs"]) > 1:
+        show("All runs", results["runs"])
+    last(results)
+
+
+if __name__ == "__main__":
+    main()
