@@ -25,7 +25,7 @@ import yaml
 
 from tests.benchmarks import noop
 from tests.benchmarks.sampler import Processes
-from tests.benchmarks.scale_tables import Run, print_tables, summary
+from tests.benchmarks.scale_tables import Run, print_tables, read, summary
 from tests.benchmarks.searching import compare_searches, show_search
 from tests.benchmarks.streaming import environ
 from tests.benchmarks.tables import last, show
@@ -35,7 +35,8 @@ ROOT, HOOK = Path(__file__).parents[2], Path(__file__).parent / "noop_hook"
 NODES, GPUS, CPUS, HEAD_CPUS = 8, 4, 5, 2
 """Nodes with GPUs; GPUs and CPUs of each; CPUs of the head."""
 SEEDS, EPOCHS, REFERENCES = 3, 4, 2
-LATE_SECONDS = 60.0
+LATE_SECONDS, NODES_SECONDS = 60.0, 300.0
+"""When nodes join late, and how long nodes may take to start."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "stacked": {"pretrain": {}},
@@ -118,10 +119,21 @@ def cluster(folder: Path, count: int) -> Iterator[Nodes]:
         nodes.env["RAY_memory_monitor_refresh_ms"] = "0"
         for _ in range(count):
             nodes.add(CPUS, gpus=GPUS)
-        nodes.wait_for(count + 1, 300)
         for name in own:
             del os.environ[name]
-        yield nodes
+        look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
+        with running(look, folder / "sampler.log", nodes.env | {"PYTHONPATH": str(ROOT)}, folder):
+            wait_for_nodes(folder, count + 1)
+            yield nodes
+
+
+def wait_for_nodes(folder: Path, count: int) -> None:
+    """Until the sampler has seen so many nodes; the dashboard does not answer while that many start."""
+    deadline = time.monotonic() + NODES_SECONDS
+    while not any(sample["nodes"] >= count for sample in read(folder / "samples.jsonl")):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{count} nodes did not start within {NODES_SECONDS:g} s; see {folder}/ray/node*.log")
+        time.sleep(1)
 
 
 @contextmanager
@@ -150,8 +162,6 @@ def run(setup: Setup, folder: Path) -> Run:
         nodes = stack.enter_context(cluster(folder, NODES // 2 if setup.join_late else NODES))
         env = {**environ(), **{k: v for k, v in nodes.env.items() if k.startswith("RAY_")}}
         env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.gcs, "MLFLOW_TRACKING_URI": uri, "DIABOLO_FAKE_GPUS": "1"}
-        look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
-        stack.enter_context(running(look, folder / "sampler.log", env, folder))
         began = time.time()
         with (folder / "stdout.txt").open("w") as out, (folder / "log.txt").open("w") as log:
             command = [sys.executable, "-m", "jobs.compare", str(folder / "study.yaml"), *setup.more]
