@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,8 +127,8 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes(folder: Path, *cpus: int) -> Iterator[Nodes]:
-    """A head and further nodes with so many CPUs each."""
+def ray_nodes(folder: Path, *cpus: int, further: Mapping[str, str] = {}) -> Iterator[Nodes]:
+    """A head and further nodes with so many CPUs each, and with further variables in their environment."""
     folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(32)
     (folder / "token").write_text(token)
@@ -137,7 +137,7 @@ def ray_nodes(folder: Path, *cpus: int) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_worker_niceness": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # jobs find the interpreter and the packages of this one
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PATH": f"{BIN}:{os.environ['PATH']}", **further,
     }  # fmt: skip
     gcs, dashboard = free_port(), free_port()
     with ExitStack() as stack:

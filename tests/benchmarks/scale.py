@@ -58,6 +58,7 @@ class Setup:
     trials: int
     seconds: float = 1.0
     """Seconds of a training."""
+    nodes: int = NODES
     join_late: bool = False
     """Half of the nodes join after a minute."""
     die_early: bool = False
@@ -107,33 +108,31 @@ def record(study: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def cluster(folder: Path, count: int) -> Iterator[Nodes]:
+def cluster(folder: Path, count: int, seconds: float) -> Iterator[Nodes]:
     """The head and so many nodes; what is started on them computes nothing."""
     own = {
         "PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_NOTES": str(folder / "notes.jsonl"),
-        "NOOP_RESULTS": str(folder / "results"),
+        "NOOP_RESULTS": str(folder / "results"), "NOOP_SECONDS": f"{seconds:g}",
+        # nodes share this machine: a slow start is no failure, and no worker is to be ended for other programs' memory
+        "RAY_raylet_start_wait_time_s": f"{NODES_SECONDS:g}", "RAY_memory_monitor_refresh_ms": "0",
     }  # fmt: skip
-    os.environ.update(own)
-    with ray_nodes(folder / "ray", HEAD_CPUS) as nodes:
-        # other programs use this machine's memory, too, and no worker is to be ended for that
-        nodes.env["RAY_memory_monitor_refresh_ms"] = "0"
-        for _ in range(count):
-            nodes.add(CPUS, gpus=GPUS)
-        for name in own:
-            del os.environ[name]
+    with ray_nodes(folder / "ray", HEAD_CPUS, further=own) as nodes:
         look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
         with running(look, folder / "sampler.log", nodes.env | {"PYTHONPATH": str(ROOT)}, folder):
-            wait_for_nodes(folder, count + 1)
+            wait_for_nodes(folder, nodes, 1)
+            for number in range(1, count + 1):  # one by one: the GCS gives up where all start at once on two cores
+                nodes.add(CPUS, gpus=GPUS)
+                wait_for_nodes(folder, nodes, number + 1)
             yield nodes
 
 
-def wait_for_nodes(folder: Path, count: int) -> None:
-    """Until the sampler has seen so many nodes; the dashboard does not answer while that many start."""
+def wait_for_nodes(folder: Path, nodes: Nodes, count: int) -> None:
+    """Until the sampler sees so many nodes; the dashboard may not answer while nodes start."""
     deadline = time.monotonic() + NODES_SECONDS
-    while not any(sample["nodes"] >= count for sample in read(folder / "samples.jsonl")):
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{count} nodes did not start within {NODES_SECONDS:g} s; see {folder}/ray/node*.log")
-        time.sleep(1)
+    while not any(sample["nodes"] >= count for sample in read(folder / "samples.jsonl")[-3:]):
+        if time.monotonic() > deadline or any(node.poll() is not None for node in nodes.nodes):
+            raise SystemExit(f"{count} nodes did not start; see {folder}/ray")
+        time.sleep(0.5)
 
 
 @contextmanager
@@ -150,7 +149,6 @@ def server(folder: Path, store: str | None) -> Iterator[str]:
 def run(setup: Setup, folder: Path) -> Run:
     """Start everything, run the study, and read what was noted."""
     folder.mkdir(parents=True)
-    os.environ["NOOP_SECONDS"] = str(setup.seconds)
     study = recipe(setup)
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     record(study, folder / "results")
@@ -159,7 +157,9 @@ def run(setup: Setup, folder: Path) -> Run:
     with ExitStack() as stack:
         uri = stack.enter_context(server(folder, setup.store))
         before = {one.pid for one in psutil.Process().children()}
-        nodes = stack.enter_context(cluster(folder, NODES // 2 if setup.join_late else NODES))
+        nodes = stack.enter_context(
+            cluster(folder, setup.nodes // 2 if setup.join_late else setup.nodes, setup.seconds)
+        )
         env = {**environ(), **{k: v for k, v in nodes.env.items() if k.startswith("RAY_")}}
         env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.gcs, "MLFLOW_TRACKING_URI": uri, "DIABOLO_FAKE_GPUS": "1"}
         began = time.time()
@@ -188,8 +188,8 @@ def follow(
         time.sleep(0.5)
         measured = (folder / "notes.jsonl").read_text().count('"kind": "measure"')
         if setup.join_late and not any("join" in what for _, what in events) and time.time() - began > LATE_SECONDS:
-            ray += [nodes.add(CPUS, gpus=GPUS).pid for _ in range(NODES // 2)]
-            events.append((time.time(), f"{NODES // 2} nodes begin to join"))
+            ray += [nodes.add(CPUS, gpus=GPUS).pid for _ in range(setup.nodes // 2)]
+            events.append((time.time(), f"{setup.nodes // 2} nodes begin to join"))
         if setup.die_early and not any("killed" in what for _, what in events) and measured >= setup.trials / 2:
             for node in nodes.nodes[1:3]:
                 end(node)
@@ -201,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", nargs="+", type=int, default=[1000], help="how many; each number is a run")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a training")
+    parser.add_argument("--nodes", type=int, default=NODES, help=f"of {GPUS} GPUs each")
     parser.add_argument("--join-late", action="store_true", help="half of the nodes join after a minute")
     parser.add_argument("--die-early", action="store_true", help="two nodes are killed half-way")
     parser.add_argument("--apart", action="store_true", help="settings differ in their networks, not in numbers alone")
@@ -216,8 +217,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="diabolo_scale", ignore_cleanup_errors=True) as temporary:
         for trials in args.trials:
             setup = Setup(
-                trials, args.seconds, args.join_late, args.die_early, "optuna" if args.optuna else "random", args.apart,
-                args.store, tuple(args.more),
+                trials, args.seconds, args.nodes, args.join_late, args.die_early,
+                "optuna" if args.optuna else "random", args.apart, args.store, tuple(args.more),
             )  # fmt: skip
             done = run(setup, (args.keep or Path(temporary)).absolute() / f"{trials}")
             print_tables(done)
