@@ -29,12 +29,12 @@ NOISE = 0.05
 KINDS = ("plain", "sparse", "denoising", "contractive", "variational")
 
 
-def error(lr: float, weight_decay: float, kind: str, seed: int) -> float:
+def error(lr: float, weight_decay: float, kind: str, seed: int, noise: float = NOISE) -> float:
     """The error of a trial as a multiple of the least: one more at a decade of learning rate from the best, a half more
     at two decades of weight decay, some for the variant, and noise that the seed decides."""
     rate, decay = math.log10(lr / BEST["lr"]), math.log10(max(weight_decay, 1e-12) / BEST["weight_decay"])
-    noise = np.random.default_rng([seed, abs(hash((round(lr, 12), round(weight_decay, 12)))) % 2**32]).normal()
-    return max(0.1, 1 + rate**2 + decay**2 / 8 + 0.05 * KINDS.index(kind) + NOISE * float(noise))
+    random = np.random.default_rng([seed, abs(hash((round(lr, 12), round(weight_decay, 12)))) % 2**32])
+    return max(0.1, 1 + rate**2 + decay**2 / 8 + 0.05 * KINDS.index(kind) + noise * float(random.normal()))
 
 
 class Prepared(NamedTuple):

@@ -113,14 +113,13 @@ def cluster(folder: Path, count: int, seconds: float) -> Iterator[Nodes]:
     own = {
         "PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_NOTES": str(folder / "notes.jsonl"),
         "NOOP_RESULTS": str(folder / "results"), "NOOP_SECONDS": f"{seconds:g}",
-        # nodes share this machine: a slow start is no failure, and no worker is to be ended for other programs' memory
-        "RAY_raylet_start_wait_time_s": f"{NODES_SECONDS:g}", "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # no worker is to be ended for the memory of other programs
     }  # fmt: skip
     with ray_nodes(folder / "ray", HEAD_CPUS, further=own) as nodes:
         look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
         with running(look, folder / "sampler.log", nodes.env | {"PYTHONPATH": str(ROOT)}, folder):
             wait_for_nodes(folder, nodes, 1)
-            for number in range(1, count + 1):  # one by one: the GCS gives up where all start at once on two cores
+            for number in range(1, count + 1):  # one by one: Ray gives a node 30 s to start
                 nodes.add(CPUS, gpus=GPUS)
                 wait_for_nodes(folder, nodes, number + 1)
             yield nodes
@@ -157,9 +156,8 @@ def run(setup: Setup, folder: Path) -> Run:
     with ExitStack() as stack:
         uri = stack.enter_context(server(folder, setup.store))
         before = {one.pid for one in psutil.Process().children()}
-        nodes = stack.enter_context(
-            cluster(folder, setup.nodes // 2 if setup.join_late else setup.nodes, setup.seconds)
-        )
+        count = setup.nodes // 2 if setup.join_late else setup.nodes
+        nodes = stack.enter_context(cluster(folder, count, setup.seconds))
         env = {**environ(), **{k: v for k, v in nodes.env.items() if k.startswith("RAY_")}}
         env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.gcs, "MLFLOW_TRACKING_URI": uri, "DIABOLO_FAKE_GPUS": "1"}
         began = time.time()
