@@ -113,9 +113,10 @@ def cluster(folder: Path, count: int, seconds: float) -> Iterator[Nodes]:
     own = {
         "PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_NOTES": str(folder / "notes.jsonl"),
         "NOOP_RESULTS": str(folder / "results"), "NOOP_SECONDS": f"{seconds:g}",
+        "RAY_agent_register_timeout_ms": "120000",
         "RAY_memory_monitor_refresh_ms": "0",  # no worker is to be ended for the memory of other programs
     }  # fmt: skip
-    with ray_nodes(folder / "ray", HEAD_CPUS, further=own) as nodes:
+    with ray_nodes(folder / "ray", HEAD_CPUS, further=own, has_dashboard=False) as nodes:
         look = [sys.executable, "-m", "tests.benchmarks.sampler", nodes.gcs, str(folder / "samples.jsonl")]
         with running(look, folder / "sampler.log", nodes.env | {"PYTHONPATH": str(ROOT)}, folder):
             wait_for_nodes(folder, nodes, 1)
