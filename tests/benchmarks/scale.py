@@ -129,10 +129,16 @@ def cluster(folder: Path, count: int, seconds: float) -> Iterator[Nodes]:
 def wait_for_nodes(folder: Path, nodes: Nodes, count: int) -> None:
     """Until the sampler sees so many nodes; the dashboard may not answer while nodes start."""
     deadline = time.monotonic() + NODES_SECONDS
-    while not any(sample["nodes"] >= count for sample in read(folder / "samples.jsonl")[-3:]):
+    while nodes_up(folder) < count:
         if time.monotonic() > deadline or any(node.poll() is not None for node in nodes.nodes):
             raise SystemExit(f"{count} nodes did not start; see {folder}/ray")
         time.sleep(0.5)
+
+
+def nodes_up(folder: Path) -> float:
+    """The nodes that the sampler has seen last."""
+    samples = read(folder / "samples.jsonl")
+    return samples[-1]["nodes"] if samples else 0
 
 
 @contextmanager
@@ -182,17 +188,20 @@ def follow(
     setup: Setup, driver: subprocess.Popen, nodes: Nodes, ray: list[int], folder: Path
 ) -> list[tuple[float, str]]:  # fmt: skip
     """Wait for the driver, add and kill nodes meanwhile; what was done when."""
-    began, events = time.time(), list[tuple[float, str]]()
+    began, events, dead = time.time(), list[tuple[float, str]](), 0
     while driver.poll() is None:
         time.sleep(0.5)
+        missing = setup.nodes + 1 - len(nodes.nodes)
+        is_up = nodes_up(folder) >= len(nodes.nodes) - dead  # the node before, since they start one by one
+        if missing and is_up and time.time() - began > LATE_SECONDS:
+            ray.append(nodes.add(CPUS, gpus=GPUS).pid)
+            events.append((time.time(), "a node begins to join"))
         measured = (folder / "notes.jsonl").read_text().count('"kind": "measure"')
-        if setup.join_late and not any("join" in what for _, what in events) and time.time() - began > LATE_SECONDS:
-            ray += [nodes.add(CPUS, gpus=GPUS).pid for _ in range(setup.nodes // 2)]
-            events.append((time.time(), f"{setup.nodes // 2} nodes begin to join"))
-        if setup.die_early and not any("killed" in what for _, what in events) and measured >= setup.trials / 2:
-            for node in nodes.nodes[1:3]:
+        if setup.die_early and not dead and measured >= setup.trials / 2:
+            dead = 2
+            for node in nodes.nodes[1 : 1 + dead]:
                 end(node)
-            events.append((time.time(), "2 nodes are killed"))
+            events.append((time.time(), f"{dead} nodes are killed"))
     return events
 
 

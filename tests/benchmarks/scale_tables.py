@@ -18,7 +18,7 @@ RATE = 20
 """Stacks of the driver a second."""
 POINTS = 12
 """Rows of the table over time."""
-OWN = re.compile(r"(?:^|/)((?:jobs|pipelines|aecore)/[\w/]+\.py)")
+OWN = re.compile(r"(?:^|[/(])((?:jobs|pipelines|aecore)/[\w/]+\.py)")
 LIBRARIES = ("mlflow", "ray", "optuna", "matplotlib", "sklearn", "pandas", "pydantic")
 
 
@@ -205,6 +205,7 @@ def over_time(run: Run) -> Iterator[dict[str, Any]]:
         yield {
             "until, s": round(ended - run.began),
             "measured": sum(len(n["trials"]) for n in run.notes if n["kind"] == "measure" and n["ended"] <= ended),
+            "least error": min((e for n in run.notes if n["ended"] <= ended for e in n["errors"] if e), default=""),
             "driver, MB": max((point.driver for point in points), default=0) / 1e6,
             "MLflow server, MB": max((point.server for point in points), default=0) / 1e6,
             "requests a s": sum(began <= one[2] < ended for one in run.requests) / step,
