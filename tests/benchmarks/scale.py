@@ -34,7 +34,9 @@ from tests.nodes import BIN, Nodes, end, mlflow_server, ray_nodes, running
 ROOT, HOOK = Path(__file__).parents[2], Path(__file__).parent / "noop_hook"
 NODES, GPUS, CPUS, HEAD_CPUS = 8, 4, 5, 2
 """Nodes with GPUs; GPUs and CPUs of each; CPUs of the head."""
-SEEDS, EPOCHS, REFERENCES = 3, 4, 2
+WHOLE_GPU = ("--resources.gpus", "1")
+"""By default eight networks as small as these share a GPU, more than a node has CPUs for."""
+SEEDS, EPOCHS = 3, 4
 LATE_SECONDS, NODES_SECONDS = 60.0, 300.0
 """When nodes join late, and how long nodes may take to start."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -169,7 +171,7 @@ def run(setup: Setup, folder: Path) -> Run:
         env |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": nodes.gcs, "MLFLOW_TRACKING_URI": uri, "DIABOLO_FAKE_GPUS": "1"}
         began = time.time()
         with (folder / "stdout.txt").open("w") as out, (folder / "log.txt").open("w") as log:
-            command = [sys.executable, "-m", "jobs.compare", str(folder / "study.yaml"), *setup.more]
+            command = [sys.executable, "-m", "jobs.compare", str(folder / "study.yaml"), *WHOLE_GPU, *setup.more]
             driver = subprocess.Popen(command, cwd=folder, stdout=out, stderr=log, env=env)
         spy = [
             str(BIN / "py-spy"), "record", "--pid", str(driver.pid), "--rate", "20", "--idle", "--threads",
