@@ -26,8 +26,9 @@ from aecore.config.experiment import overlay
 from aecore.config.specs import LoadSpec, Numerics
 from aecore.data.dataset import inspect
 from aecore.evaluation.racing import GOALS, Goal, drop, rounds
-from aecore.evaluation.statistics import compare, judge
+from aecore.evaluation.statistics import compare
 from aecore.evaluation.trial import REFERENCES
+from aecore.evaluation.verdicts import judge
 from aecore.stages.context import Context
 from pipelines.execution.compute import inputs_of, load_rows, stages_below
 from pipelines.graph.stage import Stage

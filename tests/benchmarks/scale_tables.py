@@ -221,8 +221,8 @@ def requests(run: Run) -> list[dict[str, Any]]:
     """The requests by kind."""
     kinds: dict[str, list[float]] = defaultdict(list)
     for method, path, _, seconds, _ in run.requests:
-        short = re.sub(r"^/(api|ajax-api)/2\.0/mlflow(-artifacts)?/", r"\2 ", path)
-        kinds[f"{method} {re.sub(r'artifacts/.*', 'artifacts/...', short).strip()}"].append(seconds)
+        short = re.sub(r"^/(api|ajax-api)/\d\.0/mlflow(-artifacts)?/", "", path)
+        kinds[f"{method} {re.sub(r'artifacts/.*', 'artifacts/...', short)}"].append(seconds)
     rows = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
     return [
         {
