@@ -248,7 +248,7 @@ def test_a_study_of_an_earlier_version_is_found(
     old.commit(Result({"history": []}, {"sse": np.ones(3)}, {"test/reconstruction_mse": 0.5}))
     record = tracker.trials_of(study)[plan.stage.key]
     assert record.run_id == old.run_id and record.is_finished
-    trial = read(trial_of(plan, {record.key: record}, EPOCHS, Endings()), tracker)
+    trial = read(trial_of(plan, record, EPOCHS, Endings()), tracker)
     assert trial.status == "finished" and trial.arrays["sse"].sum() == 3 and trial.epochs_used == EPOCHS
     trained.clear()
     other = study_run(tracker)

@@ -1,6 +1,6 @@
 """The measures that the report of a study compares, and their comparison."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,9 +94,14 @@ class Comparison:
                 yield pair, show(pair.difference), show(pair.low), show(pair.high)
 
 
-def compare_measures(trials: Sequence[Trial]) -> list[Comparison]:
-    """Compare the study rows by each measure that at least one of them has."""
-    comparisons = (_compare(measure, trials) for measure in MEASURES)
+def compare_measures(trials: Sequence[Trial], dropped: Collection[str] = ()) -> list[Comparison]:
+    """Compare the study rows by each measure that at least one of them has.
+
+    Args:
+        dropped: study rows that a race dropped: they are compared in pairs, but no verdict names them, since they lack
+            seeds.
+    """
+    comparisons = (_compare(measure, trials, dropped) for measure in MEASURES)
     return [comparison for comparison in comparisons if comparison]
 
 
@@ -109,7 +114,7 @@ def worth_of_pretraining(comparisons: Sequence[Comparison], rows: Sequence[str])
     return worth(pairs, "random")
 
 
-def _compare(measure: Measure, trials: Sequence[Trial]) -> Comparison | None:
+def _compare(measure: Measure, trials: Sequence[Trial], dropped: Collection[str]) -> Comparison | None:
     by_seed = _values(trials, measure._replace(points=""))
     if not by_seed:
         return None
@@ -117,9 +122,10 @@ def _compare(measure: Measure, trials: Sequence[Trial]) -> Comparison | None:
     cells = {row: _cell(measure, values) for row, values in by_seed.items()}
     pairs: tuple[Pair, ...] = ()
     verdict, words = None, ""
-    if measure.better and len(means) > 1:
+    judged = {row: mean for row, mean in means.items() if row not in dropped}
+    if measure.better and len(judged) > 1:
         pairs = compare(_values(trials, measure), ratios=measure.ratios)
-        verdict = judge(means, pairs, measure.better == "higher", REFERENCES)
+        verdict = judge(judged, pairs, measure.better == "higher", REFERENCES)
         words = verdict.words()
     elif measure.better:
         words = "; ".join(f"only {row} has it, {cell}: not compared." for row, cell in cells.items())

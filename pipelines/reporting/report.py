@@ -89,7 +89,7 @@ def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Re
     with ThreadPoolExecutor(1) as thread:
         shown = [trial for trial in compared if trial.row in drawn]
         maps = thread.submit(codes.planes, shown)  # takes as long as all other figures together
-        comparisons = compare_measures(compared)
+        comparisons = compare_measures(compared, [one.row for one in about.dropped])
         figures = _draw(trials, shown, about)
         if png := codes.codes_maps(shown, maps.result(), about.classes):
             figures["codes_maps"] = png

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from aecore.evaluation.racing import GOALS, drop, rounds
 
+from aecore.evaluation.racing import GOALS, drop, rounds
 from aecore.evaluation.trial import Dropped
 from pipelines.host.messages import say
 from pipelines.study.plan import TrialPlan
@@ -55,11 +55,11 @@ class Race:
             return
         seeds = sorted({plan.seed for plan in self._trained})
         blank = np.full_like(next(iter(scores.values())), np.nan, dtype=np.float64)
-        values = {row: np.array([blank] * len(seeds)) for row in self._rows}
+        values = {row: np.array([blank] * len(seeds)) for row in self.study.variants}
         for plan in self._trained:
-            if plan.row in values and plan.stage.key in scores:
+            if plan.stage.key in scores:
                 values[plan.row][seeds.index(plan.seed)] = scores[plan.stage.key]
-        for one in drop(values, goal, len(self.study.seeds)):
+        for one in drop(values, goal, len(self.study.seeds), [before.row for before in self.dropped]):
             say(f"{one.row}: dropped, {one.words}")
             self.dropped.append(one)
             self._rows.remove(one.row)

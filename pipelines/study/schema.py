@@ -108,7 +108,12 @@ class Study(Frozen):
         spaces = [self.space(row) for row in self.variants]
         if self.scheduler == "race" and any(spaces):
             # dropping rows by test rows is the verdict itself, made early; settings may not be chosen so
-            raise ValueError("scheduler: race compares rows and searches no settings; choose them first, or use asha")
+            raise ValueError(
+                "scheduler: race drops whole rows, so each row needs one choice of settings; leave settings out, or "
+                "set scheduler none or asha"
+            )
+        if self.scheduler == "race" and len(self.seeds) < 3:
+            raise ValueError("seeds: a race needs three or more; name more, or set scheduler none")
         for name, values in (item for space in spaces for item in space.items()):
             _check_setting(name, values, self.choose == "finetuned")
         if self.search == "grid" and any(isinstance(values, Range) for space in spaces for values in space.values()):
