@@ -6,7 +6,7 @@ measured alike; the report says which differences are more than chance.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +33,6 @@ from pipelines.study.spending import CostRow, cost_report, cost_rows, spent_by_r
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report
-    from pipelines.store.runs import Tracker
 
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
 _COLUMNS = ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
@@ -91,7 +90,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         spent = spent_by_row(ended.forecast, ended.trials, ended.shared) if ended.forecast else {}
         costs = cost_rows(ended.forecast, spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:
-            report = _write_report(study, facts, ended, costs, tracker, folder)
+            report = _write_report(study, facts, ended, costs, partial(read, tracker=tracker), folder)
             # uploaded from here and not from the user's folder, in which other files may lie
             tracker.log_folder(run_id, folder, "report")
             if settings.figures:
@@ -121,7 +120,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
 
 
 def _write_report(
-    study: Study, facts: Facts, ended: Ended, costs: Sequence[CostRow], tracker: "Tracker", folder: Path
+    study: Study, facts: Facts, ended: Ended, costs: Sequence[CostRow], read: Callable[[Trial], Trial], folder: Path
 ) -> "Report":  # fmt: skip
     with fast_imports():
         from pipelines.reporting import report  # imports matplotlib, which takes a second
@@ -136,7 +135,7 @@ def _write_report(
         study.name, study.choose_metric, description, facts.classes, ended.dropped,
         [report.Cost(*row) for row in costs],
     )  # fmt: skip
-    return report.write(ended.trials, about, folder, partial(read, tracker=tracker))
+    return report.write(ended.trials, about, folder, read)
 
 
 def _say_failures(trials: list[Trial]) -> None:
