@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
 _COLUMNS = ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
 """Measures of the printed table."""
+_PRINTED_ROWS = 20
+"""Most study rows of the printed table."""
 _NAMED = 3
 """Most trials that are named where they failed for the same reason."""
 
@@ -168,11 +170,15 @@ def _print_table(report: "Report") -> None:
     console = Console(width=110, markup=False)  # the user chooses the names of study rows, which may look like markup
     columns = [name for name in _COLUMNS if name in report.means]
     table = Table("mean over seeds", *columns, title="On the test split", title_justify="left")
-    for row in report.means[columns[0]] if columns else ():
+    rows = list(report.means[columns[0]]) if columns else []
+    for row in rows[:_PRINTED_ROWS]:
         table.add_row(row, *(f"{report.means[name].get(row, float('nan')):.4f}" for name in columns))
     console.print(table)
+    if rows[_PRINTED_ROWS:]:
+        console.print(f"{len(rows) - _PRINTED_ROWS} more rows are in the report", highlight=False)
     for name, verdict in report.verdicts.items():
         console.print(f"{name}: {verdict}", highlight=False)
+    console.print(f"Which should I use? {report.answer}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
 from aecore.config.facts import Facts
@@ -37,6 +37,7 @@ from pipelines.store.stage_run import (
     log_batch,
     params_of,
     summary_points,
+    tags_of,
     trial_params,
 )
 from pipelines.store.system_metrics import PREFIX, system_metrics
@@ -155,7 +156,7 @@ class Tracker(Store):
             tags: Further tags of the run.
             started_at: When the stage began, Unix time in milliseconds; now by default.
         """
-        own_tags = {**_tags_of(stage, parent), **(tags or {})}
+        own_tags = {**tags_of(stage, parent), **(tags or {})}
         run, exists = self.find_or_create(stage.key, own_tags, started_at)
         return self._begin(run, exists, own_tags, params_of(stage.spec.model_dump(mode="json")))
 
@@ -169,7 +170,7 @@ class Tracker(Store):
             keys: The keys of the other stages whose results the run will hold.
         """
         client, has_tried, started_at = self.direct, False, round(1000 * time.time())
-        own_tags = _tags_of(stage, study) | {study_marker(study): "1", marker(stage.key): MEASURED, **tags}
+        own_tags = tags_of(stage, study) | {study_marker(study): "1", marker(stage.key): MEASURED, **tags}
         own_tags |= {marker(key): TRAINED for key in keys}
 
         def create() -> tuple[Run, bool]:
@@ -289,13 +290,11 @@ class Tracker(Store):
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Log final metrics and tags of a job, without values that are logged already and seconds of a rerun."""
         known = self.client.get_run(run_id).data.metrics if metrics else {}
-        run_tags = [RunTag(name, value) for name, value in tags.items()]
-        self.client.log_batch(run_id, summary_points(metrics, known), tags=run_tags)
+        log_batch(self.client, run_id, summary_points(metrics, known), tags=tags)
 
     def log_last(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Log metrics of a job, each in the place of its last value."""
-        now = round(1000 * time.time())
-        self.client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in metrics.items()])
+        log_batch(self.client, run_id, summary_points(metrics, {}))
 
     def find_or_create(self, key: str, tags: Mapping[str, str], started_at: int | None = None) -> tuple[Run, bool]:
         """Return the run with this key, and whether it existed before. If it did not, it is created with these tags."""
@@ -389,13 +388,6 @@ class Tracker(Store):
     def _open_runs(self) -> list[Run]:
         # without a condition on tags: MLflow would go through all tags of a name, those of finished runs too
         return self.search("attributes.status = 'RUNNING'")
-
-
-def _tags_of(stage: Stage, parent: str) -> dict[str, str]:
-    return {
-        MLFLOW_RUN_NAME: stage.name, MLFLOW_PARENT_RUN_ID: parent, "stage.key": stage.key, "stage.fn": stage.fn,
-        "attempts": "1",
-    }  # fmt: skip
 
 
 def _record_of(run: Run) -> Record:

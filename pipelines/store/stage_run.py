@@ -12,6 +12,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from aecore.core.errors import OutageError
 from aecore.models.storage import (
@@ -263,15 +264,26 @@ def trial_params(stage: Stage) -> list[Param]:
     return params_of(config)
 
 
+def tags_of(stage: Stage, parent: str) -> dict[str, str]:
+    """Return the tags of the run of a stage or trial, which is nested in the run `parent`."""
+    return {
+        MLFLOW_RUN_NAME: stage.name, MLFLOW_PARENT_RUN_ID: parent, "stage.key": stage.key, "stage.fn": stage.fn,
+        "attempts": "1",
+    }  # fmt: skip
+
+
 def log_batch(
     client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Log at most 1000 metrics, any number of params, and tags, in as few requests as MLflow allows."""
+    """Log any number of metrics and params, and tags, in as few requests as MLflow allows."""
     run_tags = [RunTag(name, value) for name, value in (tags or {}).items()]
-    while len(params) > _MOST_PARAMS or len(metrics) + len(params) + len(run_tags) > _MOST_VALUES:
+    while len(params) > _MOST_PARAMS or (params and len(metrics) + len(params) + len(run_tags) > _MOST_VALUES):
         client.log_batch(run_id, params=params[:_MOST_PARAMS])
         params = params[_MOST_PARAMS:]
+    while len(metrics) + len(run_tags) > _MOST_VALUES:
+        client.log_batch(run_id, metrics[:_MOST_VALUES])
+        metrics = metrics[_MOST_VALUES:]
     if metrics or params or run_tags:
         client.log_batch(run_id, metrics, params, run_tags)
 
