@@ -20,6 +20,22 @@ _RANDOM_SHARE, _MOST_RANDOM = 1 / 3, 10
 sampler's own default)."""
 
 
+def new_search(count: int, seed: int, highest: bool) -> "optuna.Study":
+    """Return a search of Optuna's in memory.
+
+    Args:
+        count: Number of settings that will be tried, of which the first third, at most ten, are drawn at random.
+        highest: Whether more is better.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=min(_MOST_RANDOM, ceil(_RANDOM_SHARE * count)), seed=seed, constant_liar=True
+    )  # fmt: skip
+    return optuna.create_study(sampler=sampler, direction="maximize" if highest else "minimize")
+
+
 class Search:
     """The settings of one study row, as a source of trials: chosen by Optuna, then the best ones with further seeds.
 
@@ -34,16 +50,10 @@ class Search:
         """
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study, self.row, self.plan_of = study, row, plan_of
         self._space = {name: _distribution(values) for name, values in study.space(row).items()}
         count = study.budget.settings
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=min(_MOST_RANDOM, ceil(_RANDOM_SHARE * count)), seed=study.seeds[0], constant_liar=True
-        )
-        self._optuna = optuna.create_study(
-            sampler=sampler, direction="maximize" if study.chooses_highest else "minimize"
-        )  # fmt: skip
+        self._optuna = new_search(count, study.seeds[0], study.chooses_highest)
         self._left = max(0, count - len(tried))
         self._open: dict[str, optuna.Trial] = {}
         """Trials that have not ended, by the keys of their stages."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
+from pipelines.study.search import new_search
 from tests.benchmarks.noop import NOISE, error
 from tests.benchmarks.tables import show
 
@@ -15,22 +16,26 @@ Settings = dict[str, float]
 Tell = Callable[[str, float], None]
 
 
-def optuna(seed: int) -> tuple[Callable[[str], Settings], Tell]:
-    """The next settings, and how to tell of an error, from the searcher that `pipelines.study.search` makes."""
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
+def optuna(seed: int, count: int) -> tuple[Callable[[str], Settings], Tell]:
+    """The next settings, and how to tell of an error, from a search as `pipelines.study.search` makes it."""
+    from optuna.distributions import FloatDistribution
 
-    space = {name: tune.loguniform(*bounds) for name, bounds in SPACE.items()}
-    search = OptunaSearch(space, metric="chosen", mode="min", seed=seed)
+    space: Any = {name: FloatDistribution(*bounds, log=True) for name, bounds in SPACE.items()}
+    search, trials = new_search(count, seed, highest=False), dict[str, Any]()
 
     def ask(name: str) -> Settings:
-        settings: Any = search.suggest(name)
+        trials[name] = search.ask(space)
+        settings: Settings = trials[name].params
         return settings
 
-    return ask, lambda name, value: search.on_trial_complete(name, {"chosen": value})
+    return ask, lambda name, value: void(search.tell(trials.pop(name), value))
 
 
-def drawn(seed: int) -> tuple[Callable[[str], Settings], Tell]:
+def void(value: Any) -> None:
+    """Nothing."""
+
+
+def drawn(seed: int, count: int) -> tuple[Callable[[str], Settings], Tell]:
     """Random search: draws as `pipelines.study.plan` makes them."""
     generator = random.Random(seed)
 
@@ -41,8 +46,8 @@ def drawn(seed: int) -> tuple[Callable[[str], Settings], Tell]:
     return ask, lambda name, value: None
 
 
-def best_so_far(search: tuple[Callable[[str], Settings], Tell], seed: int, in_flight: int) -> list[float]:
-    """The error, without its noise, of the settings that look best after each trial that ends.
+def best_of(search: tuple[Callable[[str], Settings], Tell], seed: int, in_flight: int, count: int) -> float:
+    """The error, without its noise, of the settings that look best after all trials.
 
     Args:
         in_flight: how many trials run at once; they end in random order.
@@ -50,8 +55,8 @@ def best_so_far(search: tuple[Callable[[str], Settings], Tell], seed: int, in_fl
     ask, tell = search
     flying: dict[str, Settings] = {}
     best, started, order = list[tuple[float, float]](), 0, random.Random(seed)
-    while len(best) < max(COUNTS):
-        while len(flying) < in_flight and started < max(COUNTS):
+    while len(best) < count:
+        while len(flying) < in_flight and started < count:
             flying[str(started)] = ask(str(started))
             started += 1
         name = order.choice(sorted(flying))
@@ -59,20 +64,18 @@ def best_so_far(search: tuple[Callable[[str], Settings], Tell], seed: int, in_fl
         value, true = (error(kind="plain", seed=seed, noise=noise, **settings) for noise in (NOISE, 0.0))
         tell(name, value)
         best.append(min([(value, true), *best[-1:]]))
-    return [true for _, true in best]
+    return best[-1][1]
 
 
 def compare_searches() -> list[dict[str, Any]]:
     """Mean and spread of the error of the best settings over ten repetitions, by how many trials have ended."""
-    import logging
-
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    __import__("optuna").logging.set_verbosity(30)
     rows = []
     for name, search in (("random", drawn), ("Optuna", optuna)):
         for in_flight in IN_FLIGHT if search is optuna else IN_FLIGHT[:1]:
-            found = [best_so_far(search(seed), seed, in_flight) for seed in range(REPEATS)]
-            each = {count: [best[count - 1] for best in found] for count in COUNTS}
+            each = {
+                count: [best_of(search(seed, count), seed, in_flight, count) for seed in range(REPEATS)]
+                for count in COUNTS
+            }
             spread = {f"after {count}": f"{mean(of):.3f} ± {stdev(of):.3f}" for count, of in each.items()}
             rows.append({"search": name, "in flight": in_flight, **spread})
     return rows
