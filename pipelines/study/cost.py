@@ -228,7 +228,7 @@ class _Oracle:
         """
         share = share_of_row(plan.row, self.share)
         known = self.known if share.gpus else self.on_cpus
-        shape, work = cost_of_plan(plan)
+        shape, work = cost_of_plan(plan) if known else ("", 0.0)
         if same := known.get(shape):
             near = _nearest(same, work)
             ratios = [work / one.work for one in near]
@@ -247,7 +247,7 @@ class _Oracle:
         total, held = Cost.of(Share(0, 1), more), 0.0 if share.gpus else more
         for stage in stages:
             work = guessed_seconds(stage)
-            if same := self.probed.get(shape_of([stage])):
+            if self.probed and (same := self.probed.get(shape_of([stage]))):
                 near = _nearest(same, work)[0]
                 seconds = near.cost.cpu_seconds * work / near.work
             else:

@@ -1,8 +1,8 @@
 """Groups of trials that are trained together as one: they differ in numbers alone (see `aecore.training.fused`)."""
 
+import json
 from collections.abc import Sequence
 
-from aecore.core.fingerprint import fingerprint
 from aecore.evaluation.trial import REFERENCES
 from pipelines.study.plan import TrialPlan
 
@@ -25,7 +25,7 @@ def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
 
 
 def _all_but_numbers(plan: TrialPlan) -> str:
-    """Return a hash of all but the numbers of a trial; trials of equal hash can be trained together as one."""
+    """Return all but the numbers of a trial as text; trials of equal text can be trained together as one."""
     specs = [stage.spec.model_dump(mode="json") for stage in plan.stages().values() if stage.trains]
     for spec in specs:
         spec["seed"] = None
@@ -33,4 +33,4 @@ def _all_but_numbers(plan: TrialPlan) -> str:
         for name, value in (spec["variant"] or {}).items():
             if isinstance(value, float):
                 spec["variant"][name] = bool(value)  # a weight of 0 leaves its term out
-    return fingerprint(*specs)
+    return json.dumps(specs, sort_keys=True)
