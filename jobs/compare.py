@@ -29,7 +29,7 @@ from pipelines.study.preview import preview
 from pipelines.study.results import read
 from pipelines.study.run import Ended, run
 from pipelines.study.schema import Study
-from pipelines.study.spending import CostRow, cost_report, cost_rows, spent_by_row
+from pipelines.study.spending import CostRow, cost_report, cost_rows
 
 if TYPE_CHECKING:
     from pipelines.reporting.report import Report
@@ -89,8 +89,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
         tracker.log_data(run_id, study.base.data.name, facts)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
-        spent = spent_by_row(ended.forecast, ended.trials, ended.shared) if ended.forecast else {}
-        costs = cost_rows(ended.forecast, spent, time.monotonic() - began) if ended.forecast else []
+        costs = cost_rows(ended.forecast, ended.spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:
             report = _write_report(study, facts, ended, costs, partial(read, tracker=tracker), folder)
             # uploaded from here and not from the user's folder, in which other files may lie
@@ -108,7 +107,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     _say_failures(ended.trials)
     seconds = time.monotonic() - began
     if ended.forecast:
-        _print_costs(cost_rows(ended.forecast, spent, seconds))
+        _print_costs(cost_rows(ended.forecast, ended.spent, seconds))
     return {
         "status": status,
         "run_id": run_id,
@@ -117,7 +116,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "verdicts": report.verdicts,
         "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},
-        **({"cost": cost_report(ended.forecast, spent, seconds)} if ended.forecast else {}),
+        **({"cost": cost_report(ended.forecast, ended.spent, seconds)} if ended.forecast else {}),
     }
 
 

@@ -1,13 +1,16 @@
 """The agenda of a study: groups, retries, trials that follow from others, and what happens when it is halted."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aecore.config.facts import Facts
 from aecore.config.specs import Numerics
 from pipelines.study.agenda import Agenda
 from pipelines.study.plan import TrialPlan, plan_trial, plan_trials
+from pipelines.study.race import Race
 from pipelines.study.schema import Study
 from pipelines.study.search import Search
 
@@ -62,10 +65,11 @@ def test_all_seeds_of_a_reference_are_one_group() -> None:
 def test_a_lost_trial_runs_again_at_once_and_fails_after_its_retries() -> None:
     agenda = agenda_of([plan for plan in planned() if plan.row == "plain"][:2])
     first, second = agenda.take(None) + agenda.take(None)
-    assert agenda.lose(first, "worker died") and not agenda.is_done
+    agenda.lose([first], "worker died")
+    assert not agenda.is_done and agenda.take(None) == [first]
+    agenda.lose([first], "worker died")
     assert agenda.take(None) == [first]
-    assert agenda.lose(first, "worker died") and agenda.take(None) == [first]
-    assert not agenda.lose(first, "worker died")
+    agenda.lose([first], "worker died")
     agenda.finish(second)
     assert agenda.is_done and agenda.endings.errors == {first.stage.key: "worker died"}
 
@@ -76,7 +80,59 @@ def test_a_halted_agenda_hands_nothing_out_and_says_why() -> None:
     agenda.halt("the budget is spent")
     assert agenda.take(None) == [] and not agenda.is_done
     agenda.finish(running)
-    assert agenda.is_done and list(agenda.endings.errors.values()) == ["the budget is spent"] * 2
+    assert agenda.is_done
+    agenda.close(agenda.halted)
+    assert list(agenda.endings.errors.values()) == ["the budget is spent"] * 2
+
+
+def test_a_search_that_is_halted_has_not_finished() -> None:
+    def plan_of(row: str, settings: dict[str, Any], seed: int) -> TrialPlan:
+        return plan_trial(SEARCH, row, settings, seed, FACTS, Numerics())
+
+    agenda = Agenda(retries=0)
+    agenda.sources = [Search(SEARCH, "plain", plan_of, [])]
+    (first,) = agenda.take(None)
+    agenda.halt("the budget is spent")
+    agenda.finish(first, 1.0)
+    assert agenda.is_done and not agenda.endings.errors
+    agenda.close(agenda.halted)
+    assert list(agenda.endings.errors.values()) == ["the budget is spent"] and len(agenda.plans) == 2
+
+
+def test_a_lost_group_runs_again_in_halves() -> None:
+    agenda = agenda_of([plan for plan in planned() if plan.row == "plain"])
+    group = agenda.take(1)
+    agenda.lose(group, "worker died")
+    assert [len(agenda.take(1)), len(agenda.take(1))] == [16, 16] and len(group) == 32
+
+
+def test_a_race_adds_a_seed_at_a_time_and_drops_the_worse_row() -> None:
+    study = Study.model_validate({
+        "variants": {"plain": {}, "narrow": {"network": {"widths": [1]}}, "wide": {"network": {"widths": [9]}}},
+        "seeds": list(range(5)), "scheduler": "race",
+    })  # fmt: skip
+
+    def plan_of(row: str, settings: dict[str, Any], seed: int) -> TrialPlan:
+        return plan_trial(study, row, settings, seed, FACTS, Numerics())
+
+    def scores(plans: Sequence[TrialPlan]) -> dict[str, np.ndarray]:
+        asked.append(len(plans))
+        noise = np.random.default_rng(len(asked))
+        return {m.stage.key: (5 if m.row == "narrow" else 1) + 0.1 * noise.random(200) for m in plans}
+
+    asked: list[int] = []
+    agenda = Agenda(retries=0)
+    agenda.sources = [Race(study, plan_of, scores)]
+    sizes_of_rounds = []
+    while group := agenda.take(None):
+        running = [group[0]]
+        while group := agenda.take(None):
+            running += group
+        sizes_of_rounds.append(len(running))
+        for plan in running:
+            agenda.finish(plan)
+    assert sizes_of_rounds == [6, 2, 2, 2] and agenda.is_done
+    assert asked == [6, 2, 2]  # what was read once is kept
 
 
 def test_trials_that_stand_on_a_failed_stage_are_refused_and_the_others_stay() -> None:

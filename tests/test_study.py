@@ -147,7 +147,7 @@ def test_trials_share_the_stages_in_which_they_do_not_differ() -> None:
         variants={"stacked": {"pretrain": {"lr": 1e-3}, "settings": {"finetune.lr": [1e-3, 2e-3, 3e-3]}}, "plain": {}},
         seeds=(0,),
     )
-    common = [stage.name for stage in shared_stages([[plan] for plan in plans])]
+    common = [stage.name for stage in shared_stages(plans)]
     assert [name for name in common if "layer" in name] == [
         "stacked finetune.lr=0.001 seed=0: layer 1",
         "stacked finetune.lr=0.001 seed=0: layer 2",

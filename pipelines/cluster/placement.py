@@ -39,6 +39,13 @@ def bundle_of(share: Share, resources: Resources) -> tuple[dict[str, float], dic
     return bundle, {"bundle_label_selector": [resources.labels]} if share.gpus and resources.labels else {}
 
 
+def options_of_measuring(resources: Resources) -> dict[str, Any]:
+    """Return the options of a Ray task that measures a trial while others train: a CPU, or what a trial leaves of one
+    where no node has more to spare, since Ray Tune keeps the place of a trial until the study ends."""
+    few = all(node.cpus < _FEW_CPUS for node in possible_nodes())
+    return options_of(Share(0, 1), resources) | ({"num_cpus": 1 - _TRIAL_CPU} if few else {})
+
+
 def most_trials(share: Share, nodes: Sequence[Node] | None = None) -> int:
     """Return how many trials with this share of the cluster, or of the given nodes, may run at once; on GPUs so many
     that each node of four CPUs or more has one left to measure trials."""

@@ -38,6 +38,8 @@ class Opened(NamedTuple):
     """Epochs and seconds of the training."""
     spent: Mapping[str, float]
     """CPU and GPU seconds, those of earlier attempts included."""
+    known: Mapping[str, str]
+    """The runs of stages that were not trained for this trial but restored, by key."""
 
 
 @dataclass(frozen=True, kw_only=True)

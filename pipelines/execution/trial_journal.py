@@ -102,8 +102,10 @@ class TrialJournal:
         except Exception as error:
             return self._fail(self._unpublished(error))
         run = self._run
+        restored = [stage for stage in stages_below(self.stage) if stage.kept and stage.key not in self.missing]
+        known = {stage.key: self.results[stage.key].run_id for stage in restored if stage.key in self.results}
         return Opened(
-            run.run_id, run.files, run.attempt, run.last_epoch, run.metrics, self.totals(), self.spent()
+            run.run_id, run.files, run.attempt, run.last_epoch, run.metrics, self.totals(), self.spent(), known
         )  # fmt: skip
 
     def close(self, outcome: Result | Exception) -> Computed | Exception:
@@ -165,6 +167,7 @@ class TrialJournal:
         from pipelines.store.stage_run import StageRun, trial_params
 
         self._totals, self._spent = opened.totals, opened.spent
+        self.assignment = replace(self.assignment, known={**self.assignment.known, **opened.known})
         self._read_own(opened.files)
         self._restore_below(self.stage, {})
         self._run = StageRun(
@@ -211,7 +214,11 @@ class TrialJournal:
     def _restore_below(self, stage: Stage, found: "Mapping[str, Record]") -> None:
         """Restore the stages that a stage needs, or else those that these need; note the ones that are missing."""
         for parent in stage.parents():
-            if not parent.kept or parent.key in self.missing or parent.key in self.results:
+            if not parent.kept or parent.key in self.missing:
+                continue
+            if parent.key in self.results:
+                if not self.results[parent.key].run_id:  # trained in this process for another trial
+                    self.missing.add(parent.key)
                 continue
             if computed := self._restored(parent, found):
                 self.results[parent.key] = computed
@@ -283,7 +290,9 @@ class TrialJournal:
         """End the run as failed, with the error, if MLflow answers; else only print a warning. Return the error."""
         if not isinstance(error, TakenOverError):
             try:
-                self._run.fail(error, self._points, self.spent())
+                hasty = self.tracker._replace(patience=0.0)
+                if not hasty.find(self.stage.key):  # another study may have finished the trial meanwhile
+                    self._run.fail(error, self._points, self.spent())
             except Exception as outage:
                 say(f"warning: {self.stage.name}: its failure is not in MLflow ({one_line(outage)})")
         return error

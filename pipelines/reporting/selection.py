@@ -1,6 +1,7 @@
 """Which trials the report compares and draws, and what of their arrays it keeps in memory."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,9 +24,14 @@ def same_settings(settings: Mapping[str, Any]) -> str:
 
 def choose_settings(trials: Sequence[Trial], choose: str) -> dict[str, dict[str, Any]]:
     """Return the settings of each study row that have the best mean of the metric `choose` over seeds, or the first
-    settings if no trial has the metric."""
+    settings if no trial has the metric. Only settings with the most seeds are chosen from: a search trains those again
+    with further seeds that were best with the first, and one seed may be lucky."""
     known = {same_settings(trial.settings): trial.settings for trial in trials}
-    return {row: known[min(keys, key=lambda key: keys[key])] for row, keys in scores(trials, choose).items()}
+    finished = Counter((t.row, same_settings(t.settings)) for t in trials if t.status == "finished")
+    return {
+        row: known[min(keys, key=lambda key: (-finished[row, key], keys[key]))]
+        for row, keys in scores(trials, choose).items()
+    }
 
 
 def choose_drawn(compared: Sequence[Trial], choose: str) -> list[str]:

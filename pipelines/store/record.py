@@ -37,7 +37,7 @@ class Record(NamedTuple):
     @property
     def stopped(self) -> int | None:
         """The epoch after which a scheduler stopped the trial, if one did."""
-        return int(self.tags[STOPPED]) if STOPPED in self.tags else None
+        return int(self.tags[STOPPED]) if self.tags.get(STOPPED) else None
 
     @property
     def places(self) -> dict[str, str]:
@@ -52,6 +52,18 @@ def marker(key: str) -> str:
     MLflow's tables have an index of the names of tags and none of their values.
     """
     return f"{_MARK}{key}"
+
+
+def foreign_marks(tags: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
+    """Return the marks of a trial's run for stages whose results it will not hold: an earlier attempt announced them,
+    and another run has them now.
+
+    Args:
+        tags: The run's tags.
+        own: The tags of this attempt.
+    """
+    is_trial = any(place != OWN for name, place in own.items() if name.startswith(_MARK))
+    return [name for name in tags if is_trial and name.startswith(_MARK) and name not in own]
 
 
 def study_marker(study: str) -> str:

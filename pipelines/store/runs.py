@@ -28,7 +28,7 @@ from pipelines.store.errors import LostResultError
 from pipelines.store.lease import Lease, existing_leases, taken_over
 from pipelines.store.models import Models
 from pipelines.store.patience import CLOSE_SECONDS, HURRY_SECONDS, within
-from pipelines.store.record import MEASURED, OWN, STOPPED, TRAINED, Record, marker, study_marker
+from pipelines.store.record import MEASURED, OWN, STOPPED, TRAINED, Record, foreign_marks, marker, study_marker
 from pipelines.store.stage_run import (
     FIGURES,
     StageRun,
@@ -364,6 +364,10 @@ class Tracker(Store):
         tags["attempts"] = str(attempt)
         if "error" in run.data.tags:
             tags["error"] = ""  # the error of an earlier attempt
+        if STOPPED in run.data.tags:
+            tags[STOPPED] = ""
+        for name in foreign_marks(run.data.tags, tags):
+            client.delete_tag(run_id, name)
         client.update_run(run_id, status="RUNNING")
         log_batch(client, run_id, tags=tags)  # last, so that an opening that fails is not counted
         return StageRun(

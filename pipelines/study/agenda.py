@@ -22,6 +22,9 @@ _MOST_PARTS = 4
 class Source(Protocol):
     """Trials that follow from how others end: the settings that a search chooses, the rounds of a race."""
 
+    ahead: bool
+    """Whether all that `next` has to give may be taken at once; a search knows more the later it is asked."""
+
     def next(self) -> TrialPlan | None:
         """Return a trial to run now; None if there is none, or none before others have ended."""
 
@@ -89,7 +92,9 @@ class Agenda:
         """
         if self.halted:
             return []
-        group = self._next_group(devices) or ([] if in_reserve else self._from_sources())
+        if not self._waiting and not in_reserve:
+            self._ask_sources()
+        group = self._next_group(devices)
         self.running |= {plan.stage.key: plan for plan in group}
         return group
 
@@ -103,8 +108,8 @@ class Agenda:
 
     def has_work(self) -> bool:
         """Return whether there is a trial to run."""
-        if not self._waiting and (plans := self._from_sources()):
-            self._waiting.append(plans)
+        if not self._waiting:
+            self._ask_sources()
         return bool(self._waiting)
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
@@ -137,21 +142,33 @@ class Agenda:
         self.endings.errors[plan.stage.key] = reason
         self._end(plan, f"failed: {reason}", None)
 
-    def lose(self, plan: TrialPlan, reason: str) -> bool:
-        """Note that a trial lost its worker, its node or a connection; return whether it will run again."""
-        key = plan.stage.key
-        self._attempts[key] += 1
-        if self._attempts[key] > self.retries or self.halted:
-            self.fail(plan, reason)
-            return False
-        say(f"warning: {plan.name}: runs once more ({reason})")
-        del self.running[key]
-        self._waiting.appendleft([plan])
-        return True
+    def lose(self, plans: Sequence[TrialPlan], reason: str) -> None:
+        """Note that trials which ran as one lost their worker, their node or a connection. They run again, in two
+        halves, since one of them may be the cause; those that were lost too often fail."""
+        self._attempts.update(plan.stage.key for plan in plans)
+        again = [m for m in plans if self._attempts[m.stage.key] <= self.retries and not self.halted]
+        for plan in plans:
+            if plan not in again:
+                self.fail(plan, reason)
+        if again:
+            more = f" and {len(again) - 1} more" if again[1:] else ""
+            say(f"warning: {again[0].name}{more}: once more ({reason})")
+        for plan in again:
+            del self.running[plan.stage.key]
+        half = ceil(len(again) / 2)
+        self._waiting.extendleft(filter(None, (again[half:], again[:half])))
 
     def halt(self, reason: str) -> None:
-        """Hand out no further trials; those that wait fail for this reason."""
+        """Hand out no further trials; those that run go on."""
+        say(reason)
         self.halted = reason
+
+    def close(self, reason: str) -> None:
+        """Let the trials that run or wait fail, and what a source has still to give: the study ends without them."""
+        self.halted = ""
+        for plan in list(self.running.values()):
+            self.fail(plan, reason)
+        self._ask_sources()
         self.endings.errors |= {plan.stage.key: reason for plan in self.waiting()}
         self._waiting.clear()
 
@@ -185,19 +202,23 @@ class Agenda:
             size = max(ceil(left / (2 * devices)), ceil(size / _MOST_PARTS))
         return max(1, min(size, _MOST_AS_ONE))
 
-    def _from_sources(self) -> list[TrialPlan]:
-        """Return the next trial of the sources, which take turns."""
+    def _ask_sources(self) -> None:
+        """Let a trial wait that a source has, or all that can be known ahead; the sources take turns."""
         for _ in list(self.sources):
             self.sources.append(source := self.sources.pop(0))
-            while plan := source.next():
+            plans: list[TrialPlan] = []
+            while (source.ahead or not plans) and (plan := source.next()):
                 self.plans[plan.stage.key] = plan
                 if plan.stage.key in self.before:
                     source.ended(plan, self.before[plan.stage.key])
                     continue
                 self._source_of[plan.stage.key] = source
-                self._total += 1
-                return [plan]
-        return []
+                plans.append(plan)
+            if plans:
+                self._waiting += alike(plans)
+                self._total += len(plans)
+                self._to_group = len(plans)
+                return
 
     def _end(self, plan: TrialPlan, how: str, value: float | None) -> None:
         key = plan.stage.key

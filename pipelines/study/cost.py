@@ -129,8 +129,6 @@ class Forecast(NamedTuple):
 
     rows: tuple[RowForecast, ...]
     total: RowForecast
-    names: frozenset[str]
-    """The names of the missing trials."""
 
 
 def machine_for(groups: Sequence[Sequence[TrialPlan]], resources: Resources, nodes: Sequence[Node]) -> Machine:
@@ -172,7 +170,7 @@ def forecast(
         probed: Stages that a probe has computed.
     """
     groups = reference_groups(plans) + [[plan] for plan in plans if not plan.is_fixed_reference]  # as they begin
-    shared = shared_stages(groups)
+    shared = shared_stages(plans)
     oracle = _Oracle(machine.share, known, probed)
     stages = [oracle.stages([stage], machine.share) for stage in shared]
     keys = {stage.key for stage in shared}
@@ -193,8 +191,7 @@ def forecast(
     wall += _seconds_side_by_side(lengths, machine.slots) + (_START_SECONDS + _REPORT_SECONDS if plans else 0)
     lines = [_summed(row, one, sum(e.seconds for e in one) / machine.slots) for row, one in rows.items()]
     total = _summed(ALL, [one for row in rows.values() for one in row], wall)
-    names = frozenset(plan.name for plan in plans)
-    return Forecast(tuple(lines), total._replace(trials=len(names)), names)
+    return Forecast(tuple(lines), total._replace(trials=len(plans)))
 
 
 def plans_of_search(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPlan]:

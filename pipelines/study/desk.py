@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from aecore.core.errors import InputError, TakenOverError
 from pipelines.cluster.placement import most_trials
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share, count_gpus
 from pipelines.execution.chain import cause_of, may_pass
 from pipelines.host.messages import one_line
-from pipelines.study.agenda import LATE, Agenda
+from pipelines.study.agenda import Agenda
 from pipelines.study.measuring import Measured, Measuring
 from pipelines.study.plan import TrialPlan
 from pipelines.study.schema import Study
@@ -58,8 +60,10 @@ class Room:
         most = self._resources.max_concurrent
         holds = most_trials(self._share)
         self._slots = min(holds, most or holds)
-        gpus = count_gpus(self._resources) if self._as_one and self._share.gpus else 0
-        self._devices = min(gpus, most or gpus)
+        if self._as_one and self._share.gpus:
+            with suppress(InputError):  # the last GPU of the type asked for may be lost for a while
+                gpus = count_gpus(self._resources)
+                self._devices = min(gpus, most or gpus) or self._devices
 
 
 class Desk:
@@ -73,6 +77,8 @@ class Desk:
             measuring: Measures the trials that were trained; None where trials measure themselves.
         """
         self.study, self.agenda, self.room, self.measuring, self.spending = study, agenda, room, measuring, spending
+        self.taken_over = ""
+        """What a worker says that could not commit, since another driver works on the study now."""
         self._open = 0
         """Number of groups that were handed out and have not come back."""
         self._polled_at = 0.0
@@ -103,7 +109,7 @@ class Desk:
         """Enter how the measuring of trials ended."""
         for plan, outcome in measured:
             if isinstance(outcome, Exception):
-                self._fail(plan, reason_of(outcome), may_pass(cause_of(outcome)))
+                self._fail([plan], reason_of(outcome), may_pass(cause_of(outcome)))
             else:
                 self.spending.add(outcome.cost)
                 self.agenda.finish(plan, outcome.metrics.get(self.study.choose_metric))
@@ -113,27 +119,24 @@ class Desk:
         self.spending.begin(trial_id, share)
         self.agenda.begin(keys_of(config))
 
-    def take_ended(self, trial_id: str, config: Mapping[str, Any], report: Mapping[str, Any], late: bool) -> None:
+    def take_ended(self, trial_id: str, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Enter how the trials of a group ended.
 
         Args:
             config: The config of Tune's trial.
             report: Its last report.
-            late: The study's time is up, so that Tune has stopped the trial.
         """
         self._open -= 1
         self.spending.end(trial_id)
         for plan in self._plans(config):
             key = plan.stage.key
             if failure := report.get("errors", {}).get(key):
-                self._fail(plan, *failure)
-            elif run_id := report.get("trained", {}).get(key):
+                self._fail([plan], *failure)
+            elif opened := report.get("trained", {}).get(key):
                 assert self.measuring is not None
-                self.measuring.start(plan, run_id)
+                self.measuring.start(plan, opened)
             elif report.get("ended"):
                 self.agenda.finish(plan, report.get("chosen"))
-            elif late:
-                self.agenda.fail(plan, LATE)
             else:
                 self.agenda.stop(plan, report.get("epoch", 0), report.get("chosen"))
 
@@ -141,13 +144,16 @@ class Desk:
         """Enter that a group lost its worker. What went wrong in a stage is reported and does not come here."""
         self._open -= 1
         self.spending.end(trial_id)
-        for plan in self._plans(config):
-            self._fail(plan, reason, True)
+        self._fail(self._plans(config), reason, True)
 
-    def _fail(self, plan: TrialPlan, reason: str, may_pass: bool) -> None:
+    def _fail(self, plans: Sequence[TrialPlan], reason: str, may_pass: bool) -> None:
+        if TakenOverError.__name__ in reason and not self.agenda.halted:
+            self.taken_over = reason
+            self.agenda.halt(reason)
         if may_pass:
-            self.agenda.lose(plan, reason)
-        else:
+            self.agenda.lose(plans, reason)
+            return
+        for plan in plans:
             self.agenda.fail(plan, reason)
 
     def _plans(self, config: Mapping[str, Any]) -> list[TrialPlan]:

@@ -4,10 +4,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aecore.config.specs import LoadSpec
-from pipelines.cluster.placement import options_of
+from pipelines.cluster.placement import options_of_measuring
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment, Opened
@@ -45,11 +46,15 @@ class Measuring:
     """The reference to the data, in a list."""
     pending: "dict[ObjectRef, TrialPlan]" = field(default_factory=dict)
 
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        return options_of_measuring(self.resources)  # once: it asks Ray for its nodes
+
     def start(self, plan: TrialPlan, opened: Opened) -> None:
         """Submit the task that measures a trial, whose run is open and holds the trained stages."""
         share = Share(0, 1)
         assignment = replace(self.assignment, share=share, tags=plan.tags(), opened=opened)
-        options = options_of(share, self.resources) | {"name": plan.stage.kind}
+        options = self._options | {"name": plan.stage.kind}
         self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
 
     def take_ended(self, seconds: float = 0.0) -> Iterator[Measured]:

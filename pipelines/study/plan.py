@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -95,12 +94,15 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
     for row in study.searched_rows if study.search != "grid" else ():
         for settings in _most_demanding(study, row):
             plan_trial(study, row, settings, study.seeds[0], facts, numerics)
-    return [
-        plan_trial(study, row, settings, seed, facts, numerics)
-        for row in (*study.variants, *REFERENCES)
-        for settings in settings_to_try(study, row)
-        for seed in study.seeds
-    ]
+    plans: dict[str, TrialPlan] = {}
+    for row in (*study.variants, *REFERENCES):
+        for settings in settings_to_try(study, row):
+            for seed in study.seeds:
+                plan = plan_trial(study, row, settings, seed, facts, numerics)
+                same = plans.setdefault(plan.stage.key, plan)  # random draws may repeat
+                if same.row != row and row not in REFERENCES:
+                    raise InputError(f"variants.{row}: {plan.name} is the same as {same.name}; leave one of them out")
+    return list(plans.values())
 
 
 def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
@@ -334,27 +336,18 @@ def _classifier_spec(
     )  # fmt: skip
 
 
-def shared_stages(groups: Sequence[Sequence[TrialPlan]]) -> list[Stage]:
-    """Return the stages that several groups of trials need, in an order in which they can run.
+def shared_stages(plans: Sequence[TrialPlan]) -> list[Stage]:
+    """Return the stages that several trials need, in an order in which they can run.
 
-    Args:
-        groups: Each group is computed by one worker, which computes a stage that its trials share once.
+    What only the seeds of one reference share is not among them: one worker computes them all.
     """
-    uses = Counter(key for group in groups for key in {key for plan in group for key in plan.stages()})
+    users: dict[str, set[str]] = {}
     stages: dict[str, Stage] = {}
-    for plan in (plan for group in groups for plan in group):
+    for plan in plans:
         for key, stage in plan.stages().items():
             stages.setdefault(key, stage)
-    return [stage for key, stage in stages.items() if stage.kept and uses[key] > 1]
-
-
-def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return the trials of each reference without settings, all seeds as a group.
-
-    The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
-    """
-    groups = [[plan for plan in plans if plan.kind == kind and plan.is_fixed_reference] for kind in REFERENCES]
-    return [group for group in groups if group]
+            users.setdefault(key, set()).add(plan.row if plan.is_fixed_reference else plan.stage.key)
+    return [stage for key, stage in stages.items() if stage.kept and len(users[key]) > 1]
 
 
 def describe_plans(study: Study, plans: Sequence[TrialPlan], finished: Mapping[str, str]) -> Iterator[str]:
@@ -363,8 +356,7 @@ def describe_plans(study: Study, plans: Sequence[TrialPlan], finished: Mapping[s
     Args:
         finished: The run of each finished trial, by the key of its stage.
     """
-    groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
-    shared = {stage.key for stage in shared_stages(groups)}
+    shared = {stage.key for stage in shared_stages(plans)}
     for plan in plans:
         stages = [stage for stage in plan.stages().values() if stage.kept]
         counts = f"{len(stages)} stages, {sum(stage.key in shared for stage in stages)} shared"

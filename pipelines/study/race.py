@@ -18,6 +18,8 @@ Scores = Callable[[Sequence[TrialPlan]], Mapping[str, np.ndarray]]
 class Race:
     """The trials of all study rows, as a source of trials: round after round, without the rows that were dropped."""
 
+    ahead = True
+
     def __init__(self, study: Study, plan_of: PlanOf, scores: Scores) -> None:
         self.study, self.plan_of, self._scores = study, plan_of, scores
         self.dropped: list[Dropped] = []
@@ -28,6 +30,8 @@ class Race:
         self._left: list[TrialPlan] = []
         """Trials of this round that were not handed out."""
         self._running = 0
+        self._known: dict[str, np.ndarray] = {}
+        """Scores of earlier rounds, by the keys of trials."""
 
     def next(self) -> TrialPlan | None:
         """Return a trial of this round; after the last one of the round has ended, one of the next round."""
@@ -50,7 +54,8 @@ class Race:
     def _drop(self) -> None:
         """Drop the rows that are worse than the best one on the seeds trained so far."""
         goal = GOALS[self.study.choose]
-        scores = self._scores(self._trained)
+        self._known |= self._scores([plan for plan in self._trained if plan.stage.key not in self._known])
+        scores = self._known
         if not scores:
             return
         seeds = sorted({plan.seed for plan in self._trained})

@@ -1,6 +1,5 @@
 """The results of a study's trials for the report, read back from MLflow."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aecore.evaluation.trial import REFERENCES, Trial
@@ -54,8 +53,3 @@ def read(trial: Trial, tracker: "Tracker") -> Trial:
         return trial._replace(status="failed", error="its result is lost; start the study again")
     curves = dict(result.config)
     return trial._replace(history=tuple(curves.pop("history")), curves=curves, arrays=result.weights)
-
-
-def finished(records: "Mapping[str, Record]") -> "dict[str, Record]":
-    """Return the records of finished trials."""
-    return {key: record for key, record in records.items() if record.is_finished}

@@ -16,13 +16,13 @@ from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda, Endings
 from pipelines.study.cost import Cost, Forecast
 from pipelines.study.desk import reason_of
-from pipelines.study.groups import reference_groups
 from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
 from pipelines.study.preview import forecast_study
 from pipelines.study.race import Race
 from pipelines.study.results import read, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import Search
+from pipelines.study.spending import spent_by_row
 from pipelines.study.trials import TrialRunner
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 Say = Callable[[str], None]
+_PARENT = "mlflow.parentRunId"
 Records = Mapping[str, "Record"]
 """The runs of a study's trials, by key."""
 
@@ -48,8 +49,8 @@ class Ended(NamedTuple):
     """Number of trials that were finished before."""
     forecast: Forecast | None
     """What the missing trials were to cost; None where none was missing."""
-    shared: Cost
-    """What the stages that several trials share have cost."""
+    spent: dict[str, Cost]
+    """What the trials that were missing have cost; see `spent_by_row`."""
     dropped: list[Dropped]
     """The study rows that a race dropped."""
 
@@ -68,8 +69,8 @@ def run(
     agenda = Agenda(resources.retries)
     before = tracker.trials_of(parent)
     race = Race(study, runner.plan_of, partial(_scores, tracker, parent, study)) if study.scheduler == "race" else None
-    plans = [m for m in plan_trials(study, facts, resources.numerics) if not race or m.row in REFERENCES]
-    _restore(plans, before, agenda, say)
+    plans = plan_trials(study, facts, resources.numerics)
+    _restore([m for m in plans if not race or m.row in REFERENCES], before, agenda, study.scheduler == "asha", say)
     if race:
         agenda.before = {key: math.nan for key, record in before.items() if record.is_finished}
         agenda.sources.append(race)
@@ -77,30 +78,38 @@ def run(
         agenda.sources.append(_search(runner, row, before, agenda))
     expected, shared = None, []
     if agenda.has_work():
-        expected = forecast_study(study, facts, resources, agenda.waiting(), tracker)
+        missing = [plan for plan in plans if not _is_finished(before, plan.stage.key)]
+        expected = forecast_study(study, facts, resources, missing, tracker)
         shared = _compute_shared_stages(runner, agenda, say)
         runner.run(agenda)
     after = tracker.trials_of(parent)
-    _close_runs(agenda, after, tracker)
+    _close_runs(agenda, after, tracker, runner)
     trials = [
         trial_of(plan, after.get(key), study.budget.epochs, agenda.endings)._replace(number=number)
         for number, (key, plan) in enumerate(agenda.plans.items())
     ]
-    finished = [{key for key, record in records.items() if record.is_finished} for records in (before, after)]
+    new = [trial for key, trial in zip(agenda.plans, trials, strict=True) if not _is_finished(before, key)]
+    finished = [key for key in agenda.plans if _is_finished(after, key)]
+    # trials that other studies have finished are restored, too
+    computed = [m for m in finished if not _is_finished(before, m) and after[m].tags.get(_PARENT) == parent]
     return Ended(
-        trials, len(shared) + len(finished[1] - finished[0]), len(finished[0] & agenda.plans.keys()), expected,
-        sum(shared, Cost()), race.dropped if race else [],
+        trials, len(shared) + len(computed), len(finished) - len(computed), expected,
+        spent_by_row(new, sum(shared, Cost())), race.dropped if race else [],
     )  # fmt: skip
 
 
-def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, say: Say) -> None:
-    """Put trials that are not finished on the agenda, and those that are among the ended ones."""
+def _is_finished(records: Records, key: str) -> bool:
+    return key in records and records[key].is_finished
+
+
+def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, asha: bool, say: Say) -> None:
+    """Put trials on the agenda, and those that are finished or that ASHA has stopped among the ended ones."""
     missing = []
     for plan in plans:
         record = before.get(plan.stage.key)
         if record and record.is_finished:
             agenda.plans[plan.stage.key] = plan
-        elif record and record.stopped is not None:
+        elif record and record.stopped is not None and asha:
             agenda.plans[plan.stage.key] = plan
             agenda.endings.stopped[plan.stage.key] = record.stopped
         else:
@@ -125,12 +134,19 @@ def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> S
     """Return the search of a row's settings; it goes on from what an earlier call has finished."""
     study, tried = runner.study, []
     for record in reversed(list(before.values())):  # the oldest first
-        if record.is_finished and record.tags.get("row") == row:
-            settings, seed = json.loads(record.tags["settings"]), int(record.tags["seed"])
-            agenda.plans[record.key] = runner.plan_of(row, settings, seed)
-            agenda.before[record.key] = record.metrics[study.choose_metric]
-            if seed == study.seeds[0]:
-                tried.append((settings, record.metrics[study.choose_metric]))
+        if record.tags.get("row") != row or not (record.is_finished or record.stopped):
+            continue
+        settings, seed = json.loads(record.tags["settings"]), int(record.tags["seed"])
+        if not study.contains(row, settings) or runner.plan_of(row, settings, seed).stage.key != record.key:
+            continue  # the row was another one then
+        agenda.plans[record.key] = runner.plan_of(row, settings, seed)
+        value = record.metrics.get(study.choose_metric, math.nan) if record.is_finished else math.nan
+        if record.is_finished:
+            agenda.before[record.key] = value
+        else:
+            agenda.endings.stopped[record.key] = record.stopped or 0
+        if seed == study.seeds[0]:
+            tried.append((settings, value))
     return Search(study, row, runner.plan_of, tried)
 
 
@@ -138,8 +154,7 @@ def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> lis
     """Compute the stages that several trials need; return the costs of those that were computed now. The trials that
     need one which fails fail, for its reason."""
     plans = agenda.waiting()
-    groups = [[plan] for plan in plans if not plan.is_fixed_reference] + reference_groups(plans)
-    stages = shared_stages(groups)
+    stages = shared_stages(plans)
     if not stages:
         return []
     say(f"{len(stages)} stages that several trials share come first")
@@ -155,12 +170,13 @@ def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> lis
     return costs
 
 
-def _close_runs(agenda: Agenda, records: Records, tracker: "Tracker") -> None:
+def _close_runs(agenda: Agenda, records: Records, tracker: "Tracker", runner: TrialRunner) -> None:
     """End the runs of trials that the scheduler stopped or whose worker died before it ended them."""
     for key, record in records.items():
         if record.status != "RUNNING":
             continue
         if key in agenda.endings.stopped:
             tracker.stop_trial(record.run_id, agenda.endings.stopped[key])
+            runner.clear_checkpoints(agenda.plans[key])
         elif key in agenda.endings.errors:
             tracker.fail_trial(record.run_id, agenda.endings.errors[key])

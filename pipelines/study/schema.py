@@ -1,6 +1,7 @@
 """The fields of a study's recipe, and the checks that its variants can be compared fairly."""
 
 import re
+from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
@@ -52,7 +53,7 @@ class Budget(Frozen):
     """Wall time in hours after which all trials are ended; null sets no limit."""
     cpu_hours: PositiveFloat | None = None
     """CPU-hours that the study may spend, all commands and attempts together: the CPUs that its trials hold, times
-    hours. When they are spent all trials are ended, and the same command with more goes on; null sets no limit."""
+    hours. When they are spent no further trial begins, and the same command with more goes on; null sets no limit."""
     gpu_hours: PositiveFloat | None = None
     """GPU-hours that the study may spend, as `cpu_hours`; a share of a GPU counts as such."""
 
@@ -149,6 +150,15 @@ class Study(Frozen):
             return {**self.settings, **_SETTINGS.validate_python(self.variants[row].get("settings", {}))}
         except ValidationError as error:
             raise ValueError(first_problem(f"variants.{row}.settings", error)) from None
+
+    def contains(self, row: str, settings: Mapping[str, Any]) -> bool:
+        """Return whether these settings are among those that are searched in a study row."""
+        space = self.space(row)
+
+        def has(values: list[Any] | Range, value: Any) -> bool:
+            return value in values if isinstance(values, list) else values.low <= value <= values.high
+
+        return settings.keys() == space.keys() and all(has(space[name], value) for name, value in settings.items())
 
     @property
     def choose_metric(self) -> str:

@@ -1,6 +1,7 @@
 """Optuna chooses the settings of a study row with the first seed; the best settings are then run with the others."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 PlanOf = Callable[[str, dict[str, Any], int], TrialPlan]
 """Returns the plan of a trial: row, settings, seed."""
 Tried = tuple[dict[str, Any], float]
-"""Settings that were tried, and their value of the measure to choose by."""
+"""Settings that were tried, and their value of the measure to choose by, NaN where a scheduler stopped them."""
 _RANDOM_SHARE, _MOST_RANDOM = 1 / 3, 10
 """Share of the settings that are drawn at random before Optuna's sampler models the others, and the most of them (the
 sampler's own default)."""
@@ -43,17 +44,19 @@ class Search:
     that runs counts as a poor one meanwhile, so that the next differs from it.
     """
 
+    ahead = False
+
     def __init__(self, study: Study, row: str, plan_of: PlanOf, tried: Sequence[Tried]):
         """
         Args:
-            tried: What an earlier call of the same study has finished with the first seed.
+            tried: What an earlier call of the same study has tried with the first seed.
         """
         import optuna
 
         self.study, self.row, self.plan_of = study, row, plan_of
         self._space = {name: _distribution(values) for name, values in study.space(row).items()}
         count = study.budget.settings
-        self._optuna = new_search(count, study.seeds[0], study.chooses_highest)
+        self._optuna = new_search(count, study.seeds[0] + len(tried), study.chooses_highest)
         self._left = max(0, count - len(tried))
         self._open: dict[str, optuna.Trial] = {}
         """Trials that have not ended, by the keys of their stages."""
@@ -64,7 +67,9 @@ class Search:
             params = {
                 name: _json(one) if isinstance(study.space(row)[name], list) else one for name, one in settings.items()
             }
-            self._optuna.add_trial(optuna.trial.create_trial(params=params, distributions=self._space, value=value))
+            if math.isfinite(value):
+                made = optuna.trial.create_trial(params=params, distributions=self._space, value=value)
+                self._optuna.add_trial(made)
 
     def next(self) -> TrialPlan | None:
         """Return a trial of the next settings; after the last, the best settings with the next seed."""
@@ -90,14 +95,15 @@ class Search:
             self._optuna.tell(trial, value)
 
     def _with_further_seeds(self) -> list[TrialPlan]:
-        complete = [trial for trial in self._optuna.trials if trial.state == _state("COMPLETE")]
+        complete = [trial for trial in self._optuna.get_trials(deepcopy=False) if trial.state == _state("COMPLETE")]
         if not complete:
             return []
         best = self._decoded(self._optuna.best_trial.params)
         return [self.plan_of(self.row, best, seed) for seed in self.study.seeds[1:]]
 
     def _is_known(self, params: Mapping[str, Any]) -> bool:
-        return any(trial.params == params and trial.state == _state("COMPLETE") for trial in self._optuna.trials)
+        known = self._optuna.get_trials(deepcopy=False)
+        return any(trial.params == params and trial.state == _state("COMPLETE") for trial in known)
 
     def _decoded(self, params: Mapping[str, Any]) -> dict[str, Any]:
         space = self.study.space(self.row)

@@ -41,19 +41,18 @@ def cost_report(forecast: Forecast, spent: Mapping[str, Cost], seconds: float) -
     }
 
 
-def spent_by_row(forecast: Forecast, trials: Sequence[Trial], shared: Cost) -> dict[str, Cost]:
-    """Return what the trials that a forecast counts have cost, all attempts included, by study row, and their sum.
+def spent_by_row(trials: Sequence[Trial], shared: Cost) -> dict[str, Cost]:
+    """Return what trials have cost, by study row, and their sum. Attempts that were killed have told no costs.
 
     Args:
-        trials: The trials of the study, however they ended.
+        trials: The trials that were not finished before, however they ended.
         shared: What the stages that several trials share have cost.
     """
     spent = {SHARED: shared, ALL: shared}
     for trial in trials:
-        if trial.name in forecast.names:
-            cost = Cost(trial.cpu_seconds, trial.gpu_seconds)
-            spent[trial.row] = spent.get(trial.row, Cost()) + cost
-            spent[ALL] += cost
+        cost = Cost(trial.cpu_seconds, trial.gpu_seconds)
+        spent[trial.row] = spent.get(trial.row, Cost()) + cost
+        spent[ALL] += cost
     return spent
 
 

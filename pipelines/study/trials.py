@@ -3,16 +3,17 @@
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from aecore.config.facts import Facts
 from aecore.config.specs import LoadSpec
-from aecore.core.errors import OutageError
+from aecore.core.errors import OutageError, TakenOverError
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.placement import bundle_of
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
 
 
-_LOG_SECONDS = 60.0
-"""Seconds between two logs of what a study has spent."""
+_LOG_SECONDS, _LOOK_SECONDS = 60.0, 5.0
+"""Seconds between two logs of what a study has spent, and between two looks for trials that ended without a word."""
 
 
 class TrialRunner:
@@ -76,10 +77,11 @@ class TrialRunner:
                 if measuring:
                     desk.take_measured(measuring.take_rest(self.deadline))
             finally:
-                self.log_spending()
-        agenda.halt(agenda.halted or LATE)
-        for plan in list(agenda.running.values()):
-            agenda.fail(plan, LATE)
+                if not desk.taken_over:
+                    self.log_spending()
+        if desk.taken_over:
+            raise TakenOverError(desk.taken_over)
+        agenda.close(agenda.halted or LATE)
 
     def _fit(self, desk: Desk, assignment: Assignment, data: "list[ObjectRef]") -> None:
         """Let Ray Tune run trials as long as the desk has some, and as the study has time.
@@ -107,7 +109,7 @@ class TrialRunner:
             tune.Tuner(
                 tune.with_resources(trainable, partial(_reserved, assignment.share, self.resources)),
                 tune_config=tune.TuneConfig(
-                    search_alg=_searcher(desk),
+                    search_alg=_searcher(desk, self),
                     scheduler=_scheduler(self.study),
                     num_samples=-1,  # until the searcher has no more
                     reuse_actors=True,
@@ -139,13 +141,20 @@ class TrialRunner:
         """Return the share of the cluster that each group gets: what the largest needs, or the largest settings where a
         search chooses them."""
         gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler != "asha" else 0
+        later = {*self.study.searched_rows} if self.study.search == "optuna" else set()
+        later |= {*self.study.variants} if self.study.scheduler == "race" else set()
         groups = agenda.groups(gpus or None) + [
-            (self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0]), 1)
-            for row in self.study.searched_rows
-            if self.study.search == "optuna"
+            (self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0]), 1) for row in sorted(later)
         ]
         needs = [device_memory(stage, count) for plan, count in groups for stage in plan.stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
+
+    def clear_checkpoints(self, plan: TrialPlan) -> None:
+        """Delete the checkpoints of a trial that will not go on."""
+        assignment = self._assign(Share(0, 1))
+        for stage in plan.stages().values():
+            if checkpoints := assignment.checkpoints(stage):
+                checkpoints.clear()
 
     def share_of(self, stages: Sequence[Stage]) -> Share:
         """Return the share of the cluster that stages get which several trials need."""
@@ -185,14 +194,14 @@ def _scheduler(study: Study) -> Any:
     return ASHAScheduler("epoch", "score", "min", max_t=study.budget.epochs, stop_last_trials=False)
 
 
-def _searcher(desk: Desk) -> Any:
+def _searcher(desk: Desk, runner: TrialRunner) -> Any:
     """Return a searcher for Tune that asks the desk for each trial."""
     from ray.tune.search import Searcher
 
     class Asking(Searcher):
         def suggest(self, trial_id: str) -> Any:
             config = desk.next_config()
-            return Searcher.FINISHED if config is None and desk.agenda.is_done else config
+            return Searcher.FINISHED if config is None and (desk.agenda.is_done or runner.late) else config
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             """Do nothing: the callback of `_callback` gets more than this."""
@@ -208,22 +217,31 @@ def _callback(desk: Desk, runner: TrialRunner) -> Any:
     from ray import tune
 
     class Telling(tune.Callback):
-        logged_at = time.monotonic()
+        logged_at = looked_at = time.monotonic()
+        told: ClassVar[set[str]] = set()
 
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             desk.poll()
-            if time.monotonic() - self.logged_at > _LOG_SECONDS:
-                self.logged_at = time.monotonic()
-                runner.log_spending()
+            now = time.monotonic()
+            if now - self.logged_at > _LOG_SECONDS:
+                self.logged_at = now
+                threading.Thread(target=runner.log_spending, daemon=True).start()  # Tune's loop waits for no store
+            if now - self.looked_at > _LOOK_SECONDS:
+                self.looked_at = now
+                # Tune calls nothing for a trial whose worker could not be taken over from the trial before
+                for trial in trials:
+                    if trial.status == "ERROR" and trial.trial_id not in self.told:
+                        self.on_trial_error(iteration, trials, trial)
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             held = trial.placement_group_factory.required_resources
             desk.begin(trial.trial_id, trial.config, Share(held.get("GPU", 0.0), held["CPU"]))
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            desk.take_ended(trial.trial_id, trial.config, trial.last_result, runner.late)
+            desk.take_ended(trial.trial_id, trial.config, trial.last_result)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.told.add(trial.trial_id)
             lines = str(trial.get_error() or "its worker was lost").strip().splitlines()
             desk.take_lost(trial.trial_id, trial.config, lines[-1][:300])
 
