@@ -129,6 +129,7 @@ from aecore.config.experiment import Dense, Experiment, Finetune
 from aecore.data.dataset import inspect
 from pipelines.cluster.resources import Resources
 from pipelines.store.connection import connect
+from pipelines.study.agenda import Agenda
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
 from aecore.config.specs import Numerics
@@ -146,7 +147,7 @@ def meet(config, **_):
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.json"))) < count and time.monotonic() < deadline:
         time.sleep(0.1)
-    tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0, "errors": {}, "trained": {}})
+    tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0, "errors": {}, "trained": {}, "ended": True})
 
 
 module.compute_trial = meet
@@ -158,7 +159,9 @@ tracker = connect(f"sqlite:///{folder}/mlflow.db", "test")
 facts = inspect(study.base.data)
 with tracker.job_run("test", "trials", {}, {}) as top:
     runner = module.TrialRunner(study, facts, tracker, top, Resources(gpus=0.25, cpus=1))
-    runner.run([plan for plan in plan_trials(study, facts, Numerics()) if plan.row == "a"], print)
+    agenda = Agenda(retries=0)
+    agenda.add([plan for plan in plan_trials(study, facts, Numerics()) if plan.row == "a"])
+    runner.run(agenda)
 """
 
 

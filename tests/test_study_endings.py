@@ -57,15 +57,16 @@ def test_a_study_whose_cpu_hours_are_spent_is_taken_up_again(tmp_path: Path, hea
 
 
 def test_a_race_drops_the_row_that_is_worse_and_the_next_command_knows(tmp_path: Path, head: dict[str, str]) -> None:
-    rows = {"plain": {}, "narrow": {"network": {"widths": [24, 1]}}}
+    rows = {"plain": {}, "wide": {"network": {"widths": [32, 8]}}, "narrow": {"network": {"widths": [24, 1]}}}
     study = {**SMALL, "variants": rows, "seeds": [0, 1, 2, 3, 4], "scheduler": "race"}
     done = compare(tmp_path, study, "--figures", "out", **head)
     assert done.code == 0, done.err
     table = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert table["row"].value_counts().to_dict() == {"plain": 2, "narrow": 2, "pca": 5, "random": 5}
-    assert "narrow: dropped, worse than plain by " in done.err
+    seeds = table["row"].value_counts()
+    assert seeds["narrow"] < seeds[["plain", "wide"]].max() <= 5 and seeds["pca"] == seeds["random"] == 5
+    (dropped,) = [line for line in done.err.splitlines() if line.startswith("narrow: dropped, worse than ")]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "after 2 seeds" in page and "Dropped" in page
+    assert f"after {seeds['narrow']} seeds" in dropped and f"after {seeds['narrow']} seeds" in page
     again = compare(tmp_path, study, **head)
-    assert again.code == 0 and again.report["stages"] == {"computed": 0, "restored": 14}, again.err
+    assert again.code == 0 and again.report["stages"] == {"computed": 0, "restored": len(table)}, again.err
     assert again.report["verdicts"] == done.report["verdicts"]

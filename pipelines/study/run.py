@@ -81,6 +81,7 @@ def run(
         missing = [plan for plan in plans if not _is_finished(before, plan.stage.key)]
         expected = forecast_study(study, facts, resources, missing, tracker)
         shared = _compute_shared_stages(runner, agenda, say)
+    if agenda.has_work():
         runner.run(agenda)
     after = tracker.trials_of(parent)
     _close_runs(agenda, after, tracker, runner)
