@@ -25,7 +25,9 @@ def test_a_shared_stage_that_diverges_ends_what_stands_on_it_and_nothing_else(
     assert page.index("lower the learning rate") < page.index("<table")  # failures come first
     again = compare(tmp_path, study, **head)
     assert again.code == 3 and again.report["stages"] == {"computed": 0, "restored": 3}, again.err
-    mended = compare(tmp_path, {**study, "variants": {**rows, "one": {"pretrain": {}}, "two": {}}}, **head)
+    mended = compare(
+        tmp_path, {**study, "variants": {**rows, "one": {"pretrain": {}}, "two": {"finetune": {"lr": 3e-3}}}}, **head
+    )
     assert mended.code == 0 and mended.report["run_id"] == done.report["run_id"], mended.err
     assert mended.report["trials"]["finished"] == 5
 
@@ -57,16 +59,16 @@ def test_a_study_whose_cpu_hours_are_spent_is_taken_up_again(tmp_path: Path, hea
 
 
 def test_a_race_drops_the_row_that_is_worse_and_the_next_command_knows(tmp_path: Path, head: dict[str, str]) -> None:
-    rows = {"plain": {}, "wide": {"network": {"widths": [32, 8]}}, "narrow": {"network": {"widths": [24, 1]}}}
+    rows = {"plain": {}, "wide": {"network": {"widths": [32, 8]}}, "slow": {"finetune": {"lr": 1e-6}}}
     study = {**SMALL, "variants": rows, "seeds": [0, 1, 2, 3, 4], "scheduler": "race"}
     done = compare(tmp_path, study, "--figures", "out", **head)
     assert done.code == 0, done.err
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     seeds = table["row"].value_counts()
-    assert seeds["narrow"] < seeds[["plain", "wide"]].max() <= 5 and seeds["pca"] == seeds["random"] == 5
-    (dropped,) = [line for line in done.err.splitlines() if line.startswith("narrow: dropped, worse than ")]
+    assert seeds["slow"] < seeds[["plain", "wide"]].max() <= 5 and seeds["pca"] == seeds["random"] == 5
+    (dropped,) = [line for line in done.err.splitlines() if line.startswith("slow: dropped, worse than ")]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert f"after {seeds['narrow']} seeds" in dropped and f"after {seeds['narrow']} seeds" in page
+    assert f"after {seeds['slow']} seeds" in dropped and f"after {seeds['slow']} seeds" in page
     again = compare(tmp_path, study, **head)
     assert again.code == 0 and again.report["stages"] == {"computed": 0, "restored": len(table)}, again.err
     assert again.report["verdicts"] == done.report["verdicts"]
