@@ -216,6 +216,7 @@ def test_points_that_cannot_be_logged_wait_and_training_does_not(
 
 def test_only_what_may_pass_is_waited_for(tracker: Tracker) -> None:
     may_pass = [
+        MlflowException("QueuePool limit of size 5 overflow 10 reached", error_code=BAD_REQUEST),
         MlflowException("API request failed"), MlflowException("locked", TEMPORARILY_UNAVAILABLE), TimeoutError(),
         ConnectionError(), OSError(28, "no space"), HTTPError(response=SimpleNamespace(status_code=503)),
     ]  # fmt: skip

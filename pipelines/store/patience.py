@@ -75,7 +75,8 @@ class PatientClient:
 def may_pass(error: Exception) -> bool:
     """Return whether the same call may succeed later: the network or the server failed, the request was not refused."""
     if isinstance(error, MlflowException):
-        return error.error_code in _PASSING_CODES
+        # a server whose connections to its database are all in use calls that a bad request
+        return error.error_code in _PASSING_CODES or "QueuePool limit" in str(error)
     code = getattr(getattr(error, "response", None), "status_code", None)  # of an artifact store over HTTP
     if code is not None:
         return code >= 500 or code in (408, 429)
