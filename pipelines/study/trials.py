@@ -95,8 +95,8 @@ class TrialRunner:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
         os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output cannot be silenced
-        # so many workers may start at once; Ray's autoscaler also goes by the trials that wait
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.room.slots + desk.room.reserve)
+        # the desk limits what waits, as the cluster grows and shrinks; Tune's own limit would be one trial
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1000"
         from ray import tune
 
         # it warns of each trial that it finds no file of; nobody reads them either
