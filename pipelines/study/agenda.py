@@ -82,17 +82,15 @@ class Agenda:
         self._total += len(plans)
         self._to_group += len(others)
 
-    def take(self, devices: int | None, in_reserve: bool = False) -> list[TrialPlan]:
+    def take(self, devices: int | None) -> list[TrialPlan]:
         """Return the next trials to run as one; none if there are none, or none before others have ended.
 
         Args:
             devices: GPUs that share the work; None trains each trial that is no reference alone, as on CPUs.
-            in_reserve: The group will wait until a worker is free. A source is then not asked, since it knows more the
-                later it is asked.
         """
         if self.halted:
             return []
-        if not self._waiting and not in_reserve:
+        if not self._waiting:
             self._ask_sources()
         group = self._next_group(devices)
         self.running |= {plan.stage.key: plan for plan in group}

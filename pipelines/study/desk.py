@@ -43,11 +43,6 @@ class Room:
         return self._slots
 
     @property
-    def reserve(self) -> int:
-        """The number of groups that wait for the next free worker, so that no worker waits for a group."""
-        return max(1, self.slots // 4)
-
-    @property
     def devices(self) -> int | None:
         """The number of GPUs that share the trials; None where each trial is trained alone."""
         self._look()
@@ -86,10 +81,8 @@ class Desk:
     def next_config(self) -> dict[str, Any] | None:
         """Return the config of the next of Tune's trials; None if there is none, or no room."""
         self.poll()
-        slots = self.room.slots
-        if self._open >= slots + self.room.reserve:
-            return None
-        group = self.agenda.take(self.room.devices, in_reserve=self._open >= slots)
+        # none in reserve: Tune would start it where a CPU is left for measuring, or beyond max_concurrent
+        group = self.agenda.take(self.room.devices) if self._open < self.room.slots else []
         if not group:
             return None
         self._open += 1
