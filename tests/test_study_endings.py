@@ -4,6 +4,7 @@ on."""
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from tests.test_compare import SHARING, compare, runs
 from tests.test_train import store
@@ -53,6 +54,7 @@ def test_a_study_whose_cpu_hours_are_spent_is_taken_up_again(tmp_path: Path, hea
     assert len({run.data.tags["stage.key"] for run in runs(tmp_path)}) == len(runs(tmp_path)) == 18
 
 
+@pytest.mark.long
 def test_a_race_drops_the_row_that_is_worse_and_the_next_command_knows(tmp_path: Path, head: dict[str, str]) -> None:
     rows = {"plain": {}, "wide": {"network": {"widths": [32, 8]}}, "slow": {"finetune": {"lr": 1e-6}}}
     study = {**SMALL, "variants": rows, "seeds": [0, 1, 2, 3, 4], "scheduler": "race"}

@@ -146,19 +146,19 @@ def test_what_was_restored_before_the_hand_over_is_not_trained_by_who_measures(
     digits: tuple[Facts, Arrays], tracker: Tracker, trained: list[str]
 ) -> None:
     """Else a task on a CPU would train the stack that another trial's run holds."""
-    compute(tracker, study_run(tracker), plan_of("plain", 4), digits[1])
+    compute(tracker, study_run(tracker), plan_of("plain", 14), digits[1])
     trained.clear()
-    other, study = plan_of("plain", 4, labels={"counts": (), "fit": {"epochs": 2}}), study_run(tracker)
+    other, study = plan_of("plain", 14, labels={"counts": (), "fit": {"epochs": 2}}), study_run(tracker)
     opened = compute(tracker, study, other, digits[1], up_to_last=True)
     assert isinstance(opened, Opened) and trained == ["classify, all labels"]
     outcome = compute(tracker, study, other, digits[1], opened=opened)
-    assert isinstance(outcome, Computed) and trained == ["classify, all labels", "plain seed=4"]
+    assert isinstance(outcome, Computed) and trained == ["classify, all labels", "plain seed=14"]
 
 
 def test_a_reopened_run_neither_promises_what_another_run_holds_nor_stays_stopped(
     digits: tuple[Facts, Arrays], tracker: Tracker
 ) -> None:
-    plan, study = plan_of("plain", 5), study_run(tracker)
+    plan, study = plan_of("plain", 15), study_run(tracker)
     stack = plan.trained
     killed = tracker.open_trial(plan.stage, study, [stack.key], tags=plan.tags())
     tracker.stop_trial(killed.run_id, 3)
