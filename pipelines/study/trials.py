@@ -101,6 +101,8 @@ class TrialRunner:
 
         # it warns of each trial that it finds no file of; nobody reads them either
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+        # nor is what it says of lost trials true: they have run again as others
+        logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
         trainable = tune.with_parameters(
             compute_trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
             assignment=assignment, data=data,
