@@ -78,7 +78,8 @@ def load_results(file: Path) -> dict[str, Result]:
     try:
         with safe_open(file, "np") as opened:
             metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            names = opened.keys()  # an open file is no mapping, and cannot be iterated over itself
+            tensors = {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{file}: cannot be read ({error})") from None
     text = metadata.get("results", "")

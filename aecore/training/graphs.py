@@ -107,7 +107,7 @@ def _clean_up(pool: Any, random: Tensor) -> None:
     with suppress(RuntimeError):
         # private: no public function ends an allocation and frees its pool; torch 2.12 and later do so themselves
         torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+        torch._C._cuda_releasePool(device, pool)  # private, for the same reason
     # the generator waits for the capture's end as well: it gets a new state
     fresh = torch.Generator(f"cuda:{device}").set_state(random)
     torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())

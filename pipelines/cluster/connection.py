@@ -89,6 +89,7 @@ def _without_idle_servers() -> Iterator[None]:
     """
     # private: saves 2.4 s per command (Ray 2.60); an option of `ray.init` to leave both servers out would replace it
     node: Any = importlib.import_module("ray._private.node").Node
+    # private, for the same reason: the two methods of a node that start these servers
     methods = {name: getattr(node, name) for name in ("start_monitor", "start_api_server") if hasattr(node, name)}
     for name in methods:
         setattr(node, name, lambda self, **options: None)

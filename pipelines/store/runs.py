@@ -258,12 +258,11 @@ class Tracker(Store):
 
     def save_figures(self, run_id: str, folder: Path) -> list[Path]:
         """Download a run's figures into `folder`; return their paths."""
-        client = self.client
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for item in client.list_artifacts(run_id, FIGURES):
+        for item in self.client.list_artifacts(run_id, FIGURES):
             with scratch() as temporary:
-                figure = Path(client.download_artifacts(run_id, item.path, str(temporary)))
+                figure = Path(self.client.download_artifacts(run_id, item.path, str(temporary)))
                 paths.append(folder / Path(item.path).name)
                 paths[-1].write_bytes(figure.read_bytes())
         return paths
@@ -276,8 +275,7 @@ class Tracker(Store):
         self, run_id: str, name: str, facts: Facts, context: str = "training", model_id: str | None = None
     ) -> None:
         """Record which data a run read, and with which model, unless data are recorded already."""
-        inputs = self.client.get_run(run_id).inputs
-        if inputs and inputs.dataset_inputs:
+        if (inputs := self.client.get_run(run_id).inputs) and inputs.dataset_inputs:
             return
         profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes)}
         dataset = Dataset(

@@ -45,7 +45,8 @@ Group = list[TrialPlan]
 """Trials that one worker computes."""
 Basis = Literal["measured", "scaled", "probed", "guessed"]
 _FACTORS: dict[Basis, float] = {"measured": 1.15, "scaled": 1.35, "probed": 1.3, "guessed": 3.0}
-"""By what factor the truth may lie above or below, by what an estimate is based on."""
+"""For each basis of an estimate a factor: the true cost most likely lies between the estimate divided by it and the
+estimate times it."""
 _FEW_SPREAD = 0.15
 """Relative standard deviation that is assumed between trials where fewer than three are known."""
 _WORDS: dict[Basis, str] = {

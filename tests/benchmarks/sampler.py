@@ -44,7 +44,7 @@ class Point(NamedTuple):
     driver: int
     """Resident bytes of the driver."""
     server: int
-    """Of the MLflow server and all below it."""
+    """Memory of the MLflow server's process and of all processes that it has started, in bytes."""
     machine: int
     """Bytes in use on the machine."""
 

@@ -29,7 +29,7 @@ class Run:
     code: int
     """Exit code of `jobs.compare`."""
     report: dict[str, Any]
-    """Its last line."""
+    """The last line that the command has printed, a report in JSON."""
     began: float
     ended: float
     """Seconds since the epoch."""
@@ -48,7 +48,7 @@ class Run:
     finished: Counter[str]
     """Finished MLflow runs by the keys of stages that they bear."""
     events: list[tuple[float, str]]
-    """What was done to the cluster, and when."""
+    """Lines that say when nodes were killed or began to join, in seconds since the command began."""
 
     @classmethod
     def read(
@@ -156,7 +156,7 @@ def place(frames: Sequence[str]) -> str:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """What is promised, in one row."""
+    """Return the figures that decide whether a run has met its targets, as one row of a table."""
     began, ended = run.steady
     gpus = run.gpus(began, ended)
     measured = Counter(trial for note in run.notes if note["kind"] == "measure" for trial in note["trials"])
