@@ -323,14 +323,20 @@ def test_figures_without_their_data_are_left_out() -> None:
     assert images.identity_risk(bare) is settings.importance(bare, "probe/accuracy") is None
 
 
-def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles: list[str] = []
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The titles of the figures of settings that were drawn."""
+    drawn: list[str] = []
 
     def figure(width: float, height: float, title: str) -> Figure:
-        titles.append(title)
+        drawn.append(title)
         return Figure()
 
     monkeypatch.setattr(settings, "titled", figure)
+    return drawn
+
+
+def test_the_setting_that_matters_explains_the_variance(titles: list[str]) -> None:
     rng = np.random.default_rng(0)
     trials = [
         trial("plain", seed, settings={"lr": float(lr), "batch": batch})._replace(metrics={"val/loss": lr})
@@ -341,14 +347,7 @@ def test_the_setting_that_matters_explains_the_variance(monkeypatch: pytest.Monk
     assert re.fullmatch(r"lr explains (8\d|9\d) % of the variance of val/loss", titles[0])
 
 
-def test_the_best_so_far_follows_the_order_of_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles: list[str] = []
-
-    def figure(width: float, height: float, title: str) -> Figure:
-        titles.append(title)
-        return Figure()
-
-    monkeypatch.setattr(settings, "titled", figure)
+def test_the_best_so_far_follows_the_order_of_start(titles: list[str]) -> None:
     losses = [3.0, 1.0, 2.0, 0.5]
     trials = [
         trial("plain", 0, settings={"lr": loss})._replace(metrics={"val/loss": loss}, number=10 - place)

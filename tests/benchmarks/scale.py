@@ -35,8 +35,8 @@ ROOT, HOOK = Path(__file__).parents[2], Path(__file__).parent / "noop_hook"
 NODES, GPUS, CPUS, HEAD_CPUS = 8, 4, 5, 2
 """Nodes with GPUs; GPUs and CPUs of each; CPUs of the head."""
 WHOLE_GPU = ("--resources.gpus", "1")
-"""Options that give each trial a whole GPU. By default eight trials with networks as small as these would share one, and
-a node has too few CPUs for so many."""
+"""Options that give each trial a whole GPU. By default eight trials with networks as small as these would share one,
+and a node has too few CPUs for so many."""
 SEEDS, EPOCHS = 3, 4
 LATE_SECONDS, NODES_SECONDS = 60.0, 300.0
 """When nodes join late, and how long nodes may take to start."""
