@@ -67,14 +67,17 @@ def wait_for(url: str, log: Path, seconds: float = 180, headers: dict[str, str] 
 
 
 @contextmanager
-def mlflow_server(folder: Path, backend: str | None = None, port: int | None = None) -> Iterator[str]:
-    """An MLflow server that keeps everything in `folder`, or its tables in `backend`; its address."""
+def mlflow_server(
+    folder: Path, backend: str | None = None, port: int | None = None, workers: int = 1
+) -> Iterator[str]:  # fmt: skip
+    """An MLflow server of so many processes that keeps everything in `folder`, or its tables in `backend`; its
+    address."""
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
         "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1",
+        "--workers", f"{workers}",
     ]  # fmt: skip
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with running(command, folder / "server.log", env, folder):

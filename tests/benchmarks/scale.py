@@ -69,6 +69,8 @@ class Setup:
     search: str = "random"
     apart: bool = False
     """The networks of settings differ, so that only seeds are trained as one."""
+    workers: int = 1
+    """Processes of the MLflow server."""
     store: str | None = None
     """Where the MLflow server keeps its tables; SQLite by default."""
     more: tuple[str, ...] = ()
@@ -145,11 +147,11 @@ def nodes_up(folder: Path) -> float:
 
 
 @contextmanager
-def server(folder: Path, store: str | None) -> Iterator[str]:
+def server(folder: Path, store: str | None, workers: int) -> Iterator[str]:
     """The MLflow server, which notes its requests; its address."""
     own = {"PYTHONPATH": f"{HOOK}:{ROOT}", "NOOP_REQUESTS": str(folder / "requests.jsonl")}
     os.environ.update(own)
-    with mlflow_server(folder / "mlflow", store) as uri:
+    with mlflow_server(folder / "mlflow", store, workers=workers) as uri:
         for name in own:
             del os.environ[name]
         yield uri
@@ -164,7 +166,7 @@ def run(setup: Setup, folder: Path) -> Run:
     for name in ("notes", "requests", "samples"):
         (folder / f"{name}.jsonl").touch()
     with ExitStack() as stack:
-        uri = stack.enter_context(server(folder, setup.store))
+        uri = stack.enter_context(server(folder, setup.store, setup.workers))
         before = {one.pid for one in psutil.Process().children()}
         count = setup.nodes // 2 if setup.join_late else setup.nodes
         nodes = stack.enter_context(cluster(folder, count, setup.seconds))
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--die-early", action="store_true", help="two nodes are killed half-way")
     parser.add_argument("--apart", action="store_true", help="settings differ in their networks, not in numbers alone")
     parser.add_argument("--optuna", action="store_true", help="Optuna searches; also ten repetitions against random")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the MLflow server")
     parser.add_argument("--store", help="URI of the MLflow server's tables, such as postgresql://...; else SQLite")
     parser.add_argument("--keep", type=Path, help="folder for logs and notes, which are deleted otherwise")
     parser.add_argument("more", nargs="*", help="passed on to jobs.compare, after --")
@@ -229,7 +232,7 @@ def main() -> None:
         for trials in args.trials:
             setup = Setup(
                 trials, args.seconds, args.nodes, args.join_late, args.die_early,
-                "optuna" if args.optuna else "random", args.apart, args.store, tuple(args.more),
+                "optuna" if args.optuna else "random", args.apart, args.workers, args.store, tuple(args.more),
             )  # fmt: skip
             done = run(setup, (args.keep or Path(temporary)).absolute() / f"{trials}")
             print_tables(done)
