@@ -210,13 +210,15 @@ def test_forecast_and_spent_are_told_side_by_side() -> None:
         Trial(plan.row, {}, plan.seed, plan.kind, "failed", cpu_seconds=1800 * (seed + 1))
         for seed, plan in enumerate(plans)
     ]
-    spent = spent_by_row(trials[1:], Cost(cpu_seconds=36))
+    spent = spent_by_row(trials[1:], Cost(cpu_seconds=36), held=Cost(cpu_seconds=3672))
     rows = cost_rows(expected, spent, 90)
-    assert rows[:2] == [("plain", "1 CPU-hours", "1 CPU-hours"), (ALL, "1 CPU-hours", "1.01 CPU-hours")]
+    assert rows[0] == ("plain", "1 CPU-hours", "1 CPU-hours")
+    assert rows[1].spent == "0.02 CPU-hours", "what was held beside the trials has a line of its own"
+    assert rows[2] == (ALL, "1 CPU-hours", "1.02 CPU-hours")
     assert rows[-1].label == "wall time" and rows[-1].spent == "1 min 30 s"
     report = cost_report(expected, spent, 90)
     assert report["forecast"]["cpu_hours"] == 1 and report["spent"] == {
-        "seconds": 90, "cpu_hours": 1.01, "gpu_hours": 0
+        "seconds": 90, "cpu_hours": 1.02, "gpu_hours": 0
     }  # fmt: skip
 
 
@@ -242,6 +244,8 @@ def test_what_earlier_commands_spent_counts() -> None:
     now = 1700
     again = Spending.after(Budget(gpu_hours=0.5), first.metrics())
     assert again.total() == Cost(1700, 1700) and again.exhausted() is None
+    again.add(Cost(3, 4))
+    assert again.of_this_command() == Cost(3, 4)
     more = Spending.after(Budget(gpu_hours=0.4), first.metrics())
     assert "budget.gpu_hours above 0.4" in (more.exhausted() or "")
     assert Spending.after(Budget(), first.metrics()).exhausted() is None

@@ -50,7 +50,7 @@ class Ended(NamedTuple):
     forecast: Forecast | None
     """What the missing trials were to cost; None where none was missing."""
     spent: dict[str, Cost]
-    """What the trials that were missing have cost; see `spent_by_row`."""
+    """What this command has spent; see `spent_by_row`."""
     dropped: list[Dropped]
     """The study rows that a race dropped."""
 
@@ -95,7 +95,7 @@ def run(
     computed = [m for m in finished if not _is_finished(before, m) and after[m].tags.get(_PARENT) == parent]
     return Ended(
         trials, len(shared) + len(computed), len(finished) - len(computed), expected,
-        spent_by_row(new, sum(shared, Cost())), race.dropped if race else [],
+        spent_by_row(new, sum(shared, Cost()), runner.spending.of_this_command()), race.dropped if race else [],
     )  # fmt: skip
 
 

@@ -10,6 +10,9 @@ from pipelines.cluster.share import Share
 from pipelines.study.cost import ALL, HOUR, SHARED, Cost, Forecast
 from pipelines.study.schema import Budget
 
+_BESIDES = "starts, lost attempts"
+"""Label of what was held beside the trials: by workers that started or committed, and by attempts that were killed."""
+
 
 class CostRow(NamedTuple):
     """A line of the table of costs: what was forecast and what was spent, in words."""
@@ -26,10 +29,12 @@ def cost_rows(forecast: Forecast, spent: Mapping[str, Cost], seconds: float) -> 
         spent: See `spent_by_row`.
         seconds: The wall time of the job.
     """
-    lines = [
-        CostRow(row.label, _in_words(row.cost), _in_words(spent.get(row.label, Cost())))
-        for row in (*forecast.rows, forecast.total)
-    ]
+    labels = [row.label for row in forecast.rows]
+    rows = {label: spent.get(label, Cost()) for label in labels}
+    besides = spent[ALL] + sum(rows.values(), Cost()) * -1
+    lines = [CostRow(row.label, _in_words(row.cost), _in_words(rows[row.label])) for row in forecast.rows]
+    lines.append(CostRow(_BESIDES, "", _in_words(Cost(max(0.0, besides.cpu_seconds), max(0.0, besides.gpu_seconds)))))
+    lines.append(CostRow(ALL, _in_words(forecast.total.cost), _in_words(spent[ALL])))
     return [*lines, CostRow("wall time", _clock(forecast.total.seconds), _clock(seconds))]
 
 
@@ -41,18 +46,18 @@ def cost_report(forecast: Forecast, spent: Mapping[str, Cost], seconds: float) -
     }
 
 
-def spent_by_row(trials: Sequence[Trial], shared: Cost) -> dict[str, Cost]:
-    """Return what trials have cost, by study row, and their sum. Attempts that were killed have told no costs.
+def spent_by_row(trials: Sequence[Trial], shared: Cost, held: Cost) -> dict[str, Cost]:
+    """Return what trials have cost by study row, and what was held for all of them.
 
     Args:
         trials: The trials that were not finished before, however they ended.
         shared: What the stages that several trials share have cost.
+        held: What was held from the cluster, which is more than the trials have told: workers also start and commit,
+            and an attempt that was killed has told nothing.
     """
-    spent = {SHARED: shared, ALL: shared}
+    spent = {SHARED: shared, ALL: held}
     for trial in trials:
-        cost = Cost(trial.cpu_seconds, trial.gpu_seconds)
-        spent[trial.row] = spent.get(trial.row, Cost()) + cost
-        spent[ALL] += cost
+        spent[trial.row] = spent.get(trial.row, Cost()) + Cost(trial.cpu_seconds, trial.gpu_seconds)
     return spent
 
 
@@ -70,6 +75,11 @@ class Spending:
     clock: Callable[[], float] = time.monotonic
     running: dict[str, tuple[Share, float]] = field(default_factory=dict)
     """The share of each running task, and when it began."""
+    earlier: Cost = field(init=False)
+    """What earlier commands spent."""
+
+    def __post_init__(self) -> None:
+        self.earlier = self.spent
 
     def begin(self, task: str, share: Share) -> None:
         """Count a task from now on."""
@@ -90,6 +100,10 @@ class Spending:
         """Return what is spent until now, by running tasks too."""
         now = self.clock()
         return sum((Cost.of(share, now - began) for share, began in self.running.values()), self.spent)
+
+    def of_this_command(self) -> Cost:
+        """Return what is spent until now by this command alone."""
+        return self.total() + self.earlier * -1
 
     def exhausted(self) -> str | None:
         """Return which part of the budget is used up, as the error of the trials that it ends; None while none is."""
