@@ -211,7 +211,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("--model", "classifier"), "model: classifier names no registered model"),
     ((*CLASSIFIER, "--data.path", "x.parquet"), "add --data.name parquet"),
     ((*CLASSIFIER, *PARQUET, "gone"), "data.path: .*gone does not exist"),
-    ((*CLASSIFIER, *PARQUET, "wide.parquet"), r"shape \(9,\), but models:/.* reads \(1, 8, 8\)"),
+    ((*CLASSIFIER, *PARQUET, "wide.parquet"), "vectors of 9 features, .* reads images of 8 x 8 pixels with 1 channel"),
     ((*CLASSIFIER, *PARQUET, "grey.parquet"), "integers below 256, .* below 17"),
     ((*CLASSIFIER, *PARQUET, "real.parquet"), "values are floating-point numbers"),
     ((*CLASSIFIER, "--decode", "codes"), "classifier, whose codes have no decoder"),

@@ -159,15 +159,19 @@ def test_command_lines(args: tuple[type[Train] | type[Compare], list[str]]) -> N
     survives(lambda: graph(parse(args[0], "test", args[1]), FACTS[0]))
 
 
-def png(pixels: np.ndarray, form: str = "PNG") -> bytes:
+def png(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
+    Image.fromarray(pixels).save(buffer, form, **options)
     return buffer.getvalue()
 
 
 RNG = np.random.default_rng(0)
 IMAGES = [png(RNG.integers(0, 256, (6, 5), dtype=np.uint8), form) for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF")]
 IMAGES += [png(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)), png(np.full((2, 2), 9, np.uint16)), b"", b"no"]
+IMAGES += [png(RNG.integers(250, 256, (6, 5, 4), dtype=np.uint8)), png(np.full((6, 5, 4), 255, np.uint8), "WEBP")]
+TURNED = Image.Exif()
+TURNED[274] = 6
+IMAGES += [png(RNG.integers(0, 256, (5, 6), dtype=np.uint8), "JPEG", exif=TURNED)]
 WORDS = ["train", "test", "validation", "val", "cat", "dog", "", "\n", "$\\frac$", "<b>"]
 
 NUMBERS = [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_()]

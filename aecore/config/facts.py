@@ -10,7 +10,8 @@ class Facts(Frozen):
     """Shape, values, classes and size of a data set, which the driver learns without holding its rows in memory."""
 
     digest: str
-    """SHA-256 over the files of the data set and, for Parquet, over the names of the columns that are read."""
+    """SHA-256 over the files of the data set and, for Parquet, over the names of the columns that are read and a mark
+    if images are turned upright."""
     shape: Shape
     """Shape of one row: (channels, height, width) of an image, (features,) of a vector."""
     levels: int

@@ -20,6 +20,15 @@ Terms = dict[str, "Tensor"]
 """The weighted terms of a loss by name, each a scalar; the loss is their sum, and each is logged under its name."""
 
 
+def describe_shape(shape: Shape) -> str:
+    """Say in words what rows of this shape are: images with their height, width and channels, or vectors."""
+    if len(shape) != 3:
+        return f"vectors of {' x '.join(map(str, shape))} {'feature' if shape == (1,) else 'features'}"
+    channels, height, width = shape
+    order = "" if height == width else " (height x width)"
+    return f"images of {height} x {width} pixels{order} with {channels} {'channel' if channels == 1 else 'channels'}"
+
+
 def is_zero(number: float | Tensor) -> bool:
     """Say whether a hyperparameter is the number 0, without waiting for the device.
 

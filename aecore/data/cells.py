@@ -1,19 +1,18 @@
 """Decodes the cells of a Parquet column to arrays: encoded images, tensors and lists of numbers."""
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
 import numpy as np
 import pyarrow as pa
 
-from aecore.data.files import short_reason
-
-Decoder = Callable[[pa.Array, str | None], np.ndarray]
+Decoder = Callable[[pa.Array, int | None], np.ndarray]
 """Turns a column into an array (rows, *shape). The second argument is the mode to which encoded images are converted,
 grey ("L") or colour ("RGB"); None takes the mode of the first image."""
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that Pillow may try; for some other formats Pillow starts programs."""
+_CHANNEL_NAMES = ("c", "channel", "channels", "band", "bands")
+"""Names of a tensor's axis, in lower case, that mark it as the channels."""
+_MAX_COLOURS = 4
+"""Most channels that are taken for those of a picture, not for its height or width, whatever its shape."""
 
 
 class CellError(ValueError):
@@ -30,15 +29,14 @@ def find_decoder(kind: pa.DataType) -> Decoder | None:
     The decoder raises a CellError for a cell that it cannot decode.
     """
     if is_encoded(kind):
-        nested = pa.types.is_struct(kind)
-        return lambda array, mode: _decode_images((array.field("bytes") if nested else array).to_pylist(), mode)
+        return lambda array, channels: _decode_images(encoded_images(array), channels)
     if isinstance(kind, pa.FixedShapeTensorType) and is_number(kind.value_type):
-        return lambda array, mode: _channels_first(_tensors(array))
+        return lambda array, _: _channels_first(_tensors(array), _axis_names(array.type))
     inner = kind
     while _is_list(inner):
         inner = inner.value_type
     if inner is not kind and is_number(inner):
-        return lambda array, mode: _channels_first(_lists(array))
+        return lambda array, _: _channels_first(_lists(array))
     return None
 
 
@@ -47,6 +45,11 @@ def is_encoded(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def encoded_images(array: pa.Array) -> list[bytes | None]:
+    """Return the bytes of each image in a column of encoded images."""
+    return (array.field("bytes") if pa.types.is_struct(array.type) else array).to_pylist()
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -67,27 +70,17 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def _decode_images(encoded: list[bytes | None], mode: str | None) -> np.ndarray:
+def _decode_images(encoded: Iterable[bytes | None], channels: int | None) -> np.ndarray:
     """Decode images to (rows, channels, height, width) uint8."""
-    from PIL import Image, UnidentifiedImageError
+    from aecore.data.images import ImageError, decode  # imports Pillow
 
     images: list[np.ndarray] = []
     for offset, raw in enumerate(encoded):
-        if raw is None:
-            raise CellError(offset, "the image has no bytes; store images in the file, not as paths")
         try:
-            with Image.open(io.BytesIO(raw), formats=_IMAGE_FORMATS) as image:
-                if image.mode[0] in "IF":  # Pillow would clip the values
-                    raise CellError(offset, f"the image has the mode {image.mode}; store 8 bits per channel")
-                mode = mode or ("L" if image.mode in ("1", "L", "LA") else "RGB")
-                pixels = np.asarray(image.convert(mode))
-        except CellError:
-            raise
-        except Exception as error:  # on damaged bytes Pillow raises almost anything
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = ", ".join(_IMAGE_FORMATS) if unknown else short_reason(error)
-            raise CellError(offset, f"not a readable image ({reason}); replace it") from error
-        pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+            pixels = decode(raw, channels)
+        except ImageError as error:
+            raise CellError(offset, str(error)) from error
+        channels = len(pixels)
         if images and pixels.shape != images[0].shape:
             raise CellError(
                 offset, f"the image has the shape {pixels.shape}, those before it {images[0].shape}; resize it"
@@ -128,10 +121,45 @@ def _refuse_missing(values: pa.Array, values_per_row: int) -> None:
         raise CellError(offset, "a value inside the list is missing; fill it or drop the row")
 
 
-def _channels_first(x: np.ndarray) -> np.ndarray:
-    """Turn (rows, height, width[, channels]) into (rows, channels, height, width), and leave vectors as they are."""
+def _axis_names(kind: pa.FixedShapeTensorType) -> list[str]:
+    """Return the names of a tensor's axes in lower case, in the order in which `_tensors` returns them."""
+    names = [name.lower() for name in kind.dim_names or ()]
+    return [names[axis] for axis in kind.permutation] if names and kind.permutation else names
+
+
+def _channels_first(x: np.ndarray, names: Sequence[str] = ()) -> np.ndarray:
+    """Turn (rows, height, width[, channels]) into (rows, channels, height, width), and leave vectors as they are.
+
+    Args:
+        names: names of the axes after the first, if they have any.
+    """
     if x.ndim == 3:
         return x[:, None]
-    if x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return x
+    if x.ndim != 4 or not x.size:
+        return x
+    axis = next((axis for axis, name in enumerate(names) if name in _CHANNEL_NAMES), None)
+    axis = _channel_axis(*x.shape[1:]) if axis is None else axis
+    return np.ascontiguousarray(np.moveaxis(x, axis + 1, 1)) if axis else x
+
+
+def _channel_axis(first: int, middle: int, last: int) -> int:
+    """Return which of three axes are the channels of a picture: the first (0) or the last (2).
+
+    That is the axis without which the picture is a square, else the one that is as short as colours are, else the one
+    that is less than half as long as both others.
+
+    Raises:
+        CellError: both axes or none answer this description.
+    """
+    signs = (
+        (middle == last > 1, first == middle > 1),
+        (first <= _MAX_COLOURS, last <= _MAX_COLOURS),
+        (2 * first < min(middle, last), 2 * last < min(first, middle)),
+    )
+    for is_first, is_last in signs:
+        if is_first != is_last:
+            return 0 if is_first else 2
+    raise CellError(
+        0, f"{first} x {middle} x {last} values may be a picture with channels first or last; name the axes, as in "
+        'pyarrow.fixed_shape_tensor(type, shape, dim_names=["C", "H", "W"])'
+    )  # fmt: skip

@@ -82,11 +82,11 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
     return features
 
 
-def read_features(batch: Batch, columns: Columns, mode: str | None = None) -> np.ndarray:
+def read_features(batch: Batch, columns: Columns, channels: int | None = None) -> np.ndarray:
     """Return the features of a batch, (rows, *shape), uint8 or float32; values too large for float32 are infinite.
 
     Args:
-        mode: mode of encoded images, see `cells.Decoder`.
+        channels: channels of encoded images, see `cells.Decoder`.
     """
     for name in columns.features:
         column = batch.table[name]
@@ -104,7 +104,7 @@ def read_features(batch: Batch, columns: Columns, mode: str | None = None) -> np
                 f"data.column: column {first} holds {short_type(kind)}, neither images nor vectors; name another"
             )
         try:
-            x = decode(batch.table[first].combine_chunks(), mode)
+            x = decode(batch.table[first].combine_chunks(), channels)
         except CellError as error:
             raise InputError(f"{batch.place(first, error.offset)}: {error}") from error
         return x if x.dtype == np.uint8 else x.astype(np.float32)

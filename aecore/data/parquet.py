@@ -21,7 +21,8 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError
-from aecore.data.cells import is_encoded
+from aecore.core.types import Shape
+from aecore.data.cells import encoded_images, is_encoded
 from aecore.data.columns import SPLIT_COLUMN, Columns, find_columns, read_features, read_labels, read_marks
 from aecore.data.files import Batch, file_digest, filesystem_of, list_files, open_file, read_batches
 from aecore.data.splits import Rows, content_hashes
@@ -36,8 +37,8 @@ MAX_SURVEY_BYTES, _MAX_SURVEY_ROWS = 2**31, 2**22
 """Largest local set, as arrays, whose values are checked before a job starts; the check takes some seconds."""
 _DECODING_COST = 16
 """Decoding an image takes about this many times longer per byte than reading an array."""
-_MODES = {1: "L", 3: "RGB"}
-"""Mode of encoded images by number of channels."""
+_MAX_HEADERS, _MAX_HEADER_BYTES = 2**17, 2**31
+"""Most images, and most bytes of images, whose headers are read before a job starts; that takes some seconds."""
 _CHANGED = "data.path: {} is damaged, or was changed while the job ran; write it again, or start the job again"
 
 
@@ -72,7 +73,8 @@ def _open_source(data: Data) -> _Source:
 
 
 def identify(data: Data) -> Facts:
-    """Return digest, shape, classes and number of rows; this reads all labels, but only the first image or vector."""
+    """Return digest, shape, classes and number of rows; this reads all labels and the headers of images, but decodes
+    only the first image or vector."""
     source = _open_source(data)
     digest, rows = hashlib.sha256(), 0
     for file in source.files:
@@ -98,7 +100,45 @@ def identify(data: Data) -> Facts:
     classes = _find_classes(data, source) if columns.labels else ()
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
     levels = 256 if x.dtype == np.uint8 else 0
-    return Facts(digest=digest.hexdigest(), shape=x.shape[1:], levels=levels, classes=classes, rows=rows)
+    shape: Shape = x.shape[1:]
+    if is_encoded(source.schema.field(columns.features[0]).type):
+        colour, turned = _read_headers(source, shape)
+        shape = (3 if colour else 1, *shape[1:])
+        if turned:  # earlier versions read such images as they are stored; their results must not be restored
+            digest.update(b" upright")
+    return Facts(digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows)
+
+
+def _read_headers(source: _Source, shape: Shape) -> tuple[bool, bool]:
+    """Say whether any image of a set has colour, and whether any is stored in another orientation than it is shown in.
+
+    One image in colour makes all of them colour. Of a very large set only the first images are looked at: a later image
+    in colour is refused when it is read.
+    """
+    from aecore.data.images import read_header  # imports Pillow
+
+    column = source.columns.features[0]
+    colour = grey = turned = False
+    count = size = 0
+    for batch in source.batches([column], _batch_rows(shape)):
+        for offset, raw in enumerate(encoded_images(batch.table[column].combine_chunks())):
+            header = read_header(raw)
+            if header and header.colour and grey and not colour:
+                place = batch.place(column, offset)
+                warnings.warn(
+                    f"{place}: the image has colour, those before it are grey; all are read in colour", stacklevel=3
+                )
+            if header:
+                colour, grey, turned = colour or header.colour, grey or not header.colour, turned or header.turned
+            count, size = count + 1, size + len(raw or b"")
+        if (colour and turned) or count >= _MAX_HEADERS or size >= _MAX_HEADER_BYTES:
+            break
+    return colour, turned
+
+
+def _batch_rows(shape: Shape) -> int:
+    """Return how many rows of this shape are read at once."""
+    return max(1, min(_BATCH_ROWS, BATCH_BYTES // (4 * prod(shape))))
 
 
 def _find_classes(data: Data, source: _Source) -> tuple[str, ...]:
@@ -186,10 +226,9 @@ def read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
     """Read the rows of a piece, some megabytes at a time, and check each value."""
     filesystem, columns = _open_piece(data, piece)
     class_number = {name: number for number, name in enumerate(facts.classes)}
-    size = max(1, min(_BATCH_ROWS, BATCH_BYTES // (4 * prod(facts.shape))))
-    count = 0
+    size, count = _batch_rows(facts.shape), 0
     for batch in read_batches(filesystem, piece.file, columns.names, size, piece.groups, piece.first_row):
-        x = read_features(batch, columns, _MODES.get(facts.shape[0]))
+        x = read_features(batch, columns, facts.shape[0])
         _check_features(x, batch, columns, data, facts)
         y = None
         if columns.labels:

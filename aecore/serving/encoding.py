@@ -21,6 +21,7 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
+from aecore.core.types import Shape, describe_shape
 from aecore.data import parquet
 from aecore.data.dataset import load_rows
 from aecore.data.files import filesystem_of, short_reason
@@ -83,8 +84,8 @@ def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
     first = LayerSpec.model_validate(result.config["layers"][0])
     if facts.shape != first.in_shape:
         raise InputError(
-            f"data: a row has the shape {facts.shape}, but {model} reads {first.in_shape}; name data like those that "
-            "it was trained on"
+            f"data: the rows are {describe_shape(facts.shape)}, but {model} reads {describe_shape(first.in_shape)}; "
+            f"{_shape_remedy(facts.shape, first.in_shape)}"
         )
     scale = result.weights["prepare.scale"]
     levels = 0 if scale.ndim or scale == 1 else round(1 / float(scale)) + 1
@@ -94,6 +95,15 @@ def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
             f"data: the values are {own}, but {model} reads {read}; write them like those that it was trained on"
         )
     return data.model_copy(update={"likelihood": first.likelihood})
+
+
+def _shape_remedy(own: Shape, read: Shape) -> str:
+    """Say what to do with rows of the shape `own` for a model that reads another shape."""
+    if len(own) == len(read) == 3 and {own[0], read[0]} <= {1, 3}:
+        steps = [f"resize the images to {read[1]} x {read[2]}"] if own[1:] != read[1:] else []
+        steps += [f"store them in {'colour (RGB)' if read[0] == 3 else 'grey'}"] if own[0] != read[0] else []
+        return " and ".join(steps)
+    return "name data like those that it was trained on"
 
 
 def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_digest: str) -> None:

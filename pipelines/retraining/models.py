@@ -9,6 +9,7 @@ from aecore.config.facts import Facts
 from aecore.config.specs import ContestSpec, DriftSpec, FinetuneSpec
 from aecore.core.errors import InputError, join_names
 from aecore.core.fingerprint import fingerprint
+from aecore.core.types import describe_shape
 from aecore.data.dataset import inspect
 from aecore.models.storage import Result
 from pipelines.cluster.resources import Resources
@@ -123,7 +124,8 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
     before, name, remedy = champion.contest_result.config, champion.name, "correct that, or name another --model"
     facts, known = candidate.facts, Facts.model_validate(before["facts"])
     if facts.shape != known.shape:
-        raise InputError(f"data: rows have the shape {facts.shape}, those of {name} {known.shape}; {remedy}")
+        own, before_it = describe_shape(facts.shape), describe_shape(known.shape)
+        raise InputError(f"data: the rows are {own}, those of {name} {before_it}; {remedy}")
     if facts.levels != known.levels:
         kinds = ["bytes" if levels else "floats" for levels in (facts.levels, known.levels)]
         raise InputError(f"data: values are {kinds[0]}, those of {name} {kinds[1]}; {remedy}")
