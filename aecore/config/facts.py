@@ -1,9 +1,24 @@
 """The facts of a data set that are known before any of its rows are held in memory."""
 
 from math import prod
+from typing import Annotated
 
-from aecore.core.fingerprint import Frozen
+from aecore.core.fingerprint import Frozen, Unhashed
 from aecore.core.types import Shape
+
+
+class TableColumns(Frozen):
+    """The columns of a table in which each feature has a column of its own.
+
+    Everything is empty for images, for vectors, and for models that earlier versions trained.
+    """
+
+    features: tuple[str, ...] = ()
+    """Names of the columns of features, in the order in which a row holds them."""
+    types: tuple[str, ...] = ()
+    """Arrow types of these columns, as they are written in the file."""
+    label: str | None = None
+    """Name of the column of labels; None where labels are not used."""
 
 
 class Facts(Frozen):
@@ -20,6 +35,9 @@ class Facts(Frozen):
     """Names of the classes; empty for data without labels."""
     rows: int
     """Number of rows of all splits together."""
+
+    columns: Annotated[TableColumns, Unhashed()] = TableColumns()
+    """The columns of a table, which the digest covers."""
 
     @property
     def row_bytes(self) -> int:

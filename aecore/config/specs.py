@@ -4,11 +4,11 @@ A spec is hashed into its stage's key. This module does not import torch, so tha
 stays small.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from aecore.config.experiment import Data, Fit
-from aecore.config.facts import Facts
-from aecore.core.fingerprint import Frozen
+from aecore.config.facts import Facts, TableColumns
+from aecore.core.fingerprint import Frozen, Unhashed
 from aecore.core.types import Precision, Task
 from aecore.models.spec import LayerSpec
 from aecore.variants import Variant
@@ -54,6 +54,9 @@ class FinetuneSpec(Frozen):
     """Number of labelled training rows that a classifier uses, stratified by label; None uses all."""
     served: bool = True
     """Whether the result is a model to be served, with the reference and the example that this needs."""
+    columns: Annotated[TableColumns, Unhashed()] = TableColumns()
+    """The columns of a table, which the model keeps so that rows are matched to them by name. The key of the data
+    covers them."""
 
 
 class ReferenceSpec(Frozen):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from aecore.config.experiment import Data
+from aecore.config.facts import TableColumns
 from aecore.core.errors import InputError, join_names, short_repr
 from aecore.data.cells import CellError, find_decoder, is_number, is_text, short_type
 from aecore.data.files import Batch, short_reason
@@ -34,9 +35,21 @@ class Columns(NamedTuple):
     def names(self) -> list[str]:
         return [*self.features, *filter(None, (self.labels, self.split))]
 
+    def described(self, schema: pa.Schema) -> TableColumns:
+        """Return names and types of the columns, if each feature has a column of its own."""
+        kinds = [schema.field(name).type for name in self.features]
+        if not all(is_number(kind) for kind in kinds):
+            return TableColumns()
+        return TableColumns(features=self.features, types=tuple(map(str, kinds)), label=self.labels)
 
-def find_columns(data: Data, schema: pa.Schema) -> Columns:
-    """Find the columns of features, labels and split marks, by what the config names and by their types."""
+
+def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None) -> Columns:
+    """Find the columns of features, labels and split marks, by what the config names and by their types.
+
+    Args:
+        like: the columns that a model was trained on. Features are then returned in its order, whatever the order in
+            the file; an InputError names a column that is missing or was not there.
+    """
     if len(set(schema.names)) < len(schema.names):
         double = next(name for name in schema.names if schema.names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
@@ -56,7 +69,8 @@ def find_columns(data: Data, schema: pa.Schema) -> Columns:
     others = {usual_labels, labels, split}
     rest = [field for field in schema if field.name not in others and not field.name.startswith("__index_level_")]
     if data.column is None:
-        return Columns(_find_features(rest, schema.names), labels, split)
+        features = _find_features(rest, schema.names)
+        return Columns(_matched(features, schema, like) if like else features, labels, split)
     if data.column not in schema.names:
         raise InputError(f"data.column: there is no column {data.column}; the columns are {join_names(schema.names)}")
     if data.column in (labels, split):
@@ -80,6 +94,29 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
             "read"
         )
     return features
+
+
+def _matched(features: tuple[str, ...], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
+    """Return the features in the order of `like`, the columns that a model was trained on."""
+    if not like.features or set(features) == set(like.features):
+        return like.features or features
+    for name, kind in zip(like.features, like.types, strict=True):
+        if name not in schema.names:
+            raise InputError(
+                f"data.path: there is no column {name}, which the model was trained with; the columns are "
+                f"{join_names(schema.names)}"
+            )
+        if name not in features:
+            raise InputError(
+                f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained with "
+                f"{kind}; write it as numbers"
+            )
+    extra = [name for name in features if name not in like.features and name != like.label]
+    if extra:
+        raise InputError(
+            f"data.path: the model was not trained with {join_names(extra)}; leave such columns out of the file"
+        )
+    return like.features
 
 
 def read_features(batch: Batch, columns: Columns, channels: int | None = None) -> np.ndarray:

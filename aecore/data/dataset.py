@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from aecore.config.experiment import Data
-from aecore.config.facts import Facts
+from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
 from aecore.data import named, parquet
@@ -20,15 +20,18 @@ _SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
 """The reciprocal of a smaller standard deviation is infinite in float32."""
 
 
-def inspect(data: Data) -> Facts:
+def inspect(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows of a data set, after checking its values and its splits.
 
     A named set is downloaded first where that is needed. A warning says how many test rows equal training rows.
 
+    Args:
+        like: the columns that a model was trained on: a table's columns are matched to them by name.
+
     Raises:
         InputError: the data are missing, unreadable, not of the form that jobs/DATA.md describes, or cannot be split.
     """
-    facts = identify(data)
+    facts = identify(data, like)
     for field, size in (("validation", data.validation), ("test", data.test)):
         if size >= facts.rows:
             raise InputError(f"data.{field}: {size:g} rows requested, but there are only {facts.rows}; request fewer")
@@ -53,10 +56,10 @@ def inspect(data: Data) -> Facts:
     return facts
 
 
-def identify(data: Data) -> Facts:
+def identify(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows of a data set, without the checks that only training needs; an
-    InputError says what is wrong."""
-    facts = parquet.identify(data) if data.name == "parquet" else named.identify(data)
+    InputError says what is wrong. For `like` see `inspect`."""
+    facts = parquet.identify(data, like) if data.name == "parquet" else named.identify(data)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
-from aecore.config.facts import Facts
+from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError
 from aecore.core.types import Shape
@@ -65,17 +65,17 @@ class _Source(NamedTuple):
             yield from read_batches(self.filesystem, file, columns, size)
 
 
-def _open_source(data: Data) -> _Source:
+def _open_source(data: Data, like: TableColumns | None = None) -> _Source:
     assert data.path is not None
     filesystem, files = list_files(data.path)
     schema = open_file(filesystem, files[0]).schema_arrow
-    return _Source(filesystem, files, schema, find_columns(data, schema))
+    return _Source(filesystem, files, schema, find_columns(data, schema, like))
 
 
-def identify(data: Data) -> Facts:
+def identify(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows; this reads all labels and the headers of images, but decodes
-    only the first image or vector."""
-    source = _open_source(data)
+    only the first image or vector. For `like` see `find_columns`."""
+    source = _open_source(data, like)
     digest, rows = hashlib.sha256(), 0
     for file in source.files:
         digest.update(file_digest(source.filesystem, file))
@@ -106,7 +106,10 @@ def identify(data: Data) -> Facts:
         shape = (3 if colour else 1, *shape[1:])
         if turned:  # earlier versions read such images as they are stored; their results must not be restored
             digest.update(b" upright")
-    return Facts(digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows)
+    return Facts(
+        digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows,
+        columns=columns.described(source.schema),
+    )  # fmt: skip
 
 
 def _read_headers(source: _Source, shape: Shape) -> tuple[bool, bool]:
@@ -172,7 +175,7 @@ def survey(data: Data, facts: Facts) -> Rows | None:
         All rows, with their `content_hashes` (rows,) in place of x. None if the set is remote or too large to be read
         twice: only `load` checks such a set, in the worker that needs its rows.
     """
-    source = _open_source(data)
+    source = _open_source(data, facts.columns)
     encoded = is_encoded(source.schema.field(source.columns.features[0]).type)
     cost = facts.rows * facts.row_bytes * (_DECODING_COST if encoded else 1)
     remote = not isinstance(source.filesystem, pafs.LocalFileSystem)
@@ -196,7 +199,7 @@ def survey(data: Data, facts: Facts) -> Rows | None:
 
 def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:
     """Divide a set into pieces of at most `size` bytes of values (16 MB by default), but at least one row group."""
-    source = _open_source(data)
+    source = _open_source(data, facts.columns)
     max_rows = max(1, (size or PIECE_BYTES) // facts.row_bytes)
     result: list[Piece] = []
     first_id = 0
@@ -213,9 +216,9 @@ def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ..
     return tuple(result)
 
 
-def split_marks(data: Data, piece: Piece) -> np.ndarray | None:
+def split_marks(data: Data, facts: Facts, piece: Piece) -> np.ndarray | None:
     """Return the split that the set names for each row of a piece, (rows,), or None if it names none."""
-    filesystem, columns = _open_piece(data, piece)
+    filesystem, columns = _open_piece(data, facts, piece)
     if columns.split is None:
         return None
     batches = read_batches(filesystem, piece.file, [SPLIT_COLUMN], _LABEL_ROWS, piece.groups, piece.first_row)
@@ -224,7 +227,7 @@ def split_marks(data: Data, piece: Piece) -> np.ndarray | None:
 
 def read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
     """Read the rows of a piece, some megabytes at a time, and check each value."""
-    filesystem, columns = _open_piece(data, piece)
+    filesystem, columns = _open_piece(data, facts, piece)
     class_number = {name: number for number, name in enumerate(facts.classes)}
     size, count = _batch_rows(facts.shape), 0
     for batch in read_batches(filesystem, piece.file, columns.names, size, piece.groups, piece.first_row):
@@ -254,11 +257,11 @@ def release_memory() -> None:
         trim(0)
 
 
-def _open_piece(data: Data, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
+def _open_piece(data: Data, facts: Facts, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
     """Return a piece's filesystem and columns. The set's other files, which may be thousands, are not opened."""
     assert data.path is not None
     filesystem, _ = filesystem_of(data.path)
-    return filesystem, find_columns(data, open_file(filesystem, piece.file).schema_arrow)
+    return filesystem, find_columns(data, open_file(filesystem, piece.file).schema_arrow, facts.columns)
 
 
 def _read_all(data: Data, facts: Facts) -> Iterator[Rows]:

@@ -67,7 +67,7 @@ def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn
     an InputError if a row cannot be used or a split is empty.
     """
     pieces = parquet.pieces(data, facts)
-    marks = [parquet.split_marks(data, piece) for piece in pieces]
+    marks = [parquet.split_marks(data, facts, piece) for piece in pieces]
     shares = splits.split_shares(data, np.sum([splits.count_marks(m) for m in marks], 0), facts.rows)
     if data.split == "content":
         counts = np.concatenate([rows.x for rows in read_pieces(partial(_count, data, facts, shares), pieces)])

@@ -77,6 +77,7 @@ def prepare(
         config = {
             "task": spec.task, "classes": list(spec.classes), "precision": precision,
             "layers": [layer.model_dump(mode="json") for layer in spec.layers], **curves(fitted), "autoencoder": None,
+            "columns": spec.columns.model_dump(mode="json"),
         }  # fmt: skip
         scores = summary(fitted)
         if supervised:

@@ -75,7 +75,7 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
             layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
             variant=variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
-            seed=experiment.seed, numerics=numerics, served=served,
+            seed=experiment.seed, numerics=numerics, served=served, columns=facts.columns,
         )  # fmt: skip
         finetune = Stage(f"{label}finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
