@@ -17,7 +17,7 @@ from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.core.imports import fast_imports
-from aecore.data.dataset import inspect
+from aecore.data.dataset import describe, inspect
 from aecore.evaluation.trial import Trial, study_status
 from jobs import cli
 from pipelines.cluster.resources import Resources
@@ -74,20 +74,26 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
     # a study that gets another seed or study row stays the same study, and so the same MLflow run
     limits = {"cpu_hours", "gpu_hours"}  # nor does a larger budget make it another
-    config = study.model_dump(mode="json", exclude={"seeds": True, "variants": True, "budget": limits})
+    columns = {"data": {"exclude"}}  # the digest says which columns are read
+    left_out = {"seeds": True, "variants": True, "budget": limits, "base": columns}
+    config = study.model_dump(mode="json", exclude=left_out)
     key = fingerprint("compare", facts.digest, config)
+    about = describe(study.base.data, facts)
     if settings.plan:
+        print("\n".join(about))
         run_id = tracker.run_id_of(key) if tracker else None
         for line in preview(study, facts, settings.resources, tracker, run_id, probes=settings.plan == "probe"):
             print(line)
         return None
     began = time.monotonic()
     assert tracker is not None
+    for line in about:
+        say(line)
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
-    config = study.base.model_dump(mode="json", exclude={"data": {"root", "path"}})
+    config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude"}})
     with tracker.job_run("compare", key, tags, config) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
-        tracker.log_data(run_id, study.base.data.name, facts)
+        tracker.log_data(run_id, study.base.data.name, facts, about)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
         costs = cost_rows(ended.forecast, ended.spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:

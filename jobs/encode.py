@@ -14,7 +14,7 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import Frozen, fingerprint
-from aecore.data.dataset import identify
+from aecore.data.dataset import describe, identify
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
 from aecore.serving.encoding import Operation, Work, adapt_data, check_codes
@@ -80,7 +80,10 @@ def encode(settings: Encode) -> dict[str, Any]:
     tags = {name.removeprefix("diabolo."): value for name, value in work.identity.items()} | cli.ray_tags()
     with tracker.job_run("encode", key, tags, cli.without_secrets(settings.model_dump(mode="json"))) as run_id:
         if facts is not None and data is not None:
-            tracker.log_data(run_id, data.name, facts, "inference", model.model_id)
+            about = describe(data, facts)
+            for line in about:
+                say(line)
+            tracker.log_data(run_id, data.name, facts, about, model.model_id)
         written = write_files(work, model.result, tracker.uri, settings.workers, settings.gpus, say)
         metrics = {"rows": float(written.rows), "files": float(written.files)}
         if written.computed:

@@ -14,7 +14,7 @@ from aecore.config.experiment import Experiment
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
-from aecore.data.dataset import inspect
+from aecore.data.dataset import describe, inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
@@ -66,15 +66,18 @@ def train(settings: Train) -> dict[str, Any] | None:
         )
         return None
     assert tracker is not None
+    about = describe(experiment.data, facts)
+    for line in about:
+        say(line)
 
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = graph.experiment.model_dump(mode="json")
-    places = {name: config["data"].pop(name) for name in ("root", "path")}
+    places = {name: config["data"].pop(name) for name in ("root", "path", "exclude")}
     with tracker.job_run("train", key, tags, config) as run_id:
         resources = settings.resources.model_dump(mode="json")
         resolved = cli.without_secrets({**config, "where": places, "resources": resources})
         tracker.client.log_dict(run_id, resolved, "experiment.json")
-        tracker.log_data(run_id, experiment.data.name, facts)
+        tracker.log_data(run_id, experiment.data.name, facts, about)
         outcomes = compute(stages, tracker, run_id, settings.resources, say)
         metrics = _job_metrics(graph, outcomes)
         tracker.log_summary(run_id, metrics, {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()})
@@ -104,8 +107,10 @@ def _print_plan(graph: Stacked, facts: Facts, mode: str, finished: dict[str, str
         mode: `data.in_memory` as the user has set it.
         finished: The run of each finished stage, by the stage's key.
     """
+    for line in describe(graph.experiment.data, facts):
+        print(line)
     where = "read from disk each epoch" if graph.experiment.data.in_memory == "never" else "held in memory"
-    print(f"{'data':18} {facts.rows:,} rows of {facts.shape}, {where} (data.in_memory {mode})")
+    print(f"rows are {where} (data.in_memory {mode})")
     for stage in graph.kept():
         run = finished[stage.key]
         print(f"{stage.name:18} {stage.key[:12]}  {'finished, run ' + run if run else 'would run'}")

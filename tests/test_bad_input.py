@@ -155,10 +155,14 @@ TABLE: dict[str, Row] = {
         x=pa.array([[]] * ROWS, pa.list_(pa.float32())),
     ),
     "labels of real numbers": rows(
-        "data.labels: column label holds double; use integers or strings", x=VECTORS, label=[0.5] * ROWS
+        "data.parquet column label row 0: 0.5 is not a class, as classes are integers or text; set --data.labels null",
+        x=VECTORS,
+        label=[0.5] * ROWS,
     ),
     "labels of truth": rows(
-        "data.labels: column label holds bool; use integers or strings", x=VECTORS, label=[True] * ROWS
+        "data.labels: all rows of column label have one class (True); use --data.labels null",
+        x=VECTORS,
+        label=[True] * ROWS,
     ),
     "marks of numbers": rows(
         "data.path: column split holds int64; use train, validation and test", x=VECTORS, split=LABELS
@@ -211,7 +215,9 @@ TABLE: dict[str, Row] = {
         "data.parquet column b row 6: the value is not finite", a=IDS, b=replaced([0.5] * ROWS, 6, float("inf"))
     ),
     "beyond 32 bits": rows(
-        "data.parquet column a row 0: the value is not finite, or too large for 32 bits", a=[1e300] * ROWS, b=IDS
+        "data.parquet column a row 0: the value is not finite, or too large for 32 bits",
+        a=[1e300, -1e300] * (ROWS // 2),
+        b=IDS,
     ),
     "beyond [0, 1]": rows(
         "data.parquet column b row 8: bernoulli needs values in [0, 1]; rescale the values or set --data.likelihood "
@@ -253,7 +259,10 @@ TABLE: dict[str, Row] = {
         "data.labels: all rows of column label have one class (1); use --data.labels null", x=VECTORS, label=[1] * ROWS
     ),
     "ids as labels": rows(
-        "data: training gets only 27 of 40 rows, fewer than the 40 classes; provide more", x=VECTORS, label=IDS
+        "data.labels: column label has 40 different values in 40 rows, so it may be measured rather than a label; "
+        "write --data.labels label, or --data.labels null",
+        x=VECTORS,
+        label=IDS,
     ),
     "no labels to classify": rows(
         "finetune.task: classify needs labels, but the data have none; use reconstruct",
@@ -262,9 +271,9 @@ TABLE: dict[str, Row] = {
     ),
     # the splits
     "strange mark": rows(
-        "data.parquet column split row 3: the mark is 'dev'; use train, validation or test",
+        "data.parquet column split row 3: the mark is 'new'; use train, validation or test",
         x=VECTORS,
-        split=replaced(["train"] * ROWS, 3, "dev"),
+        split=replaced(["train"] * ROWS, 3, "new"),
     ),
     "mark missing": rows(
         "data.parquet column split row 3: the mark is None; use train",

@@ -201,8 +201,9 @@ def test_bad_input_ends_with_one_line_and_exit_code_2_before_anything_is_made(tm
 def test_a_plan_makes_nothing(tmp_path: Path) -> None:
     done = command("--plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    data, *lines = done.stdout.splitlines()
-    assert data.startswith("data ") and "1,797 rows of (1, 8, 8), held in memory (data.in_memory auto)" in data
+    data, rows, *lines = done.stdout.splitlines()
+    assert data == "data: digits, 1,797 rows, images of 8 x 8 pixels with 1 channel, 10 classes"
+    assert rows == "rows are held in memory (data.in_memory auto)"
     assert [line.split()[0] for line in lines] == [
         "layer", "layer", "layer", "finetune", "evaluate", "control", "evaluate",
     ]  # fmt: skip

@@ -162,9 +162,9 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "data.column: column a holds string, neither images nor vectors",
     ),
     "float labels": (
-        {"a": VECTOR_COLUMN, "label": np.ones(ROWS)},
+        {"a": VECTOR_COLUMN, "label": np.linspace(0, 1, ROWS)},
         {},
-        "data.labels: column label holds double; use integers or strings",
+        "is not a class, as classes are integers or text; set --data.labels null",
     ),
     "missing labels": (
         {"a": VECTOR_COLUMN, "label": [None, *LABELS[1:]]},
@@ -193,7 +193,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "column a row 39: the value is not finite",
     ),
-    "strange split": ({"a": VECTOR_COLUMN, "split": ["dev"] * ROWS}, {}, "column split row 0: the mark is 'dev'"),
+    "strange split": ({"a": VECTOR_COLUMN, "split": ["new"] * ROWS}, {}, "column split row 0: the mark is 'new'"),
     "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row of column split is marked train"),
     "beyond [0, 1]": ({"a": VECTOR_COLUMN}, {"likelihood": "bernoulli"}, r"bernoulli needs values in \[0, 1\]"),
 }

@@ -38,8 +38,10 @@ class Data(Frozen):
     column: str | None = None
     """Parquet column with the images or feature vectors; null looks for it."""
     labels: str | None = "auto"
-    """Parquet column with the labels; auto looks for label, labels, target, class or y. null ignores the labels of any
-    data set."""
+    """Parquet column with the labels, in any case; auto looks for label, labels, target, class or y. null ignores the
+    labels of any data set: such columns are then not read, but y beside a column x is a feature."""
+    exclude: Annotated[tuple[str, ...], Unhashed()] = ()
+    """Parquet columns that are no features, such as the numbers of customers or rows."""
     validation: Annotated[float, Field(gt=0)] = 0.15
     """Training rows that are set aside to choose the best epoch and settings by: a share if below 1, else a number of
     rows."""
@@ -69,6 +71,8 @@ class Data(Frozen):
             raise ValueError("data.path is missing: name a Parquet file, folder or URI")
         if self.name != "parquet" and self.path is not None:
             raise ValueError(f"data.path is for data.name parquet, not {self.name}: add --data.name parquet")
+        if self.name != "parquet" and self.exclude:
+            raise ValueError(f"data.exclude is for data.name parquet, not {self.name}: leave it out")
         if self.name != "parquet" and self.in_memory == "never":
             raise ValueError(
                 f"data.in_memory: never needs data.name parquet, as {self.name} is always held in memory; use auto"

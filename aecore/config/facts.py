@@ -17,6 +17,9 @@ class TableColumns(Frozen):
     """Names of the columns of features, in the order in which a row holds them."""
     types: tuple[str, ...] = ()
     """Arrow types of these columns, as they are written in the file."""
+    offsets: tuple[int | float, ...] = ()
+    """Number that is subtracted from each feature, in double precision, before it becomes float32; empty where nothing
+    is subtracted. Where values are large beside their differences, float32 would lose the differences."""
     label: str | None = None
     """Name of the column of labels; None where labels are not used."""
 

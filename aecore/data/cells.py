@@ -5,6 +5,7 @@ from math import prod
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Decoder = Callable[[pa.Array, int | None], np.ndarray]
 """Turns a column into an array (rows, *shape). The second argument is the mode to which encoded images are converted,
@@ -13,6 +14,10 @@ _CHANNEL_NAMES = ("c", "channel", "channels", "band", "bands")
 """Names of a tensor's axis, in lower case, that mark it as the channels."""
 _MAX_COLOURS = 4
 """Most channels that are taken for those of a picture, not for its height or width, whatever its shape."""
+
+
+_TYPE_LENGTH = 60
+"""Most characters of a type's name in a message."""
 
 
 class CellError(ValueError):
@@ -44,7 +49,7 @@ def is_encoded(kind: pa.DataType) -> bool:
     """Say whether a column of this type holds encoded images: bytes, or a struct with a field `bytes`."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def encoded_images(array: pa.Array) -> list[bytes | None]:
@@ -52,22 +57,47 @@ def encoded_images(array: pa.Array) -> list[bytes | None]:
     return (array.field("bytes") if pa.types.is_struct(array.type) else array).to_pylist()
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type as which single values of a type are read: without dictionary, run lengths or view, decimal
+    numbers as double."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.float64() if pa.types.is_decimal(kind) else kind
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """Return a column of single values as its `plain_type`."""
+    kind = plain_type(array.type)
+    if pa.types.is_run_end_encoded(array.type):
+        return plain(pc.run_end_decode(array))
+    return array if array.type == kind else array.cast(kind)
+
+
 def is_number(kind: pa.DataType) -> bool:
     """Say whether a cell of this type is a single number or truth value."""
+    kind = plain_type(kind)
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    """Say whether a cell of this type is text."""
+    kind = plain_type(kind)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def short_type(kind: pa.DataType) -> str:
-    return f"{kind!s:.60}"
+    """Return the name of a type, for a message; the fields of a long one are left out."""
+    text = str(kind)
+    return text if len(text) <= _TYPE_LENGTH else f"{text.split('<', 1)[0]}<...>"
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return (
+        pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
+    )  # fmt: skip
 
 
 def _decode_images(encoded: Iterable[bytes | None], channels: int | None) -> np.ndarray:
@@ -96,7 +126,7 @@ def _lists(array: pa.Array) -> np.ndarray:
         if pa.types.is_fixed_size_list(array.type):
             size = array.type.list_size
         else:
-            lengths = np.diff(array.offsets.to_numpy())
+            lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
             size = int(lengths[0]) if len(lengths) else 0
             if (lengths != size).any():
                 offset = int((lengths != size).argmax()) // prod(shape[1:])
@@ -104,7 +134,7 @@ def _lists(array: pa.Array) -> np.ndarray:
         shape.append(size)
         array = array.flatten()
         _refuse_missing(array, prod(shape[1:]))
-    return array.to_numpy(zero_copy_only=False).reshape(shape)
+    return plain(array).to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def _tensors(array: pa.ExtensionArray) -> np.ndarray:

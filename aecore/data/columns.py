@@ -1,24 +1,24 @@
-"""Finds the columns of features, labels and split marks in a Parquet table, and reads their values as arrays.
+"""Decides which columns of a table are features, labels and split marks, and says which are left out and why.
 
-Functions raise an InputError that names the column, and the file and row where a value is missing or cannot be used.
+Names are matched whatever their case. Functions raise an InputError that names the column and the ways out.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from aecore.config.experiment import Data
 from aecore.config.facts import TableColumns
-from aecore.core.errors import InputError, join_names, short_repr
-from aecore.data.cells import CellError, find_decoder, is_number, is_text, short_type
-from aecore.data.files import Batch, short_reason
-from aecore.data.splits import SPLITS
+from aecore.core.errors import InputError, join_names
+from aecore.data.cells import find_decoder, is_number, is_text, plain_type, short_type
 
-_LABEL_COLUMNS = ("label", "labels", "target", "class", "y")
-SPLIT_COLUMN = "split"
-_SPLIT_OF_MARK = {name: name for name in SPLITS} | {"valid": "validation", "val": "validation"}
+LABEL_NAMES = ("label", "labels", "target", "class", "y")
+"""Usual names of a column of labels, in lower case; the first one that a table has is taken."""
+SPLIT_NAME = "split"
+_ROW_NUMBERS = ("__index_level_", "Unnamed: 0")
+"""How names of columns begin in which pandas keeps the numbers of rows."""
 _MAX_CANDIDATES = 4
 """Most columns that a message names as candidates for the features."""
 
@@ -30,17 +30,12 @@ class Columns(NamedTuple):
     """One column of images or vectors, or several columns of single numbers."""
     labels: str | None
     split: str | None
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Columns that are not read, each with the reason."""
 
     @property
     def names(self) -> list[str]:
         return [*self.features, *filter(None, (self.labels, self.split))]
-
-    def described(self, schema: pa.Schema) -> TableColumns:
-        """Return names and types of the columns, if each feature has a column of its own."""
-        kinds = [schema.field(name).type for name in self.features]
-        if not all(is_number(kind) for kind in kinds):
-            return TableColumns()
-        return TableColumns(features=self.features, types=tuple(map(str, kinds)), label=self.labels)
 
 
 def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None) -> Columns:
@@ -53,30 +48,127 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     if len(set(schema.names)) < len(schema.names):
         double = next(name for name in schema.names if schema.names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
-    split = SPLIT_COLUMN if SPLIT_COLUMN in schema.names else None
+    known = like or TableColumns()
+    split = _find_split(schema)
+    labels, others = _find_labels(data, schema, known)
+    left_out = {name: reason for name, reason in others.items() if name not in known.features}
+    left_out |= _excluded(data, schema)
+    left_out |= {name: "pandas' index" for name in _index_of(schema) if name not in (*known.features, labels)}
+    if data.column is not None:
+        column = _named(data.column, schema, "data.column")
+        if column in (labels, split):
+            content = "labels" if column == labels else "split marks"
+            raise InputError(f"data.column: {column} holds the {content}; name the column of images or vectors")
+        features: tuple[str, ...] = (column,)
+    else:
+        rest = [field for field in schema if field.name not in {labels, split, *left_out}]
+        features = _matched(rest, schema, known) if known.features else _find_features(rest, schema.names)
+    reasons = {name: reason for name, reason in left_out.items() if name not in features}
+    for field in schema:
+        if field.name not in {*features, labels, split, *reasons}:
+            reasons[field.name] = _why_not_read(field.type, features, schema)
+    return Columns(features, labels, split, tuple((name, reasons[name]) for name in schema.names if name in reasons))
+
+
+def described(columns: Columns, schema: pa.Schema, offsets: tuple[int | float, ...]) -> TableColumns:
+    """Return what a model keeps of the columns, if each feature has a column of its own."""
+    kinds = [schema.field(name).type for name in columns.features]
+    if not all(map(is_number, kinds)):
+        return TableColumns()
+    return TableColumns(features=columns.features, types=tuple(map(str, kinds)), offsets=offsets, label=columns.labels)
+
+
+def find_name(name: str, names: Sequence[str]) -> str | None:
+    """Return the one of `names` that is `name` or, if there is only one, that differs from it in case alone."""
+    alike = [one for one in names if one.casefold() == name.casefold()]
+    return name if name in names else alike[0] if len(alike) == 1 else None
+
+
+def _named(name: str, schema: pa.Schema, field: str) -> str:
+    """Return the column that a config field names."""
+    found = find_name(name, schema.names)
+    if found is None:
+        raise InputError(f"{field}: there is no column {name}; the columns are {join_names(schema.names)}")
+    return found
+
+
+def _find_split(schema: pa.Schema) -> str | None:
+    """Return the column of split marks, if there is one."""
+    split = find_name(SPLIT_NAME, schema.names)
     if split and not is_text(kind := schema.field(split).type):
         raise InputError(
             f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or rename the column"
         )
-    usual_labels = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
-    labels = usual_labels if data.labels == "auto" else data.labels
-    if labels is not None:
-        if labels not in schema.names:
-            raise InputError(f"data.labels: there is no column {labels}; the columns are {join_names(schema.names)}")
-        if not (pa.types.is_integer(kind := schema.field(labels).type) or is_text(kind)):
-            raise InputError(f"data.labels: column {labels} holds {short_type(kind)}; use integers or strings")
-    # ignored labels are not features either, nor is the index that pandas writes
-    others = {usual_labels, labels, split}
-    rest = [field for field in schema if field.name not in others and not field.name.startswith("__index_level_")]
-    if data.column is None:
-        features = _find_features(rest, schema.names)
-        return Columns(_matched(features, schema, like) if like else features, labels, split)
-    if data.column not in schema.names:
-        raise InputError(f"data.column: there is no column {data.column}; the columns are {join_names(schema.names)}")
-    if data.column in (labels, split):
-        content = "labels" if data.column == labels else "split marks"
-        raise InputError(f"data.column: {data.column} holds the {content}; name the column of images or vectors")
-    return Columns((data.column,), labels, split)
+    return split
+
+
+def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str | None, dict[str, str]]:
+    """Return the column of labels, if there is one, and columns that may hold labels too and are therefore not read,
+    with the reason."""
+    usual = [name for name in schema.names if name.casefold() in LABEL_NAMES]
+    usual.sort(key=lambda name: LABEL_NAMES.index(name.casefold()))
+    if like.label and (trained_on := find_name(like.label, schema.names)):
+        usual = [trained_on, *(name for name in usual if name != trained_on)]
+    measured = _beside_x(usual, schema)
+    likely: list[str] = [name for name in usual if name != measured or name == like.label]
+    if data.labels is None:
+        why = "its name is one of labels, and data.labels is null"
+        return None, {name: "the labels of the model" if name == like.label else why for name in likely}
+    if data.labels != "auto":
+        labels: str | None = _named(data.labels, schema, "data.labels")
+    elif like.features and like.label is None:
+        labels = next(iter(likely), None)
+    elif measured and not likely and _may_be_classes(schema.field(measured).type):
+        raise InputError(
+            f"data.labels: column {measured} may hold labels, or beside column x a measured value; write --data.labels "
+            f"{measured}, or --data.labels null, which keeps it as a feature"
+        )
+    elif len(likely) > 1 and like.label is None:
+        raise InputError(
+            f"data.labels: {' and '.join(likely)} could each hold the labels; name one with --data.labels, or use "
+            "--data.labels null"
+        )
+    else:
+        labels = next(iter(likely), None)
+    if labels is not None and not (_may_be_classes(kind := schema.field(labels).type) or is_number(kind)):
+        raise InputError(
+            f"data.labels: column {labels} holds {short_type(kind)}; use integers or strings, name another column, or "
+            "ignore it with --data.labels null"
+        )
+    return labels, {name: f"its name is one of labels, beside {labels}" for name in likely if name != labels}
+
+
+def _beside_x(usual: Sequence[str], schema: pa.Schema) -> str | None:
+    """Return the column y of numbers if there is a column x of numbers: both are then more likely measured."""
+    y, x = next((name for name in usual if name.casefold() == "y"), None), find_name("x", schema.names)
+    return y if y and x and all(is_number(schema.field(name).type) for name in (x, y)) else None
+
+
+def _may_be_classes(kind: pa.DataType) -> bool:
+    """Say whether values of this type are likely classes; floating-point numbers only are if all of them are whole."""
+    kind = plain_type(kind)
+    return pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_text(kind)
+
+
+def _excluded(data: Data, schema: pa.Schema) -> dict[str, str]:
+    return {_named(name, schema, "data.exclude"): "data.exclude" for name in data.exclude}
+
+
+def _index_of(schema: pa.Schema) -> Iterable[str]:
+    """Return the columns in which pandas keeps the index of its table."""
+    names: set[str] = set()
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+        names = {name for name in stored.get("index_columns", ()) if isinstance(name, str)}
+    except (ValueError, AttributeError, TypeError):  # metadata may hold anything
+        pass
+    return [name for name in schema.names if name in names or name.startswith(_ROW_NUMBERS)]
+
+
+def _why_not_read(kind: pa.DataType, features: Sequence[str], schema: pa.Schema) -> str:
+    if len(features) == 1 and not is_number(schema.field(features[0]).type) and is_number(kind):
+        return f"the features are in {features[0]}"
+    return "it has no values" if pa.types.is_null(kind) else short_type(kind)
 
 
 def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[str, ...]:
@@ -96,93 +188,24 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
     return features
 
 
-def _matched(features: tuple[str, ...], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
+def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
     """Return the features in the order of `like`, the columns that a model was trained on."""
-    if not like.features or set(features) == set(like.features):
-        return like.features or features
+    numbers = {field.name for field in fields if is_number(field.type)}
     for name, kind in zip(like.features, like.types, strict=True):
         if name not in schema.names:
             raise InputError(
-                f"data.path: there is no column {name}, which the model was trained with; the columns are "
+                f"data.path: there is no column {name}, which the model was trained on; the columns are "
                 f"{join_names(schema.names)}"
             )
-        if name not in features:
+        if name not in numbers:
             raise InputError(
-                f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained with "
+                f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained on "
                 f"{kind}; write it as numbers"
             )
-    extra = [name for name in features if name not in like.features and name != like.label]
-    if extra:
+    if extra := [field.name for field in fields if field.name in numbers - {*like.features}]:
+        shown = ",".join(extra[:_MAX_CANDIDATES]) + (",..." if len(extra) > _MAX_CANDIDATES else "")
         raise InputError(
-            f"data.path: the model was not trained with {join_names(extra)}; leave such columns out of the file"
+            f"data.path: the model was not trained on {join_names(extra)}; leave out what it does not know with "
+            f"--data.exclude [{shown}]"
         )
     return like.features
-
-
-def read_features(batch: Batch, columns: Columns, channels: int | None = None) -> np.ndarray:
-    """Return the features of a batch, (rows, *shape), uint8 or float32; values too large for float32 are infinite.
-
-    Args:
-        channels: channels of encoded images, see `cells.Decoder`.
-    """
-    for name in columns.features:
-        column = batch.table[name]
-        if column.null_count:
-            place = batch.place(name, int(np.argmax(column.is_null().to_numpy())))
-            raise InputError(f"{place}: the value is missing; fill it or drop the row")
-    first = columns.features[0]
-    kind = batch.table.schema.field(first).type
-    with np.errstate(over="ignore"):
-        if len(columns.features) > 1 or is_number(kind):
-            return np.stack([batch.table[name].to_numpy().astype(np.float32) for name in columns.features], 1)
-        decode = find_decoder(kind)
-        if decode is None:
-            raise InputError(
-                f"data.column: column {first} holds {short_type(kind)}, neither images nor vectors; name another"
-            )
-        try:
-            x = decode(batch.table[first].combine_chunks(), channels)
-        except CellError as error:
-            raise InputError(f"{batch.place(first, error.offset)}: {error}") from error
-        return x if x.dtype == np.uint8 else x.astype(np.float32)
-
-
-def read_labels(batch: Batch, column: str) -> tuple[list[Any], np.ndarray]:
-    """Return the different labels in a batch, and the index of each row's label among these, (rows,)."""
-    array = _without_dictionary(batch, column)
-    if array.null_count:
-        place = batch.place(column, int(array.is_null().to_numpy(zero_copy_only=False).argmax()))
-        raise InputError(f"{place}: the label is missing; drop such rows or set --data.labels null")
-    encoded = array.dictionary_encode()
-    labels, indices = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-    for index, label in enumerate(labels):
-        if isinstance(label, int) and label < 0:
-            raise InputError(
-                f"{batch.place(column, int((indices == index).argmax()))}: {label} is not a class (it often marks rows "
-                "without a label); drop such rows or set --data.labels null"
-            )
-    return labels, indices
-
-
-def read_marks(batch: Batch) -> np.ndarray:
-    """Return the split for which each row is marked, (rows,), one of `splits.SPLITS`."""
-    marks = _without_dictionary(batch, SPLIT_COLUMN).to_pylist()
-    for offset, mark in enumerate(marks):
-        if mark not in _SPLIT_OF_MARK:
-            raise InputError(
-                f"{batch.place(SPLIT_COLUMN, offset)}: the mark is {short_repr(mark)}; use train, validation or test"
-            )
-    return np.array([_SPLIT_OF_MARK[mark] for mark in marks], "<U10")
-
-
-def _without_dictionary(batch: Batch, column: str) -> pa.Array:
-    """Return a column of integers or text as a plain array, after checking that its text is valid."""
-    array = batch.table[column].combine_chunks()
-    array = array.cast(array.type.value_type) if pa.types.is_dictionary(array.type) else array
-    try:
-        array.validate(full=True)
-    except pa.ArrowException as error:
-        raise InputError(
-            f"{batch.file} column {column}: damaged text ({short_reason(error)}); write the file again"
-        ) from error
-    return array

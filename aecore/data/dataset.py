@@ -13,6 +13,7 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
+from aecore.core.types import describe_shape
 from aecore.data import named, parquet
 from aecore.data.splits import Arrays, Rows, Split, content_hashes, split_rows
 
@@ -61,6 +62,14 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     InputError says what is wrong. For `like` see `inspect`."""
     facts = parquet.identify(data, like) if data.name == "parquet" else named.identify(data)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
+
+
+def describe(data: Data, facts: Facts) -> list[str]:
+    """Say in two or three lines which rows and columns of a data set are read, and what is left out and why."""
+    if data.name == "parquet":
+        return parquet.describe(data, facts)
+    labels = f"{len(facts.classes)} classes" if facts.classes else "labels are not used"
+    return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}"]
 
 
 def load(data: Data, facts: Facts) -> Arrays:

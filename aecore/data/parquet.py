@@ -9,7 +9,7 @@ names the value's file, column and row.
 import ctypes
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,12 +20,14 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
-from aecore.core.errors import InputError
-from aecore.core.types import Shape
-from aecore.data.cells import encoded_images, is_encoded
-from aecore.data.columns import SPLIT_COLUMN, Columns, find_columns, read_features, read_labels, read_marks
+from aecore.core.errors import InputError, join_names
+from aecore.core.types import Shape, describe_shape
+from aecore.data.cells import encoded_images, is_encoded, is_number
+from aecore.data.columns import Columns, described, find_columns
 from aecore.data.files import Batch, file_digest, filesystem_of, list_files, open_file, read_batches
+from aecore.data.numbers import Spread, find_offsets
 from aecore.data.splits import Rows, content_hashes
+from aecore.data.values import as_float32, numbers, read_exactly, read_features, read_labels, read_marks
 
 PIECE_BYTES = 2**24
 """Largest size of a piece, in bytes of its values."""
@@ -39,6 +41,9 @@ _DECODING_COST = 16
 """Decoding an image takes about this many times longer per byte than reading an array."""
 _MAX_HEADERS, _MAX_HEADER_BYTES = 2**17, 2**31
 """Most images, and most bytes of images, whose headers are read before a job starts; that takes some seconds."""
+_MANY_CLASSES, _FEW_ROWS = 20, 10
+"""With more classes than the first number, integers that leave numbers out, or that on average fewer rows than the
+second have, are taken for a measured value."""
 _CHANGED = "data.path: {} is damaged, or was changed while the job ran; write it again, or start the job again"
 
 
@@ -97,8 +102,11 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
             f"data.column: a row of column {columns.features[0]} has the shape {x.shape[1:]}; write vectors "
             "(features), or images (height, width) or (height, width, channels)"
         )
-    classes = _find_classes(data, source) if columns.labels else ()
+    classes = _find_classes(data, source, rows) if columns.labels else ()
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
+    offsets = like.offsets if like and like.features else _find_offsets(data, source)
+    if offsets:
+        digest.update(f" minus {offsets}".encode())
     levels = 256 if x.dtype == np.uint8 else 0
     shape: Shape = x.shape[1:]
     if is_encoded(source.schema.field(columns.features[0]).type):
@@ -108,8 +116,24 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
             digest.update(b" upright")
     return Facts(
         digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows,
-        columns=columns.described(source.schema),
+        columns=described(columns, source.schema, offsets),
     )  # fmt: skip
+
+
+def describe(data: Data, facts: Facts) -> list[str]:
+    """Say which rows and columns are read, and which columns are left out and why."""
+    source = _open_source(data, facts.columns)
+    columns, offsets = source.columns, facts.columns.offsets
+    labels = f"{columns.labels} ({len(facts.classes)} classes)" if columns.labels else "none"
+    lines = [
+        f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}, in {len(source.files):,} files",
+        f"columns: {join_names(columns.features)}; labels: {labels}; split: {columns.split or 'drawn'}",
+    ]
+    if columns.left_out:
+        lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")
+    if moved := [name for name, offset in zip(columns.features, offsets, strict=False) if offset]:
+        lines.append(f"read minus a number near their values, which 32 bits would not tell apart: {join_names(moved)}")
+    return lines
 
 
 def _read_headers(source: _Source, shape: Shape) -> tuple[bool, bool]:
@@ -144,7 +168,19 @@ def _batch_rows(shape: Shape) -> int:
     return max(1, min(_BATCH_ROWS, BATCH_BYTES // (4 * prod(shape))))
 
 
-def _find_classes(data: Data, source: _Source) -> tuple[str, ...]:
+def _find_offsets(data: Data, source: _Source) -> tuple[int | float, ...]:
+    """Look at some rows of a table and return `TableColumns.offsets`; nothing where values must keep their range."""
+    names = source.columns.features
+    is_table = all(is_number(source.schema.field(name).type) for name in names)
+    if not is_table or data.likelihood not in ("auto", "gaussian"):
+        return ()
+    sample = next(source.batches(names, _batch_rows((2 * len(names),))), None)
+    if sample is None or any(sample.table[name].null_count for name in names):
+        return ()  # reading refuses missing values
+    return find_offsets([numbers(sample, name) for name in names])
+
+
+def _find_classes(data: Data, source: _Source, rows: int) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their labels."""
     column = source.columns.labels
     assert column is not None
@@ -158,13 +194,29 @@ def _find_classes(data: Data, source: _Source) -> tuple[str, ...]:
         raise InputError(
             f"data.labels: all rows of column {column} have one class ({classes[0]}); use --data.labels null"
         )
+    numeric = all(isinstance(label, int) for label in labels)
+    if data.labels == "auto" and _is_doubtful([*labels] if numeric else [], len(labels), rows):
+        raise InputError(
+            f"data.labels: column {column} has {len(classes)} different values in {rows} rows, so it may be measured "
+            f"rather than a label; write --data.labels {column}, or --data.labels null"
+        )
     return classes
+
+
+def _is_doubtful(numbers_of: Sequence[int], classes: int, rows: int) -> bool:
+    """Say whether so many different labels, these numbers or else texts, are rather a measured value or the names of
+    the rows than classes."""
+    if not numbers_of:
+        return classes > _MANY_CLASSES and 2 * classes > rows
+    gaps = max(numbers_of) - min(numbers_of) >= classes
+    return classes > _MANY_CLASSES and (gaps or _FEW_ROWS * classes > rows)
 
 
 def load(data: Data, facts: Facts) -> Rows:
     """Read all rows and check their values."""
-    rows = _concatenate(list(_read_all(data, facts)))
-    _constant_features(rows.x.min(0), rows.x.max(0), len(rows.x))
+    spread = Spread()
+    rows = _concatenate(list(_read_all(data, facts, spread.add)))
+    _refuse_equal_rows(spread, facts.rows)
     return rows
 
 
@@ -181,13 +233,15 @@ def survey(data: Data, facts: Facts) -> Rows | None:
     remote = not isinstance(source.filesystem, pafs.LocalFileSystem)
     if remote or cost > MAX_SURVEY_BYTES or facts.rows > _MAX_SURVEY_ROWS:
         return None
-    batches, low, high = [], np.array(np.inf), np.array(-np.inf)
-    for batch in _read_all(data, facts):
-        low, high = np.minimum(low, batch.x.min(0)), np.maximum(high, batch.x.max(0))
+    spread, batches = Spread(), []
+    for batch in _read_all(data, facts, spread.add):
         batches.append(batch._replace(x=content_hashes(batch.x)))
-    constant = _constant_features(low, high, facts.rows)
+    names = source.columns.features
+    _refuse_equal_rows(spread, facts.rows)
+    spread.refuse_lost(names)
+    constant = spread.constant
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
-        names, first = source.columns.features, int(constant.argmax())
+        first = int(constant.argmax())
         feature = names[first] if len(names) > 1 else f"number {first} of {names[0]}"
         warnings.warn(
             f"data.path: {constant.sum()} of {constant.size} features never vary and carry no information (the first: "
@@ -221,18 +275,27 @@ def split_marks(data: Data, facts: Facts, piece: Piece) -> np.ndarray | None:
     filesystem, columns = _open_piece(data, facts, piece)
     if columns.split is None:
         return None
-    batches = read_batches(filesystem, piece.file, [SPLIT_COLUMN], _LABEL_ROWS, piece.groups, piece.first_row)
-    return np.concatenate([read_marks(batch) for batch in batches])
+    batches = read_batches(filesystem, piece.file, [columns.split], _LABEL_ROWS, piece.groups, piece.first_row)
+    return np.concatenate([read_marks(batch, columns.split) for batch in batches])
 
 
-def read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
-    """Read the rows of a piece, some megabytes at a time, and check each value."""
+def read(
+    data: Data, facts: Facts, piece: Piece, look: Callable[[np.ndarray], None] | None = None
+) -> Iterator[Rows]:  # fmt: skip
+    """Read the rows of a piece, some megabytes at a time, and check each value.
+
+    Args:
+        look: is called with the features (rows, *shape) of each batch, in the precision in which they are written.
+    """
     filesystem, columns = _open_piece(data, facts, piece)
     class_number = {name: number for number, name in enumerate(facts.classes)}
     size, count = _batch_rows(facts.shape), 0
     for batch in read_batches(filesystem, piece.file, columns.names, size, piece.groups, piece.first_row):
-        x = read_features(batch, columns, facts.shape[0])
+        exact = read_exactly(batch, columns, facts.shape[0], facts.columns.offsets)
+        x = as_float32(exact)
         _check_features(x, batch, columns, data, facts)
+        if look:
+            look(exact)
         y = None
         if columns.labels:
             labels, indices = read_labels(batch, columns.labels)
@@ -241,7 +304,7 @@ def read(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
                 raise InputError(_CHANGED.format(piece.file))
             y = np.array(numbers, np.int64)[indices]
         count += len(x)
-        yield Rows(x, y, read_marks(batch) if columns.split else None)
+        yield Rows(x, y, read_marks(batch, columns.split) if columns.split else None)
     release_memory()
     if count != piece.rows:
         raise InputError(_CHANGED.format(piece.file))
@@ -264,10 +327,10 @@ def _open_piece(data: Data, facts: Facts, piece: Piece) -> tuple[pafs.FileSystem
     return filesystem, find_columns(data, open_file(filesystem, piece.file).schema_arrow, facts.columns)
 
 
-def _read_all(data: Data, facts: Facts) -> Iterator[Rows]:
+def _read_all(data: Data, facts: Facts, look: Callable[[np.ndarray], None]) -> Iterator[Rows]:
     count = 0
     for piece in pieces(data, facts):
-        yield from read(data, facts, piece)
+        yield from read(data, facts, piece, look)
         count += piece.rows
     if count != facts.rows:
         raise InputError(_CHANGED.format(data.path))
@@ -278,13 +341,10 @@ def _concatenate(batches: Sequence[Rows]) -> Rows:
     return Rows(np.concatenate(x), np.concatenate(labels) if labels else None, np.concatenate(marks) if marks else None)
 
 
-def _constant_features(low: np.ndarray, high: np.ndarray, rows: int) -> np.ndarray:
-    """Return for each feature whether all rows have the same value, that is whether its lowest value is its highest;
-    raise an InputError if all features are constant."""
-    constant = np.asarray(low == high)
-    if constant.all() and rows > 1:
+def _refuse_equal_rows(spread: Spread, rows: int) -> None:
+    """Raise an InputError if all features are constant."""
+    if spread.constant.all() and rows > 1:
         raise InputError(f"data.path: all {rows} rows are equal, so there is nothing to learn; name data that vary")
-    return constant
 
 
 def _check_features(x: np.ndarray, batch: Batch, columns: Columns, data: Data, facts: Facts) -> None:

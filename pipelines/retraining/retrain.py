@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aecore.config.experiment import Experiment
 from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
 from aecore.core.fingerprint import fingerprint
+from aecore.data.dataset import describe
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
 from pipelines.graph.stage import Stage
@@ -81,7 +82,11 @@ def _decide(firing: Firing, run_id: str, version: "Version | None") -> None:
     tracker, rule, model, day = firing.tracker, firing.rule, firing.model, firing.day.isoformat()
     candidate = models.candidate_of(firing.experiment, firing.day, rule, firing.resources)
     tracker.log_summary(run_id, {}, {"data.digest": candidate.facts.digest})
-    tracker.log_data(run_id, firing.experiment.data.name, candidate.facts)
+    data = candidate.graph.experiment.data
+    about = describe(data, candidate.facts)
+    for line in about:
+        firing.say(line)
+    tracker.log_data(run_id, data.name, candidate.facts, about)
     decided = decided_runs(model, tracker)
     if decided and decided[0]["logical.date"] > day:
         later = decided[0]["logical.date"]

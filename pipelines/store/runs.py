@@ -272,17 +272,22 @@ class Tracker(Store):
         self.client.log_artifacts(run_id, str(folder), place)
 
     def log_data(
-        self, run_id: str, name: str, facts: Facts, context: str = "training", model_id: str | None = None
+        self, run_id: str, name: str, facts: Facts, about: Sequence[str] = (), model_id: str | None = None
     ) -> None:
-        """Record which data a run read, and with which model, unless data are recorded already."""
+        """Record which data a run read, unless data are recorded already.
+
+        Args:
+            about: What `aecore.data.dataset.describe` says of them.
+            model_id: The model that is applied to them; None where a model is trained.
+        """
         if (inputs := self.client.get_run(run_id).inputs) and inputs.dataset_inputs:
             return
-        profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes)}
+        profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes), "read": list(about)}
         dataset = Dataset(
             name=name, digest=facts.digest[:36], source_type="local", source=json.dumps({"digest": facts.digest}),
             profile=json.dumps(profile),
         )  # fmt: skip
-        models = [LoggedModelInput(model_id)] if model_id else None
+        context, models = ("inference", [LoggedModelInput(model_id)]) if model_id else ("training", None)
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
 
     def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
