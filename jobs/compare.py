@@ -75,8 +75,9 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     # a study that gets another seed or study row stays the same study, and so the same MLflow run
     limits = {"cpu_hours", "gpu_hours"}  # nor does a larger budget make it another
     columns = {"data": {"exclude"}}  # the digest says which columns are read
-    left_out = {"seeds": True, "variants": True, "budget": limits, "base": columns}
-    config = study.model_dump(mode="json", exclude=left_out)
+    config = study.model_dump(
+        mode="json", exclude={"seeds": True, "variants": True, "budget": limits, "base": columns}
+    )  # fmt: skip
     key = fingerprint("compare", facts.digest, config)
     about = describe(study.base.data, facts)
     if settings.plan:

@@ -35,6 +35,8 @@ def find_decoder(kind: pa.DataType) -> Decoder | None:
     """
     if is_encoded(kind):
         return lambda array, channels: _decode_images(encoded_images(array), channels)
+    if _is_spark_vector(kind):
+        return lambda array, _: _spark_vectors(array)
     if isinstance(kind, pa.FixedShapeTensorType) and is_number(kind.value_type):
         return lambda array, _: _channels_first(_tensors(array), _axis_names(array.type))
     inner = kind
@@ -58,9 +60,9 @@ def encoded_images(array: pa.Array) -> list[bytes | None]:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type as which single values of a type are read: without dictionary, run lengths or view, decimal
-    numbers as double."""
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+    """Return the type as which single values of a type are read: without dictionary or view, decimal numbers as
+    double."""
+    if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if pa.types.is_string_view(kind):
         return pa.large_string()
@@ -70,8 +72,6 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 def plain(array: pa.Array) -> pa.Array:
     """Return a column of single values as its `plain_type`."""
     kind = plain_type(array.type)
-    if pa.types.is_run_end_encoded(array.type):
-        return plain(pc.run_end_decode(array))
     return array if array.type == kind else array.cast(kind)
 
 
@@ -135,6 +135,27 @@ def _lists(array: pa.Array) -> np.ndarray:
         array = array.flatten()
         _refuse_missing(array, prod(shape[1:]))
     return plain(array).to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def _is_spark_vector(kind: pa.DataType) -> bool:
+    """Say whether a type is that of Spark ML's vectors: dense ones have values, sparse ones also indices and a size."""
+    fields = {"type", "size", "indices", "values"}
+    return pa.types.is_struct(kind) and {field.name for field in kind} == fields and _is_list(kind.field("values").type)
+
+
+def _spark_vectors(array: pa.StructArray) -> np.ndarray:
+    """Decode Spark ML's vectors, dense or sparse, to (rows, size)."""
+    rows: list[np.ndarray] = []
+    for offset, cell in enumerate(array.to_pylist()):
+        values = np.array(cell["values"], np.float64)
+        if cell["size"] is not None:  # a sparse vector
+            row = np.zeros(cell["size"])
+            row[cell["indices"]] = values
+            values = row
+        if rows and len(values) != len(rows[0]):
+            raise CellError(offset, "the vector has another length than those before it; make all equally long")
+        rows.append(values)
+    return np.stack(rows)
 
 
 def _tensors(array: pa.ExtensionArray) -> np.ndarray:

@@ -168,7 +168,7 @@ def _index_of(schema: pa.Schema) -> Iterable[str]:
 def _why_not_read(kind: pa.DataType, features: Sequence[str], schema: pa.Schema) -> str:
     if len(features) == 1 and not is_number(schema.field(features[0]).type) and is_number(kind):
         return f"the features are in {features[0]}"
-    return "it has no values" if pa.types.is_null(kind) else short_type(kind)
+    return "it has no values" if pa.types.is_null(kind) else short_type(plain_type(kind))
 
 
 def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[str, ...]:

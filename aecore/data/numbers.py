@@ -78,9 +78,7 @@ class Spread:
         if not lost.any():
             return
         first = int(lost.argmax())
-        feature = (
-            names[first] if len(names) > 1 else f"column {names[0]}, number {first}" if lost.size > 1 else names[0]
-        )
+        feature = names[first] if len(names) > 1 else f"{names[0]}{f', number {first}' if lost.size > 1 else ''}"
         mean, deviation = (float(np.atleast_1d(values).ravel()[first]) for values in (self._mean, spread))
         raise InputError(
             f"data.path: the values of {feature} differ by about {deviation:.2g} around {mean:.6g}, which 32 bits do "

@@ -1,0 +1,278 @@
+"""Which columns of a table are features, labels and split marks, and how their numbers are read."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from aecore.config.experiment import Data
+from aecore.config.facts import TableColumns
+from aecore.core.errors import InputError
+from aecore.data.columns import find_columns
+from aecore.data.dataset import describe, inspect, load, load_rows
+
+ROWS = 60
+rng = np.random.default_rng(0)
+A, B, C = rng.normal(size=(3, ROWS))
+CLASSES = [0, 1, 2] * (ROWS // 3)
+TEXT = ["u", "v", "w"] * (ROWS // 3)
+WHOLE = rng.integers(90, 110, ROWS)
+SPLIT = ["train", "train", "test"] * (ROWS // 3)
+SPARK = pa.struct(
+    [("type", pa.int8()), ("size", pa.int32()), ("indices", pa.list_(pa.int32())), ("values", pa.list_(pa.float64()))]
+)  # fmt: skip
+
+
+def table(**columns: Any) -> pa.Table:
+    return pa.table(columns)
+
+
+def set_of(tmp_path: Path, values: pa.Table, **fields: Any) -> Data:
+    pq.write_table(values, tmp_path / "data.parquet")
+    return Data(name="parquet", path=str(tmp_path / "data.parquet"), **fields)
+
+
+def pandas_index(values: pa.Table, *names: Any) -> pa.Table:
+    return values.replace_schema_metadata({"pandas": json.dumps({"index_columns": names})})
+
+
+FOUND: dict[str, tuple[pa.Table, dict[str, Any], tuple[str, ...], str | None, dict[str, str]]] = {
+    # name: table, config, features, labels, columns that are left out
+    "Class": (table(a=A, b=B, Class=CLASSES), {}, ("a", "b"), "Class", {}),
+    "LABEL of text": (table(a=A, LABEL=TEXT), {}, ("a",), "LABEL", {}),
+    "named in another case": (table(a=A, Fraud=CLASSES), {"labels": "fraud"}, ("a",), "Fraud", {}),
+    "Split": (table(a=A, Split=SPLIT), {}, ("a",), None, {}),
+    "labels ignored": (
+        table(a=A, Target=CLASSES), {"labels": None}, ("a",), None,
+        {"Target": "its name is one of labels, and data.labels is null"},
+    ),
+    "another label": (
+        table(a=A, target=CLASSES, kind=TEXT), {"labels": "kind"}, ("a",), "kind",
+        {"target": "its name is one of labels, beside kind"},
+    ),
+    "x, y, z kept": (table(x=WHOLE, y=WHOLE, z=WHOLE), {"labels": None}, ("x", "y", "z"), None, {}),
+    "X, Y kept": (table(X=WHOLE, Y=WHOLE), {"labels": None}, ("X", "Y"), None, {}),
+    "x and y as said": (table(x=WHOLE, y=CLASSES), {"labels": "y"}, ("x",), "y", {}),
+    "lengths called x, y, z": (table(x=A, y=B, z=C), {}, ("x", "y", "z"), None, {}),
+    "x, y and a label": (table(x=WHOLE, y=WHOLE, label=CLASSES), {}, ("x", "y"), "label", {}),
+    "y beside a vector x": (table(x=[[1.0, 2.0]] * ROWS, y=CLASSES), {}, ("x",), "y", {}),
+    "whole floats": (table(a=A, label=np.array(CLASSES, float)), {}, ("a",), "label", {}),
+    "decimal labels": (table(a=A, label=[Decimal(one) for one in CLASSES]), {}, ("a",), "label", {}),
+    "truth values": (table(a=A, label=[one > 0 for one in CLASSES]), {}, ("a",), "label", {}),
+    "dictionary of text": (table(a=A, label=pa.array(TEXT).dictionary_encode()), {}, ("a",), "label", {}),
+    "string view": (table(a=A, label=pa.array(TEXT, pa.string_view())), {}, ("a",), "label", {}),
+    "pandas' index": (
+        pandas_index(table(customer=np.arange(ROWS), a=A), "customer"), {}, ("a",), None, {"customer": "pandas' index"},
+    ),
+    "pandas' range index": (
+        pandas_index(table(a=A, b=B), {"kind": "range", "name": None, "start": 0, "stop": ROWS, "step": 1}), {},
+        ("a", "b"), None, {},
+    ),
+    "unnamed index": (table(a=A, __index_level_0__=CLASSES), {}, ("a",), None, {"__index_level_0__": "pandas' index"}),
+    "index of a CSV": (
+        pa.table({"Unnamed: 0": CLASSES, "a": A}), {}, ("a",), None, {"Unnamed: 0": "pandas' index"},
+    ),
+    "damaged metadata": (
+        table(a=A).replace_schema_metadata({"pandas": "[not JSON"}), {}, ("a",), None, {},
+    ),
+    "excluded": (
+        table(Id=CLASSES, a=A), {"exclude": ["id"]}, ("a",), None, {"Id": "data.exclude"},
+    ),
+    "text, dates and nothing": (
+        table(a=A, name=TEXT, day=pa.array([0] * ROWS, pa.date32()), none=pa.nulls(ROWS)), {}, ("a",), None,
+        {"name": "string", "day": "date32[day]", "none": "it has no values"},
+    ),
+    "numbers beside a vector": (
+        table(id=CLASSES, v=[[1.0, 2.0]] * ROWS), {}, ("v",), None, {"id": "the features are in v"},
+    ),
+    "numbers of all kinds": (
+        table(
+            decimal=[Decimal("1.50"), Decimal("2.25")] * (ROWS // 2), truth=[True, False] * (ROWS // 2),
+            half=A.astype(np.float16), words=pa.array(CLASSES).dictionary_encode(),
+            wide=pa.array(CLASSES, pa.uint64()),
+        ), {}, ("decimal", "truth", "half", "words", "wide"), None, {},
+    ),
+    "two vectors, one excluded": (
+        table(v=[[1.0]] * ROWS, w=[[2.0]] * ROWS), {"exclude": ["v"]}, ("w",), None, {"v": "data.exclude"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_columns_are_found_by_name_and_type(case: str) -> None:
+    values, fields, features, labels, left_out = FOUND[case]
+    found = find_columns(Data(name="parquet", path="x", **fields), values.schema)
+    assert (found.features, found.labels, dict(found.left_out)) == (features, labels, left_out)
+    assert found.split == ("Split" if "Split" in values.schema.names else None)
+
+
+REFUSED: dict[str, tuple[pa.Table, dict[str, Any], str]] = {
+    "y beside x": (
+        table(x=WHOLE, y=WHOLE, z=WHOLE), {},
+        "data.labels: column y may hold labels, or beside column x a measured value; write --data.labels y, or "
+        "--data.labels null, which keeps it as a feature",
+    ),
+    "two labels": (
+        table(a=A, label=CLASSES, Class=CLASSES), {},
+        "data.labels: label and Class could each hold the labels; name one with --data.labels, or use --data.labels "
+        "null",
+    ),
+    "a measured integer": (
+        table(a=A, target=np.arange(ROWS) * 3), {},
+        "data.labels: column target has 60 different values in 60 rows, so it may be measured rather than a label; "
+        "write --data.labels target, or --data.labels null",
+    ),
+    "names as labels": (
+        table(a=A, label=[f"row {number}" for number in range(ROWS)]), {},
+        "data.labels: column label has 60 different values in 60 rows",
+    ),
+    "a real target": (table(a=A, target=B), {}, "is not a class, as classes are integers or text; set --data.labels "),
+    "lists of labels": (
+        table(a=A, labels=[[0, 1]] * ROWS), {},
+        "data.labels: column labels holds list<element: int64>; use integers or strings, name another column, or "
+        "ignore it with --data.labels null",
+    ),
+    "no such label": (table(a=A), {"labels": "fraud"}, "data.labels: there is no column fraud; the columns are a"),
+    "no such exclusion": (table(a=A), {"exclude": ["id"]}, "data.exclude: there is no column id; the columns are a"),
+    "nothing but text": (table(name=TEXT), {}, "data.path: no column of images, vectors or numbers among name"),
+    "split of numbers": (table(a=A, SPLIT=CLASSES), {}, "data.path: column SPLIT holds int64; use train, validation "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_doubtful_columns_are_refused_with_the_ways_out(case: str, tmp_path: Path) -> None:
+    values, fields, message = REFUSED[case]
+    with pytest.raises(InputError) as refused:
+        inspect(set_of(tmp_path, values, **fields))
+    assert message in str(refused.value)
+
+
+LIKE = TableColumns(features=("b", "a"), types=("double", "int64"), label="fraud")
+MATCHED: dict[str, tuple[pa.Table, str | None]] = {
+    # name: table, and what the error says
+    "another order": (table(a=A, b=B), None),
+    "other numbers": (table(b=CLASSES, a=[Decimal(1)] * ROWS), None),
+    "with the label": (table(a=A, b=B, Fraud=CLASSES), None),
+    "with text": (table(a=A, name=TEXT, b=B), None),
+    "an index that was a feature": (pandas_index(table(a=A, b=B), "a"), None),
+    "a missing one": (table(a=A, c=C), "there is no column b, which the model was trained on; the columns are a, c"),
+    "another one": (
+        table(a=A, b=B, c=C),
+        "the model was not trained on c; leave out what it does not know with --data.exclude [c]",
+    ),
+    "retyped": (
+        table(a=TEXT, b=B), "column a holds string, but the model was trained on int64; write it as numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MATCHED)
+def test_columns_are_matched_by_name_to_those_of_a_model(case: str) -> None:
+    values, message = MATCHED[case]
+    data = Data(name="parquet", path="x", labels=None)
+    if message is None:
+        assert find_columns(data, values.schema, LIKE).features == ("b", "a")
+        return
+    with pytest.raises(InputError) as refused:
+        find_columns(data, values.schema, LIKE)
+    assert message in str(refused.value)
+
+
+def test_rows_are_read_in_the_order_of_a_model(tmp_path: Path) -> None:
+    data = set_of(tmp_path, table(a=A, b=B))
+    own, matched = inspect(data), inspect(data, TableColumns(features=("b", "a"), types=("double", "double")))
+    assert own.digest != matched.digest and own.columns.features == ("a", "b")
+    np.testing.assert_array_equal(load_rows(data, own).x, load_rows(data, matched).x[:, ::-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*test rows are equal to training rows")
+def test_values_of_all_types_become_numbers(tmp_path: Path) -> None:
+    # values in two rows only, so that test rows equal training rows
+    sparse = {"type": 0, "size": 3, "indices": [1], "values": [2.0]}
+    dense = {"type": 1, "size": None, "indices": None, "values": [1.0, 3.0, 3.0]}
+    data = set_of(tmp_path, table(v=pa.array([sparse, dense] * (ROWS // 2), SPARK)))
+    np.testing.assert_array_equal(load_rows(data, inspect(data)).x[:2], [[0, 2, 0], [1, 3, 3]])
+    values, fields, features, _, _ = FOUND["numbers of all kinds"]
+    data = set_of(tmp_path, values, **fields)
+    rows = load_rows(data, inspect(data)).x
+    assert rows.shape == (ROWS, len(features)) and rows[0].tolist() == [1.5, 1, np.float16(A[0]), 0, 0]
+
+
+@pytest.mark.parametrize("kind", [pa.list_view, pa.large_list_view, pa.large_list, pa.list_])
+def test_lists_of_all_kinds_are_vectors(kind: Any, tmp_path: Path) -> None:
+    values = rng.normal(size=(ROWS, 3))
+    data = set_of(tmp_path, table(v=pa.array(values.tolist(), kind(pa.float64()))))
+    np.testing.assert_array_equal(load_rows(data, inspect(data)).x, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("label", ["float", "truth", "decimal"])
+def test_labels_of_all_kinds_are_classes(label: str, tmp_path: Path) -> None:
+    kinds = {
+        "float": np.array(CLASSES, float),
+        "truth": [one > 0 for one in CLASSES],
+        "decimal": list(map(Decimal, CLASSES)),
+    }
+    facts = inspect(set_of(tmp_path, table(a=A, label=kinds[label])))
+    assert facts.classes == (("False", "True") if label == "truth" else ("0", "1", "2"))
+
+
+SECONDS = 1_700_000_000 + rng.permutation(ROWS)
+NUMBERS: dict[str, np.ndarray] = {
+    "times in seconds": SECONDS,
+    "times in nanoseconds": SECONDS * 10**9,
+    "times as double": SECONDS + rng.uniform(size=ROWS),
+    "large integers": 2**62 + rng.permutation(ROWS),
+    "unsigned integers": np.uint64(2**63) + rng.permutation(ROWS).astype(np.uint64),
+    "negative ones": -(2**60) - rng.permutation(ROWS),
+    "tiny differences": 1 + 1e-9 * A,
+    "plain numbers": 100 + A,
+    "huge numbers": A * 1e30,
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_keep_their_differences(case: str, tmp_path: Path) -> None:
+    column = NUMBERS[case]
+    data = set_of(tmp_path, table(a=A, t=column))
+    facts = inspect(data)
+    assert bool(facts.columns.offsets) == (case not in ("plain numbers", "huge numbers"))
+    arrays = load(data, facts)
+    read = load_rows(data, facts).x[:, 1].astype(np.float64)
+    exact = np.array(
+        [int(one) - int(column[0]) if column.dtype.kind in "iu" else one - column[0] for one in column], float
+    )
+    np.testing.assert_allclose(read - read[0], exact, atol=1e-5 * exact.std())
+    standardised = (arrays.train.x[:, 1] - arrays.shift[1]) * arrays.scale[1]
+    np.testing.assert_allclose([standardised.mean(), standardised.std()], [0, 1], atol=1e-3)
+    if facts.columns.offsets:
+        assert "read minus a number near their values, which 32 bits would not tell apart: t" in describe(data, facts)
+
+
+def test_numbers_that_32_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
+    outlier = SECONDS.copy()
+    outlier[: ROWS // 2] = 0  # the spread is large, so that nothing is subtracted ...
+    assert inspect(set_of(tmp_path, table(a=A, t=outlier))).columns.offsets == ()
+    data = set_of(tmp_path, table(v=np.stack([A, SECONDS], 1).tolist()))  # ... and from vectors nothing is, ever
+    with pytest.raises(
+        InputError, match=r"values of v, number 1 differ by about 17 around 1.7e\+09, which 32 bits do not"
+    ):
+        inspect(data)
+    with pytest.raises(InputError, match=r"values of t differ by about .*e-47"):
+        inspect(set_of(tmp_path, table(a=A, t=A * 1e-46)))
+
+
+def test_never_varies_is_said_of_the_values_in_the_file(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"1 of 3 features never vary .*the first: c"):
+        inspect(set_of(tmp_path, table(a=A, t=1 + 1e-12 * B, c=np.full(ROWS, 2.0**60))))
+
+
+def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
+    data = set_of(tmp_path, table(customer=np.arange(ROWS), a=A, b=B, name=TEXT, Class=CLASSES), exclude=["customer"])
+    lines = describe(data, inspect(data))
+    assert lines[1] == "columns: a, b; labels: Class (3 classes); split: drawn"
+    assert lines[2] == "left out: customer (data.exclude), name (string)"
