@@ -103,6 +103,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.client.set_terminated(run_id, "FAILED")
     if settings.figures:
         say(f"wrote {settings.figures / 'report.html'}")
+    for note in report.notes:
+        say(f"warning: {note}")
     _print_table(report)
     _say_failures(ended.trials)
     seconds = time.monotonic() - began

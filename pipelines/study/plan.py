@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -89,8 +90,9 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
         InputError: a study row or setting does not fit the data or the budget, or changes a field that does not exist;
             or settings are to be chosen by an accuracy, and the data have no labels.
     """
-    if study.choose != "reconstruction" and not facts.classes:
-        raise InputError(f"choose: {study.choose} needs labels, but the data have none; use reconstruction")
+    if study.choose != "reconstruction" and not facts.can_classify:
+        lack = "all training rows are of one class" if facts.classes else "the data have none"
+        raise InputError(f"choose: {study.choose} needs labels, but {lack}; use reconstruction")
     for row in study.searched_rows if study.search != "grid" else ():
         for settings in _most_demanding(study, row):
             plan_trial(study, row, settings, study.seeds[0], facts, numerics)
@@ -301,29 +303,45 @@ def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Fact
     assert isinstance(data.spec, LoadSpec)
     # the splits leave fewer rows than this for training; the stage takes a count that is too large as all training rows
     rows = min(facts.rows, data.spec.data.limit or facts.rows)
-    counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
+    counts = _label_counts(study, facts, rows)
     classifiers = [
         Stage(
             f"{name}: classify, {'all' if count is None else count} labels", "stages.finetune",
             _classifier_spec(trained.layers, facts, study.labels.fit, seed, numerics, count),
             {"data": data, **trained.inputs},
         )
-        for count in ([*counts, None] if facts.classes else [])
+        for count in ([*counts, None] if facts.can_classify else [])
     ]  # fmt: skip
     inputs: dict[str, Stage | tuple[Stage, ...]] = {
         "data": data, **trained.inputs, "classifiers": tuple(classifiers)
     }  # fmt: skip
-    if variant is not None and variant.kind == "variational" and facts.classes:
+    if variant is not None and variant.kind == "variational" and facts.can_classify:
         layers = layer_specs(Dense(widths=_JUDGE_WIDTHS, activation="relu"), data.spec.data, facts)
         judge = _classifier_spec(tuple(layers), facts, _JUDGE_FIT, 0, numerics, None)
         inputs["judge"] = Stage("judge of samples", "stages.finetune", judge, {"data": data})
     spec = MeasureSpec(
-        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.classes else (), seed=seed,
+        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.can_classify else (), seed=seed,
         pictures=seed == study.seeds[0],
     )  # fmt: skip
     # results of this revision may lack the accuracy by which such a study chooses: earlier versions did not measure it
     revision = REVISION + 1 if study.choose == "finetuned" else REVISION
     return Stage(name, "evaluation.measure", spec, inputs, revision=revision)
+
+
+def _label_counts(study: Study, facts: Facts, rows: int) -> list[int]:
+    """Return the numbers of labelled rows, below half of all `rows`, that can hold a row of each class; warn of those
+    that cannot."""
+    if not facts.can_classify:
+        return []
+    classes = len(facts.classes)
+    small = [count for count in study.labels.counts if count < min(classes, 0.5 * rows)]
+    if small:
+        warnings.warn(
+            f"labels.counts: {', '.join(map(str, small))} labelled rows cannot hold each of the {classes} classes; "
+            "left out",
+            stacklevel=2,
+        )
+    return [count for count in study.labels.counts if classes <= count < 0.5 * rows]
 
 
 def _classifier_spec(
