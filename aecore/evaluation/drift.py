@@ -94,9 +94,11 @@ def _comparison(names: tuple[str, str, str], sizes: tuple[int, int], *numbers: f
 
 
 def _distributions(quantity: str, old: np.ndarray, new: np.ndarray, group: str = "all") -> Comparison:
-    tested = stats.ks_2samp(old, new, method="asymp")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tested = stats.ks_2samp(old, new, method="asymp")
+    p = tested.pvalue if np.isfinite(tested.pvalue) else 1.0  # of one row and another
     names, sizes = (quantity, group, "Kolmogorov-Smirnov"), (len(new), len(old))
-    return _comparison(names, sizes, cliffs_delta(new, old), tested.statistic, tested.pvalue)
+    return _comparison(names, sizes, cliffs_delta(new, old), tested.statistic, p)
 
 
 def _errors(

@@ -31,8 +31,11 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor, notes: Note
             "vae/bound": -sum(bound.values()),
             "vae/reconstruction": bound["reconstruction"],
             "vae/kl": bound["kl"],
-            "vae/active_units": generation.active_units(stack, x),
         }
+        if len(x) > 1:
+            metrics["vae/active_units"] = generation.active_units(stack, x)
+        else:
+            notes |= left_out("there is one test row", "vae/active_units")
         if stack.likelihood == "bernoulli":
             rows = sample_rows(len(x), _WEIGHTED_ROWS)
             weighted = binary if len(rows) == len(x) else binary[torch.from_numpy(rows).to(x.device)]

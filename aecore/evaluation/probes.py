@@ -21,8 +21,9 @@ _NEAREST_ROWS = 1024
 """Rows whose neighbours a thread finds: a multiple of scikit-learn's 256, so that distances are rounded as without."""
 _MOST_PRODUCTS = 2**30
 """Most training rows x units x classes of a probe, which its fit multiplies some hundred times: a second each."""
-_MOST_PAIRS, _FEWEST_COMPARED = 2**32, 1000
-"""Most pairs of a training and a test row whose distances are computed, and the fewest test rows that suffice."""
+_TREE_UNITS, _MOST_PAIRS, _FEWEST_COMPARED = 6, 2**32, 1000
+"""Codes of so few units are searched in a tree, which is quick for any number of rows. Of others, the most pairs of a
+training and a test row whose distances are computed, and the fewest test rows that suffice."""
 
 
 class Probe(NamedTuple):
@@ -88,11 +89,12 @@ def linear_probe(threads: Threads, train: Labelled, validation: Labelled) -> Pro
     return Probe(scaler, [threads.start(fit, strength) for strength in PROBE_STRENGTHS], len(truth))
 
 
-def compared_rows(labels: BySplit) -> np.ndarray:
-    """Return the numbers of the test rows whose neighbours are looked for: all, or as many as the number of training
-    rows allows, which leaves the expected accuracy as it is."""
-    most = max(_MOST_PAIRS // len(labels.train), _FEWEST_COMPARED)
-    return sample_rows(len(labels.test), most, labels.test)
+def compared_rows(labels: BySplit, units: int) -> np.ndarray:
+    """Return the numbers of the test rows whose neighbours are looked for, in codes of so many units: all, or as many
+    as the number of training rows allows. The expected accuracy is the same."""
+    rows = len(labels.test)
+    most = rows if units <= _TREE_UNITS else max(_MOST_PAIRS // len(labels.train), _FEWEST_COMPARED)
+    return sample_rows(rows, most, labels.test)
 
 
 def nearest(
@@ -102,8 +104,8 @@ def nearest(
     waits for their class numbers (rows,).
 
     Args:
-        tree: let scikit-learn search codes of at most 15 units in a tree, which for some dozen thousand rows is quicker
-            than all distances, and for far more rows may take ten times as long.
+        tree: let scikit-learn search codes of at most 15 units in a tree. Of a million rows with more than 10 units
+            this may take ten times as long as all distances.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -142,7 +144,7 @@ def read_out(
         return None, None, left_out(reason, "probe/accuracy", "knn/accuracy")
     train, test = (codes.train, labels.train), (codes.test, labels.test)
     probe = linear_probe(threads, train, (codes.validation, labels.validation))
-    rows = compared_rows(labels)
+    rows = compared_rows(labels, codes.test.shape[1])
     every = len(rows) == len(labels.test)
     neighbours = nearest(threads, train, test[0] if every else test[0][rows], tree=every)
     notes = notes_on_accuracy(labels, "probe/accuracy", "knn/accuracy")

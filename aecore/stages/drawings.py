@@ -82,6 +82,7 @@ def _draw_generated(pen: Pen, stack: Stack, x: Tensor) -> None:
     draw("samples", generation.samples(stack, 100), 10, "Drawn from the prior")
     title = "One code at a time from -3 to 3, the most active first"
     draw("traversals", generation.traversals(stack, x), steps, title)
-    draw("interpolation", generation.interpolation(stack, x), steps, "From one test row's code to another's")
+    if len(x) > 1:
+        draw("interpolation", generation.interpolation(stack, x), steps, "From one test row's code to another's")
     if prod(stack.code_shape) == 2:
         draw("manifold", generation.manifold(stack), 10, "The plane of codes, at quantiles of the prior")

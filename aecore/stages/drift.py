@@ -60,8 +60,8 @@ def _measure_new_rows(
     spec: DriftSpec, context: Context, data: Arrays | Stream, model: Model, seen: np.ndarray
 ) -> Weights:
     """Measure the test rows whose ids are not among `seen`, at most the first 20,000, or fewer of very many features.
-    Return by name `code` (rows,
-    units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,); nothing if no row is new."""
+    Return by name `code` (rows, units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,);
+    nothing if no row is new."""
     parts: list[Weights] = []
     rows, most = 0, min(_MOST_ROWS, max(_FEWEST_ROWS, _MOST_VALUES // prod(rows_in_memory(data).test.x.shape[1:])))
     for part in all_test_rows(data, context):
