@@ -27,7 +27,7 @@ from aecore.stages.measure import measure
 from aecore.variants import Plain, Variational
 from pipelines.reporting.report import About
 from pipelines.reporting.report import write as write_report
-from pipelines.study.plan import plan_trials
+from pipelines.study.plan import plan_trials, warn_of_labels
 from pipelines.study.schema import Labels, Study
 from tests.here import run_here
 from tests.test_report import text, trial
@@ -301,7 +301,8 @@ def test_a_study_of_a_rare_class_is_measured(tmp_path: Path, tracker: Any) -> No
     data = rare(tmp_path, 400, 4)
     facts = inspect(data)
     with pytest.warns(UserWarning, match="labels.counts: 1 labelled rows cannot hold each of the 2 classes; left out"):
-        plans = plan_trials(study_of(data), facts, Numerics())
+        warn_of_labels(study_of(data), facts)
+    plans = plan_trials(study_of(data), facts, Numerics())
     split = load(data, facts)
     assert [np.bincount(one.y)[1] for one in split[:3] if one.y is not None] == [2, 1, 1]
     parent = tracker.client.create_run(tracker.experiment_id).info.run_id

@@ -107,6 +107,17 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
     return list(plans.values())
 
 
+def warn_of_labels(study: Study, facts: Facts) -> None:
+    """Warn of numbers of labelled rows that are left out, since they cannot hold a row of each class."""
+    small = [count for count in study.labels.counts if facts.can_classify and count < len(facts.classes)]
+    if small:
+        warnings.warn(
+            f"labels.counts: {', '.join(map(str, small))} labelled rows cannot hold each of the {len(facts.classes)} "
+            "classes; left out",
+            stacklevel=2,
+        )
+
+
 def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
     """Return the settings to try in a study row: all combinations of a grid, or random draws, the same at each call.
 
@@ -329,19 +340,9 @@ def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Fact
 
 
 def _label_counts(study: Study, facts: Facts, rows: int) -> list[int]:
-    """Return the numbers of labelled rows, below half of all `rows`, that can hold a row of each class; warn of those
-    that cannot."""
-    if not facts.can_classify:
-        return []
-    classes = len(facts.classes)
-    small = [count for count in study.labels.counts if count < min(classes, 0.5 * rows)]
-    if small:
-        warnings.warn(
-            f"labels.counts: {', '.join(map(str, small))} labelled rows cannot hold each of the {classes} classes; "
-            "left out",
-            stacklevel=2,
-        )
-    return [count for count in study.labels.counts if classes <= count < 0.5 * rows]
+    """Return the numbers of labelled rows, below half of all `rows`, that can hold a row of each class."""
+    least = len(facts.classes)
+    return [count for count in study.labels.counts if least <= count < 0.5 * rows] if facts.can_classify else []
 
 
 def _classifier_spec(
