@@ -24,7 +24,7 @@ from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
-from pipelines.study.plan import plan_trials
+from pipelines.study.plan import plan_trials, warn_of_labels
 from pipelines.study.preview import preview
 from pipelines.study.results import read
 from pipelines.study.run import Ended, run
@@ -70,6 +70,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     if settings.resources.workers > 1:
         raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
     facts = inspect(study.base.data)
+    warn_of_labels(study, facts)
     plan_trials(study, facts, settings.resources.numerics)  # a row that does not fit the data ends the job here
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
     # a study that gets another seed or study row stays the same study, and so the same MLflow run
@@ -110,6 +111,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.client.set_terminated(run_id, "FAILED")
     if settings.figures:
         say(f"wrote {settings.figures / 'report.html'}")
+    for note in report.notes:
+        say(f"warning: {note}")
     _print_table(report)
     _say_failures(ended.trials)
     seconds = time.monotonic() - began

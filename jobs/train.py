@@ -18,6 +18,7 @@ from aecore.data.dataset import describe, inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
+from pipelines.execution.journal import NOTES, noted
 from pipelines.execution.store import open_store
 from pipelines.graph.recipe import Stacked, build
 from pipelines.host.messages import say
@@ -80,7 +81,9 @@ def train(settings: Train) -> dict[str, Any] | None:
         tracker.log_data(run_id, experiment.data.name, facts, about)
         outcomes = compute(stages, tracker, run_id, settings.resources, say)
         metrics = _job_metrics(graph, outcomes)
-        tracker.log_summary(run_id, metrics, {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()})
+        notes = noted(outcomes["evaluate"].run_id, tracker)
+        runs = {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()}
+        tracker.log_summary(run_id, metrics, runs | notes)
         version = None
         if settings.register_as:
             model_uri = tracker.models.logged_by(outcomes["finetune"].run_id)
@@ -88,7 +91,7 @@ def train(settings: Train) -> dict[str, Any] | None:
     if settings.figures:
         for path in tracker.save_figures(outcomes["evaluate"].run_id, settings.figures):
             say(f"wrote {path}")
-    _print_tables(outcomes, metrics)
+    _print_tables(outcomes, metrics, notes.get(NOTES, ""))
     restored = sum(outcome.restored for outcome in outcomes.values())
     return {
         "status": "finished",
@@ -128,7 +131,7 @@ def _job_metrics(graph: Stacked, outcomes: dict[str, Outcome]) -> dict[str, floa
     return metrics
 
 
-def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float]) -> None:
+def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float], notes: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -150,6 +153,8 @@ def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float]) -> No
             text += f"  (95 % interval {metrics[name + '_low']:.2%} to {metrics[name + '_high']:.2%})"
         table.add_row(name, text)
     console.print(table)
+    if notes:
+        console.print(notes, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ class Finetune(Fit):
 
     task: Literal["auto", Task] = "auto"
     """What the stack is finetuned for: classify puts a softmax head on the code, reconstruct trains the unrolled
-    autoencoder with the variant's loss. auto classifies if the data have labels."""
+    autoencoder with the variant's loss. auto classifies if the training rows have labels of two classes or more."""
 
 
 class Experiment(Frozen):

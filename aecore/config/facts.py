@@ -38,6 +38,14 @@ class Facts(Frozen):
     """Names of the classes; empty for data without labels."""
     rows: int
     """Number of rows of all splits together."""
+    trained_classes: Annotated[int | None, Unhashed()] = None
+    """Number of classes that the training rows have; None without labels, or where it is not known before a worker
+    reads the rows. It follows from the data and how they are split, which are hashed."""
+
+    @property
+    def can_classify(self) -> bool:
+        """Whether the training rows have two classes or more, as far as is known."""
+        return bool(self.classes) and self.trained_classes != 1
 
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()
     """The columns of a table, which the digest covers."""

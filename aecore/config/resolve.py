@@ -1,5 +1,6 @@
 """The choices that each `auto` of an experiment stands for with the data at hand, and the layers of the network."""
 
+import warnings
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -69,9 +70,20 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
     )
     finetune = experiment.finetune
     if finetune is not None and finetune.task == "auto":
-        finetune = finetune.model_copy(update={"task": "classify" if facts.classes else "reconstruct"})
+        if facts.classes and not facts.can_classify:
+            warnings.warn(
+                "finetune.task: all training rows are of one class, so that there is nothing to classify; auto takes "
+                "reconstruct",
+                stacklevel=2,
+            )
+        finetune = finetune.model_copy(update={"task": "classify" if facts.can_classify else "reconstruct"})
     if finetune is not None and finetune.task == "classify" and not facts.classes:
         raise InputError("finetune.task: classify needs labels, but the data have none; use reconstruct")
+    if finetune is not None and finetune.task == "classify" and not facts.can_classify:
+        raise InputError(
+            "finetune.task: classify needs training rows of two classes or more, but all are of one; use reconstruct, "
+            "or put rows of another class into training"
+        )
     return experiment.model_copy(update={"data": data, "finetune": finetune})
 
 

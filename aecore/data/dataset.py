@@ -15,7 +15,7 @@ from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
 from aecore.core.types import describe_shape
 from aecore.data import named, parquet
-from aecore.data.splits import Arrays, Rows, Split, content_hashes, split_rows
+from aecore.data.splits import Arrays, Rows, Split, content_hashes, missing_classes, split_rows
 
 _SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
 """The reciprocal of a smaller standard deviation is infinite in float32."""
@@ -24,7 +24,8 @@ _SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
 def inspect(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows of a data set, after checking its values and its splits.
 
-    A named set is downloaded first where that is needed. A warning says how many test rows equal training rows.
+    A named set is downloaded first where that is needed. Warnings say how many test rows equal training rows, and which
+    classes a split lacks.
 
     Args:
         like: the columns that a model was trained on: a table's columns are matched to them by name.
@@ -47,14 +48,19 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
         marks = named.split_marks(data)
         if data.split == "content":
             return facts  # the split depends on the values, which only `load` reads
-    train, _, test = split_rows(data, facts, facts.rows, labels, marks, hashes)
+    train, validation, test = split_rows(data, facts, facts.rows, labels, marks, hashes)
     if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
         warnings.warn(
             f"data.path: {copies} of the {len(test)} test rows are equal to training rows, so the test also rewards "
             "memorising them; remove the copies",
             stacklevel=2,
         )
-    return facts
+    if labels is None or not facts.classes:
+        return facts
+    missing = missing_classes(facts.classes, *(labels[rows] for rows in (train, validation, test)))
+    if missing:
+        warnings.warn(f"data: {missing}; accuracies say nothing of a class that a split lacks", stacklevel=2)
+    return facts.model_copy(update={"trained_classes": len(np.unique(labels[train]))})
 
 
 def identify(data: Data, like: TableColumns | None = None) -> Facts:

@@ -1,7 +1,7 @@
 """Rows of a data set, and how they are divided into training, validation and test."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
-from aecore.core.errors import InputError
+from aecore.core.errors import InputError, join_names
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 0
@@ -107,20 +107,25 @@ def _draw_splits(
     if not len(validation):
         train, validation = split_off(train, labels, data.validation, "data.validation")
     if data.limit is not None and data.limit < len(train):
-        _, train = split_off(train, labels, data.limit, "data.limit")
+        _, train = split_off(train, labels, data.limit, "data.limit", subset=True)
     return train, validation, test
 
 
 def split_off(
-    rows: np.ndarray, labels: np.ndarray | None, size: float, field: str, seed: int = _SPLIT_SEED
+    rows: np.ndarray, labels: np.ndarray | None, size: float, field: str, seed: int = _SPLIT_SEED, subset: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw some of the rows at random, each class in proportion to its share.
+
+    A class that would be missing from one of the two parts gets a row there in exchange for one of the most frequent
+    class, as long as the part has room for all classes. A class of one row can only be in one of them.
 
     Args:
         rows: row numbers, (rows,).
         labels: class numbers, indexed by row number; None draws regardless of classes.
         size: how many rows to draw: a share if below 1, else a number.
         field: config field that sets the size, for the error message.
+        subset: the rows that are not drawn are not used, so that only the drawn ones need each class, also a class of
+            one row.
 
     Returns:
         The row numbers that remain and those that were drawn, both in ascending order.
@@ -140,7 +145,31 @@ def split_off(
         places = np.empty(len(rows))
         places[by_class] = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes if size])
         order = order[np.argsort(places, kind="stable")]
+        drawn = np.arange(len(order)) < count
+        sizes_of_rows = sizes[labels[order]]
+        _complete(drawn, labels[order], sizes_of_rows >= (1 if subset else 2))
+        if not subset:
+            _complete(drawn[::-1], labels[order][::-1], sizes_of_rows[::-1] >= 2, False)
+        return np.sort(order[~drawn]), np.sort(order[drawn])
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _complete(drawn: np.ndarray, labels: np.ndarray, shared: np.ndarray, side: bool = True) -> None:
+    """Give each class a row where `drawn` is `side`, by exchanges with the class that has the most rows there.
+
+    Args:
+        drawn: (rows,) the part of each row, in the order in which rows are drawn; changed in place.
+        labels: (rows,) class numbers.
+        shared: (rows,) whether the row's class is to have a row there.
+    """
+    counts = np.bincount(labels[drawn == side], minlength=labels.max() + 1)
+    for label in np.unique(labels[shared & (drawn != side)]):
+        if counts[label] or (most := counts.argmax()) == label or counts[most] < 2:
+            continue
+        given = np.flatnonzero((labels == most) & (drawn == side))[-1]
+        taken = np.flatnonzero((labels == label) & (drawn != side))[0]
+        drawn[given], drawn[taken] = not side, side
+        counts[label], counts[most] = 1, counts[most] - 1
 
 
 def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
@@ -205,6 +234,17 @@ def check_not_empty(counts: Iterable[int]) -> None:
     for split, count in zip(SPLITS, counts, strict=True):
         if not count:
             raise InputError(f"data: no row is left for {split}; choose other sizes, or mark some rows {split}")
+
+
+def missing_classes(classes: Sequence[str], train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> str:
+    """Say in words which classes each of `SPLITS` lacks, from the class numbers of its rows; empty if it lacks none."""
+    parts = []
+    for split, labels in zip(SPLITS, (train, validation, test), strict=True):
+        present = {*labels.tolist()}
+        names = [name for number, name in enumerate(classes) if number not in present]
+        if names:
+            parts.append(f"no {'training' if split == 'train' else split} row is of class {join_names(names, 4)}")
+    return ", ".join(parts)
 
 
 def content_hashes(x: np.ndarray) -> np.ndarray:

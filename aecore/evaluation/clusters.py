@@ -3,8 +3,26 @@
 import numpy as np
 
 from aecore.evaluation.probes import Labelled, confusion
+from aecore.evaluation.sampling import first_rows
+from aecore.evaluation.scoring import BySplit
 
 _FITTED_ROWS = 20_000
+CLUSTER_MEASURES = ("cluster/nmi", "cluster/ari", "cluster/accuracy")
+"""The names under which a study knows what `cluster_agreement` returns."""
+
+
+def not_clustered(labels: BySplit, count: int) -> str:
+    """Say in words why `count` clusters cannot be compared with the classes; empty if they can."""
+    if (labels.test == labels.test[0]).all():
+        return "all test rows are of one class"
+    rows = min(len(labels.train), _FITTED_ROWS)
+    return f"{rows:,} training rows cannot form {count:,} clusters" if rows < count else ""
+
+
+def fitted_rows(labels: np.ndarray) -> np.ndarray:
+    """Return the numbers of the training rows to whose codes clusters are fitted: the first 20,000, if each class is
+    among them. Only this is what the class numbers `labels` (rows,) are used for."""
+    return first_rows(labels, len(labels), _FITTED_ROWS)
 
 
 def cluster_agreement(train: np.ndarray, test: Labelled, count: int) -> dict[str, float]:

@@ -16,6 +16,8 @@ from aecore.models.storage import Weights
 COLUMNS = ("quantity", "class", "test", "rows", "reference_rows", "shift", "effect", "p", "p_holm", "drifted")
 Comparison = dict[str, Any]
 """One line of the table of tests, by `COLUMNS`."""
+LISTED = 10_000
+"""The most lines of the table that are kept; drift and the largest effects come first."""
 _FEWEST, _UNKNOWN = 3, 0.01
 """A class is tested from `_FEWEST` rows on. Unknown classes are drift from as many rows and this share on."""
 
@@ -32,6 +34,8 @@ def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshol
     between two normal distributions that far apart; for classes, the total variation distance. The shift tells the
     direction: Cliff's (1993) delta of errors and codes, positive where the new values are larger, or the difference of
     means in standard deviations.
+
+    A quantity is left out if there are too few rows to test it: two for a mean, three for the errors of a class.
 
     Args:
         new: `code` (rows, units) and `x` (rows, features) and, where there are any, `error` (rows,) and the class names
@@ -75,11 +79,11 @@ def title(row: Comparison) -> str:
 
 
 def as_csv(table: Sequence[Comparison]) -> str:
-    """Write the table as CSV."""
+    """Write the first 10,000 lines of the table as CSV."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows(table[:LISTED])
     return buffer.getvalue()
 
 
@@ -90,9 +94,11 @@ def _comparison(names: tuple[str, str, str], sizes: tuple[int, int], *numbers: f
 
 
 def _distributions(quantity: str, old: np.ndarray, new: np.ndarray, group: str = "all") -> Comparison:
-    tested = stats.ks_2samp(old, new, method="asymp")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tested = stats.ks_2samp(old, new, method="asymp")
+    p = tested.pvalue if np.isfinite(tested.pvalue) else 1.0  # of one row and another
     names, sizes = (quantity, group, "Kolmogorov-Smirnov"), (len(new), len(old))
-    return _comparison(names, sizes, cliffs_delta(new, old), tested.statistic, tested.pvalue)
+    return _comparison(names, sizes, cliffs_delta(new, old), tested.statistic, p)
 
 
 def _errors(
@@ -117,7 +123,7 @@ def _codes(new: Weights, reference: Weights) -> Iterator[Comparison]:
 def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
     """Compare each feature's mean by Welch's test; of the reference's features only means and spreads are known."""
     x, count = new["x"], len(reference["reference.code"])
-    if len(x) < 2:
+    if min(len(x), count) < 2:
         return
     old_mean, old_std = (reference[f"reference.{name}"].astype(np.float64) for name in ("mean", "std"))
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)

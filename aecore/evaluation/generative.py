@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aecore.core.notes import Notes, left_out, sampled
 from aecore.data.splits import Arrays
+from aecore.evaluation.sampling import sample_rows
 from aecore.evaluation.scoring import as_trained, fixed_noise, over_batches, over_prepared, precision_of, to_numpy
 from aecore.models import generation
 from aecore.models.prepare import Prepare
@@ -14,11 +16,14 @@ from aecore.models.storage import Result
 from aecore.variants import Variational
 
 _SAMPLES = 2000
+_WEIGHTED_ROWS = 20_000
+"""Most test rows whose importance-weighted bound is estimated: each is decoded 200 times."""
 
 
-def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor) -> dict[str, float]:
+def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor, notes: Notes) -> dict[str, float]:
     """Return the evidence lower bound of the preprocessed test rows `x` and its two parts in nats, and the number of
-    active units. Rows with a Bernoulli likelihood also get the importance-weighted bound, of binarised rows."""
+    active units. Rows with a Bernoulli likelihood also get the importance-weighted bound, of binarised rows; of very
+    many rows a sample is used, which is added to `notes`."""
     with fixed_noise(x.device), torch.no_grad():
         binary = torch.bernoulli(x) if stack.likelihood == "bernoulli" else x
         bound = generation.bound(stack, binary if variant.binarize else x)
@@ -26,10 +31,16 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor) -> dict[str
             "vae/bound": -sum(bound.values()),
             "vae/reconstruction": bound["reconstruction"],
             "vae/kl": bound["kl"],
-            "vae/active_units": generation.active_units(stack, x),
         }
+        if len(x) > 1:
+            metrics["vae/active_units"] = generation.active_units(stack, x)
+        else:
+            notes |= left_out("there is one test row", "vae/active_units")
         if stack.likelihood == "bernoulli":
-            metrics["vae/iw_bound"] = generation.importance_weighted(stack, binary)
+            rows = sample_rows(len(x), _WEIGHTED_ROWS)
+            weighted = binary if len(rows) == len(x) else binary[torch.from_numpy(rows).to(x.device)]
+            metrics["vae/iw_bound"] = generation.importance_weighted(stack, weighted)
+            notes |= sampled(len(rows), len(x), "test", "vae/iw_bound")
     return metrics
 
 
@@ -43,10 +54,12 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sample_distance(
-    stack: Stack, judge: Result, prepare: Prepare, data: Arrays, device: torch.device
-) -> dict[str, float]:
+    stack: Stack, judge: Result, prepare: Prepare, data: Arrays, notes: Notes
+) -> dict[str, float]:  # fmt: skip
     """Return the Fréchet distance of samples from test rows in the code of `judge`, a classifier of the data, and as
-    its floor the distance of training rows from test rows."""
+    its floor the distance of training rows from test rows. One row has no covariance: then both are left out, which is
+    added to `notes`."""
+    device = prepare.shift.device
     classifier = build_classifier(judge).to(device).eval()
 
     def features(rows: Tensor) -> np.ndarray:
@@ -54,6 +67,9 @@ def sample_distance(
             return to_numpy(over_prepared(lambda part: classifier.encode(part).flatten(1).float(), rows, stack))
 
     count = min(_SAMPLES, len(data.test.x), len(data.train.x))
+    if count < 2:
+        notes |= left_out("there is one test row", "sample/frechet", "sample/frechet_floor")
+        return {}
     test, train = (over_batches(prepare, split.x[:count], device) for split in (data.test, data.train))
     samples = generation.samples(stack, count)
     return {

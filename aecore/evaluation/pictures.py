@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aecore.core.types import Noise
+from aecore.evaluation.sampling import first_rows
 from aecore.evaluation.scoring import fixed_noise, to_numpy
 from aecore.models import generation
 from aecore.models.corruption import corrupt
@@ -15,7 +16,7 @@ from aecore.models.stack import Stack
 SHOWN_ROWS = 12
 """Test rows that are shown as pictures, always the first ones."""
 MAPPED_ROWS = 1000
-"""Test rows whose codes are shown in a plane, always the first ones."""
+"""Test rows whose codes are shown in a plane, always the same; see `first_rows`."""
 RESTORED: tuple[Noise, float] = ("gaussian", 0.3)
 """The corruption of the pictures that set all variants side by side."""
 
@@ -29,7 +30,7 @@ def study_arrays(
         x, codes, y: the preprocessed test rows, their codes (rows, units) and their class numbers.
         sampled: whether the model is variational, so that images can be drawn from its prior.
     """
-    shown = x[:SHOWN_ROWS]
+    shown, mapped = x[:SHOWN_ROWS], first_rows(y, len(codes), MAPPED_ROWS)
     with fixed_noise(x.device):
         corrupted = corrupt(shown[: SHOWN_ROWS // 2], *RESTORED)
     with torch.no_grad():
@@ -40,10 +41,10 @@ def study_arrays(
             "restored": to_numpy(stack.reconstruct(corrupted)),
             "codes": codes[:64, :256],
             # not yet in a plane, since mapping takes seconds and a report shows only one seed per study row
-            "map": codes[:MAPPED_ROWS],
+            "map": codes[mapped],
         }
         if y is not None:
-            arrays["map_labels"] = y[:MAPPED_ROWS]
+            arrays["map_labels"] = y[mapped]
         first = stack.first
         if first.spec.kind == "dense":
             weight = first.encoder.affine.weight[:16]

@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from aecore.core.notes import describe
+
 REFERENCES: tuple[Literal["pca", "random"], ...] = ("pca", "random")
 """The study rows that every study contains besides its variants: PCA, and the base's network with random weights."""
 
@@ -51,6 +53,11 @@ class Trial(NamedTuple):
     def name(self) -> str:
         """The trial's name in messages and in the report."""
         return trial_name(self.row, self.settings, self.seed)
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes on the trial's measures, as lines: which are left out or were taken on a sample, and why."""
+        return describe(self.curves.get("notes", {}))
 
 
 class Dropped(NamedTuple):

@@ -39,7 +39,7 @@ def traversals(stack: Stack, x: Tensor) -> Float[Tensor, "count ..."]:
     moves from -3 to 3; the units are those that vary most over the first 1,000 rows, at most eight."""
     with torch.no_grad():
         codes = stack.encode(x[:1000])
-        order = codes.flatten(1).var(0).argsort(descending=True)[:_WALKS]
+        order = codes.flatten(1).var(0, correction=min(1, len(codes) - 1)).argsort(descending=True)[:_WALKS]
         walk = codes[:1].flatten(1).repeat(len(order) * STEPS, 1)
         steps = torch.linspace(-3, 3, STEPS, device=walk.device)
         for n, unit in enumerate(order):

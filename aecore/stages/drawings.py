@@ -14,12 +14,16 @@ from aecore.data.splits import Arrays
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.figures.look import plane
 from aecore.evaluation.pictures import MAPPED_ROWS, SHOWN_ROWS
+from aecore.evaluation.sampling import first_rows
 from aecore.evaluation.scoring import BySplit, fixed_noise, to_numpy
 from aecore.evaluation.threads import Threads
 from aecore.models import generation
 from aecore.models.corruption import corrupt
 from aecore.models.stack import Stack
 from aecore.variants import Denoising, Sparse, Variational
+
+_DRAWN_ROWS = 100_000
+"""Most training rows that are drawn in the plane of a code of two units."""
 
 
 class Pen:
@@ -39,14 +43,15 @@ class Pen:
 
 
 def map_codes(threads: Threads, codes: BySplit, data: Arrays, classes: Sequence[str]) -> Callable[[], bytes]:
-    """Start to put the codes of test rows into a plane, or of all training rows if the code has two units and needs no
-    map; return the function that waits for it and draws the figure."""
+    """Start to put the codes of test rows into a plane, or of training rows if the code has two units and needs no map;
+    return the function that waits for it and draws the figure."""
     units = codes.train.shape[1]
-    shown, y, split = codes.test[:MAPPED_ROWS], data.test.y, "test"
+    shown, y, most, split = codes.test, data.test.y, MAPPED_ROWS, "test"
     if units == 2:
-        shown, y, split = codes.train, data.train.y, "training"
-    points = threads.start(plane, shown)
-    return lambda: figures.codes_map(points(), units, y, classes, split)
+        shown, y, most, split = codes.train, data.train.y, _DRAWN_ROWS, "training"
+    rows = first_rows(y, len(shown), most)
+    points = threads.start(plane, shown[rows])
+    return lambda: figures.codes_map(points(), units, None if y is None else y[rows], classes, split)
 
 
 def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:
@@ -77,6 +82,7 @@ def _draw_generated(pen: Pen, stack: Stack, x: Tensor) -> None:
     draw("samples", generation.samples(stack, 100), 10, "Drawn from the prior")
     title = "One code at a time from -3 to 3, the most active first"
     draw("traversals", generation.traversals(stack, x), steps, title)
-    draw("interpolation", generation.interpolation(stack, x), steps, "From one test row's code to another's")
+    if len(x) > 1:
+        draw("interpolation", generation.interpolation(stack, x), steps, "From one test row's code to another's")
     if prod(stack.code_shape) == 2:
         draw("manifold", generation.manifold(stack), 10, "The plane of codes, at quantiles of the prior")

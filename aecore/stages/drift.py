@@ -1,18 +1,22 @@
 """Whether new test rows are like those that the champion was trained on."""
 
+from math import prod
+
 import numpy as np
 
 from aecore.config.specs import DriftSpec
 from aecore.data.splits import Arrays, content_hashes
 from aecore.data.stream import Stream
-from aecore.evaluation.drift import as_csv, drift_table, summary, title
+from aecore.evaluation.drift import LISTED, as_csv, drift_table, summary, title
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.scoring import over_batches
 from aecore.models.storage import Result, Weights
 from aecore.serving.model import Model
-from aecore.stages.context import Context, all_test_rows
+from aecore.stages.context import Context, all_test_rows, rows_in_memory
 
-_MOST_ROWS = 20_000
+_MOST_ROWS, _FEWEST_ROWS, _MOST_VALUES = 20_000, 500, 2**26
+"""Most new rows that are compared, how many are whatever their width, and the most values that more than these may
+have, which take 256 MB."""
 
 
 def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion: Result, earlier: Result) -> Result:
@@ -45,19 +49,23 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
     errors = (champion.weights["reference.error"], new["error"]) if "error" in new else None
     effects = [(title(row), row["effect"], row["drifted"]) for row in table]
     picture = figures.drift(errors, effects, spec.threshold)
-    config = {"table": as_csv(table), "words": summary(drifted, rows), "drifted": bool(drifted)}
+    words = summary(drifted, rows)
+    if len(table) > LISTED:
+        words += f"; the table lists {LISTED:,} of {len(table):,} comparisons, those with drift and the largest effects"
+    config = {"table": as_csv(table), "words": words, "drifted": bool(drifted)}
     return Result(config, {}, metrics, {"drift": picture})
 
 
 def _measure_new_rows(
     spec: DriftSpec, context: Context, data: Arrays | Stream, model: Model, seen: np.ndarray
 ) -> Weights:
-    """Measure the test rows whose ids are not among `seen`, at most the first 20,000. Return by name `code` (rows,
-    units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,); nothing if no row is new."""
+    """Measure the test rows whose ids are not among `seen`, at most the first 20,000, or fewer of very many features.
+    Return by name `code` (rows, units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,);
+    nothing if no row is new."""
     parts: list[Weights] = []
-    rows = 0
+    rows, most = 0, min(_MOST_ROWS, max(_FEWEST_ROWS, _MOST_VALUES // prod(rows_in_memory(data).test.x.shape[1:])))
     for part in all_test_rows(data, context):
-        fresh = np.flatnonzero(~np.isin(content_hashes(part.x), seen))[: _MOST_ROWS - rows]
+        fresh = np.flatnonzero(~np.isin(content_hashes(part.x), seen))[: most - rows]
         if not len(fresh):
             continue
         rows += len(fresh)

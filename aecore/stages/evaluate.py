@@ -2,20 +2,28 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from aecore.config.specs import EvaluateSpec
+from aecore.core.notes import Notes
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.generative import likelihood_bounds
 from aecore.evaluation.pictures import SHOWN_ROWS
-from aecore.evaluation.probes import PROBE_MODULES, accuracy_metrics, confusion, labels_of, linear_probe, nearest
+from aecore.evaluation.probes import (
+    PROBE_MODULES,
+    accuracy_metrics,
+    confusion,
+    labels_of,
+    notes_on_accuracy,
+    read_out,
+)
 from aecore.evaluation.reconstruction import reconstruction_mse
 from aecore.evaluation.scoring import (
-    BySplit,
     build_trained,
     classify,
     encode_splits,
@@ -45,7 +53,12 @@ def evaluate(
     Codes, reconstructions and units are those of the unsupervised model: the unrolled autoencoder where it was
     finetuned to reconstruct, else the pretrained layers, since a classifier has no decoder. Accuracy and reconstruction
     error count all test rows; of a streamed set, everything else is measured on the sample in memory.
+
+    Returns:
+        A result with metrics and figures; in `config` `notes` on measures that are left out or taken on a sample, if
+        there are any.
     """
+    notes = Notes()
     modules = ("sklearn.manifold", *PROBE_MODULES) if spec.pictures else ()
     with side_by_side(*modules) as threads, ThreadPoolExecutor(1) as thread:
         pen = Pen(thread)
@@ -57,13 +70,15 @@ def evaluate(
         if finetuned is not None and spec.task == "classify":
             table = _confusion(spec, context, data, finetuned)
             metrics |= accuracy_metrics(table)
+            if not isinstance(data, Stream) and (labels := labels_of(data)):
+                notes |= notes_on_accuracy(labels, "test/accuracy", "test/error")
             if spec.pictures:
                 pen.draw("confusion", figures.confusion, table, spec.classes)
         whole = finetuned if spec.task == "reconstruct" else None
         if whole or layers:
             stack = build_trained(whole, layers, context.device)
-            metrics |= _evaluate_autoencoder(spec, context, data, stack, pen, threads)
-        return Result({}, {}, metrics, pen.figures())
+            metrics |= _evaluate_autoencoder(spec, context, data, stack, _Tools(pen, threads, notes))
+        return Result({"notes": notes} if notes else {}, {}, metrics, pen.figures())
 
 
 def _confusion(spec: EvaluateSpec, context: Context, data: Arrays | Stream, finetuned: Result) -> np.ndarray:
@@ -76,10 +91,19 @@ def _confusion(spec: EvaluateSpec, context: Context, data: Arrays | Stream, fine
     return table
 
 
+class _Tools(NamedTuple):
+    """What draws, what computes beside, and the notes to add to."""
+
+    pen: Pen
+    threads: Threads
+    notes: Notes
+
+
 def _evaluate_autoencoder(
-    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: Stack, pen: Pen, threads: Threads
+    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: Stack, tools: _Tools
 ) -> dict[str, float]:
     """Score the unsupervised model and, where pictures are wanted, draw it and read classes out of its codes."""
+    pen, threads, notes = tools
     sample, prepare = rows_in_memory(data), preprocessing(data, context.device)
     x = over_batches(prepare, sample.test.x, context.device)
     mse, reconstruction = _reconstruct(stack, x)
@@ -94,10 +118,18 @@ def _evaluate_autoencoder(
     pen.draw("units", figures.units, unit_images(stack, prepare, sample.train.x[:_UNIT_ROWS], context.device))
     draw_variant(pen, spec, stack, x, codes.test)
     if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
-        metrics |= likelihood_bounds(stack, spec.variant, x)
+        metrics |= likelihood_bounds(stack, spec.variant, x, notes)
     # threads start only now that torch, which has as many, has done its work
     pen.draw("codes", map_codes(threads, codes, sample, spec.classes))
-    return metrics | _readout(threads, codes, labels_of(sample))
+    labels = labels_of(sample)
+    if labels is None:
+        return metrics
+    probe, neighbours, noted = read_out(threads, codes, labels, spec.classes)
+    notes |= noted
+    if probe is not None and neighbours is not None:
+        metrics["probe/accuracy"] = probe.accuracy((codes.test, labels.test))
+        metrics["knn/accuracy"] = float(neighbours().mean())
+    return metrics
 
 
 def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:
@@ -117,16 +149,3 @@ def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, context: Context
             total += reconstruction_mse(x, over_prepared(stack.reconstruct, x, stack)) * x.numel()
             values += x.numel()
     return total / values
-
-
-def _readout(threads: Threads, codes: BySplit, labels: BySplit | None) -> dict[str, float]:
-    """Return the test accuracy of a linear probe and of nearest neighbours on the codes, where there are labels."""
-    if labels is None:
-        return {}
-    train = codes.train, labels.train
-    probe = linear_probe(threads, train, (codes.validation, labels.validation))
-    neighbours = nearest(threads, train, codes.test)
-    return {
-        "probe/accuracy": probe.accuracy((codes.test, labels.test)),
-        "knn/accuracy": float((neighbours() == labels.test).mean()),
-    }

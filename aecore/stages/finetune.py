@@ -10,8 +10,9 @@ import torch
 from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
 from aecore.core.types import Precision
-from aecore.data.splits import Arrays, Split, split_off
+from aecore.data.splits import Arrays, Split
 from aecore.data.stream import Stream
+from aecore.evaluation.probes import few_rows
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import TrainedStack, as_trained, over_batches
 from aecore.models.classifier import Classifier
@@ -160,6 +161,6 @@ def few_labels(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
     validation, as many labels do.
     """
     x, y = data.train
-    rows = split_off(np.arange(len(x)), y, count, "labels", seed)[1] if count < len(x) else np.arange(len(x))
+    rows = few_rows(y, count, seed) if y is not None and count < len(x) else np.arange(len(x))
     rows = np.tile(rows, max(1, 20 * batch_size // len(rows)))
     return data._replace(train=Split(x[rows], None if y is None else y[rows]))

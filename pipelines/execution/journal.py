@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from aecore.core.errors import OutageError, TakenOverError
 from aecore.core.imports import fast_imports
+from aecore.core.notes import describe
 from aecore.models.storage import Result
 from pipelines.execution.assignment import Assignment
 from pipelines.graph.stage import Stage
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
     from pipelines.store.stage_run import StageRun
 
+NOTES = "notes"
+"""Tag of a run: which measures are left out or were taken on a sample, and why; see `aecore.core.notes`."""
+_MOST_CHARACTERS = 4000
+"""Length of the notes in a tag, of which MLflow takes 5,000 characters."""
 _LOG_SECONDS, _SAY_SECONDS = 2.0, 1.0
 """Time between two logs to MLflow, and between two lines on stderr."""
 STUDY_LOG_SECONDS = 30.0
@@ -179,6 +184,9 @@ class Journal:
             if self._run is not None and not self._tracker.find(self.stage.key):
                 self._run = self._run.waiting_like(self._tracker)
                 self._log_points()
+                if notes := notes_of(result):
+                    self._tracker.log_summary(self._run.run_id, {}, {NOTES: notes})
+                    say(f"warning: {self.stage.name}: {notes}")
                 self._run.commit(result, served)
         except OutageError as error:
             place = f", and is kept in {checkpoints.place}" if checkpoints else ""
@@ -199,6 +207,17 @@ class Journal:
                 self._run.fail(error)
         except Exception as outage:
             say(f"warning: {self.stage.name}: its failure is not in MLflow ({one_line(outage)})")
+
+
+def notes_of(result: Result) -> str:
+    """Return the notes on the measures of a result in one line; empty if there are none."""
+    return "; ".join(describe(result.config.get("notes", {})))[:_MOST_CHARACTERS]
+
+
+def noted(run_id: str, tracker: "Tracker") -> dict[str, str]:
+    """Return the tag with the notes on the measures of a stage's run, for the run of its job; empty if it has none."""
+    tags = tracker.client.get_run(run_id).data.tags
+    return {NOTES: tags[NOTES]} if NOTES in tags else {}
 
 
 def node_tags() -> dict[str, str]:

@@ -13,7 +13,7 @@ from aecore.core.imports import fast_imports
 from aecore.models.storage import Result
 from pipelines.execution.assignment import Assignment, Opened, StoreAddress
 from pipelines.execution.compute import restore, stages_below, unless_lost
-from pipelines.execution.journal import STUDY_LOG_SECONDS, Computed, Point, node_tags
+from pipelines.execution.journal import NOTES, STUDY_LOG_SECONDS, Computed, Point, node_tags, notes_of
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line, say
 
@@ -119,6 +119,8 @@ class TrialJournal:
             return self._fail(outcome)
         try:
             self._keep()
+            if notes := notes_of(outcome):
+                self.tracker.log_summary(self._run.run_id, {}, {NOTES: notes})
             self._run.commit_trial(self.stage.key, outcome, self._all_points(), self.totals(), self.spent())
         except Exception as error:
             return self._fail(self._unpublished(error))

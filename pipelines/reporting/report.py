@@ -70,6 +70,8 @@ class Report(NamedTuple):
     """Which study row is best, in words, by measure."""
     means: dict[str, dict[str, float]]
     """Means over seeds of the chosen settings, by measure and study row."""
+    notes: list[str]
+    """Which measures are left out or were taken on a sample, and why."""
 
 
 def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Report:
@@ -93,10 +95,12 @@ def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Re
         figures = _draw(trials, shown, about)
         if png := codes.codes_maps(shown, maps.result(), about.classes):
             figures["codes_maps"] = png
+    notes = summary.describe_notes(compared)
     answer = summary.answer(summary.leading(comparisons, about.choose), compared)
     page = _render(
         about=about,
         answer=answer,
+        notes=notes,
         figures=[(CAPTIONS[name], name, b64encode(figures[name]).decode()) for name in CAPTIONS if name in figures],
         chosen={row: summary.describe_settings(values) for row, values in chosen.items() if values},
         **_compared(comparisons, compared, drawn, about.choose),
@@ -104,7 +108,7 @@ def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Re
     )
     files = _write_files(folder, page, figures, tables.results_table(trials), tables.pairs_table(comparisons))
     verdicts = {one.measure.name: one.words for one in comparisons if one.words}
-    return Report(files, answer.words(), verdicts, {one.measure.name: one.means for one in comparisons})
+    return Report(files, answer.words(), verdicts, {one.measure.name: one.means for one in comparisons}, notes)
 
 
 def _draw(trials: Sequence[Trial], compared: Sequence[Trial], about: About) -> dict[str, bytes]:
@@ -149,7 +153,7 @@ def _compared(
         "references": first.verdict.references if first and first.verdict else (),
         "seeds": summary.describe_seeds(compared),
         "worth": worth_of_pretraining(comparisons, drawn),
-        "tests": summary.describe_tests(len(rows)),
+        "tests": summary.describe_tests(len(rows), max((len(t.arrays.get("sse", ())) for t in compared), default=0)),
         "many": len(rows) > SHOWN_ROWS,
     }
 

@@ -85,4 +85,7 @@ def read_results(trials: Sequence[Trial], read: Read, drawn: Sequence[str]) -> l
 
 def _without_excess(trial: Trial, curves: bool, pictures: bool) -> Trial:
     arrays = {name: values for name, values in trial.arrays.items() if pictures or name in _POINTS}
-    return trial._replace(arrays=arrays) if curves else trial._replace(arrays=arrays, curves={}, history=())
+    if curves:
+        return trial._replace(arrays=arrays)
+    notes = {name: value for name, value in trial.curves.items() if name == "notes"}
+    return trial._replace(arrays=arrays, curves=notes, history=())

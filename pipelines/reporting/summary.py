@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aecore.evaluation.statistics import BOOTSTRAPPED_ROWS, resolution
+from aecore.evaluation.statistics import BOOTSTRAPPED_POINTS, BOOTSTRAPPED_ROWS, resolution
 from aecore.evaluation.trial import REFERENCES, Trial, study_status
 from aecore.evaluation.verdicts import listed
 from pipelines.reporting.measures import SHOWN_ROWS, Comparison
@@ -154,16 +154,39 @@ def describe_seeds(trials: Sequence[Trial]) -> str:
     return text
 
 
-def describe_tests(rows: int) -> str:
-    """Say which tests were made, and how."""
-    points = "a paired bootstrap over test rows, to which the spread over seeds is added as Student's t"
-    if rows > BOOTSTRAPPED_ROWS:
-        points = (
+def describe_notes(trials: Sequence[Trial]) -> list[str]:
+    """Return a line for each note on measures, such as why one is left out; the note names study rows that are fewer
+    than all."""
+    rows = list(dict.fromkeys(trial.row for trial in trials if trial.status == "finished"))
+    noted: dict[str, list[str]] = {}
+    for trial in trials:
+        for line in trial.notes:
+            noted.setdefault(line, []).append(trial.row)
+    lines = []
+    for line, owners in noted.items():
+        named = list(dict.fromkeys(owners))
+        lines.append(line if len(named) == len(rows) else f"{line} (rows: {listed(named)})")
+    return lines[:_LISTED]
+
+
+def describe_tests(rows: int, points: int = 0) -> str:
+    """Say which tests were made, and how.
+
+    Args:
+        rows: number of study rows.
+        points: number of test rows.
+    """
+    how = "a paired bootstrap over test rows, to which the spread over seeds is added as Student's t"
+    if rows > BOOTSTRAPPED_ROWS or points > BOOTSTRAPPED_POINTS:
+        many = f"{BOOTSTRAPPED_ROWS} rows are too many pairs"
+        if rows <= BOOTSTRAPPED_ROWS:
+            many = f"{BOOTSTRAPPED_POINTS:,} test rows are too many"
+        how = (
             "a t-test whose squared standard error is the sum of that over test rows and that over seeds, since more "
-            f"than {BOOTSTRAPPED_ROWS} rows are too many pairs for a bootstrap"
+            f"than {many} for a bootstrap"
         )
     return (
-        f"Every row was tested against every other. Measures with a value for each test row are compared by {points}; "
+        f"Every row was tested against every other. Measures with a value for each test row are compared by {how}; "
         "others by a t-test over seeds. The spread over seeds is pooled over all rows; where the pair's own is larger, "
         "that is taken. p is two-sided and corrected for all pairs of a measure (Holm 1979). A difference is said to "
         "hold where p is below 0.05."

@@ -17,6 +17,7 @@ from aecore.core.fingerprint import fingerprint
 from aecore.data.dataset import describe
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
+from pipelines.execution.journal import noted
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
 from pipelines.retraining import models
@@ -173,6 +174,8 @@ def _compute(firing: Firing, run_id: str, stages: list[Stage]) -> dict[str, Outc
     metrics = {name: value for stage in logged for name, value in outcomes[stage].metrics.items()}
     tags = {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()}
     tags |= {f"key.{stage.name}": stage.key for stage in stages}
+    if "evaluate" in outcomes:
+        tags |= noted(outcomes["evaluate"].run_id, tracker)
     known = tracker.client.get_run(run_id).data.tags
     for kind in ("computed", "restored"):
         count = sum(outcome.restored == (kind == "restored") for outcome in outcomes.values())

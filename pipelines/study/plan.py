@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -89,8 +90,9 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
         InputError: a study row or setting does not fit the data or the budget, or changes a field that does not exist;
             or settings are to be chosen by an accuracy, and the data have no labels.
     """
-    if study.choose != "reconstruction" and not facts.classes:
-        raise InputError(f"choose: {study.choose} needs labels, but the data have none; use reconstruction")
+    if study.choose != "reconstruction" and not facts.can_classify:
+        lack = "all training rows are of one class" if facts.classes else "the data have none"
+        raise InputError(f"choose: {study.choose} needs labels, but {lack}; use reconstruction")
     for row in study.searched_rows if study.search != "grid" else ():
         for settings in _most_demanding(study, row):
             plan_trial(study, row, settings, study.seeds[0], facts, numerics)
@@ -103,6 +105,17 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
                 if same.row != row and row not in REFERENCES:
                     raise InputError(f"variants.{row}: {plan.name} is the same as {same.name}; leave one of them out")
     return list(plans.values())
+
+
+def warn_of_labels(study: Study, facts: Facts) -> None:
+    """Warn of numbers of labelled rows that are left out, since they cannot hold a row of each class."""
+    small = [count for count in study.labels.counts if facts.can_classify and count < len(facts.classes)]
+    if small:
+        warnings.warn(
+            f"labels.counts: {', '.join(map(str, small))} labelled rows cannot hold each of the {len(facts.classes)} "
+            "classes; left out",
+            stacklevel=2,
+        )
 
 
 def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
@@ -301,29 +314,35 @@ def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Fact
     assert isinstance(data.spec, LoadSpec)
     # the splits leave fewer rows than this for training; the stage takes a count that is too large as all training rows
     rows = min(facts.rows, data.spec.data.limit or facts.rows)
-    counts = [count for count in study.labels.counts if count < 0.5 * rows] if facts.classes else []
+    counts = _label_counts(study, facts, rows)
     classifiers = [
         Stage(
             f"{name}: classify, {'all' if count is None else count} labels", "stages.finetune",
             _classifier_spec(trained.layers, facts, study.labels.fit, seed, numerics, count),
             {"data": data, **trained.inputs},
         )
-        for count in ([*counts, None] if facts.classes else [])
+        for count in ([*counts, None] if facts.can_classify else [])
     ]  # fmt: skip
     inputs: dict[str, Stage | tuple[Stage, ...]] = {
         "data": data, **trained.inputs, "classifiers": tuple(classifiers)
     }  # fmt: skip
-    if variant is not None and variant.kind == "variational" and facts.classes:
+    if variant is not None and variant.kind == "variational" and facts.can_classify:
         layers = layer_specs(Dense(widths=_JUDGE_WIDTHS, activation="relu"), data.spec.data, facts)
         judge = _classifier_spec(tuple(layers), facts, _JUDGE_FIT, 0, numerics, None)
         inputs["judge"] = Stage("judge of samples", "stages.finetune", judge, {"data": data})
     spec = MeasureSpec(
-        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.classes else (), seed=seed,
+        variant=variant, classes=facts.classes, labels=(*counts, rows) if facts.can_classify else (), seed=seed,
         pictures=seed == study.seeds[0],
     )  # fmt: skip
     # results of this revision may lack the accuracy by which such a study chooses: earlier versions did not measure it
     revision = REVISION + 1 if study.choose == "finetuned" else REVISION
     return Stage(name, "evaluation.measure", spec, inputs, revision=revision)
+
+
+def _label_counts(study: Study, facts: Facts, rows: int) -> list[int]:
+    """Return the numbers of labelled rows, below half of all `rows`, that can hold a row of each class."""
+    least = len(facts.classes)
+    return [count for count in study.labels.counts if least <= count < 0.5 * rows] if facts.can_classify else []
 
 
 def _classifier_spec(

@@ -63,7 +63,8 @@ class Labels(Frozen):
 
     counts: tuple[PositiveInt, ...] = (100, 1000, 5000)
     """Numbers of labelled training rows at which the label-efficiency curve is measured. Numbers that the data cannot
-    supply are left out; training with all labels is always added, and is the only one for []."""
+    supply, or that are fewer than the classes, are left out; training with all labels is always added, and is the only
+    one for []."""
     fit: Fit = Fit(epochs=15)
     """How each trained encoder is finetuned with a softmax layer on top."""
 
