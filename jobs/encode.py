@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
 from aecore.config.experiment import Data
-from aecore.config.facts import Facts
+from aecore.config.facts import Facts, columns_of
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import Frozen, fingerprint
 from aecore.data.dataset import describe, identify
@@ -125,7 +125,7 @@ def _find_rows(
         return "decode", data, facts, facts.rows
     path = settings.data.path and absolute_path(settings.data.path)
     data = settings.data.model_copy(update={"root": settings.data.root.absolute(), "path": path})
-    facts = identify(data)
+    facts = identify(data, columns_of(result.config))
     return "encode", adapt_data(result, data, facts, model), facts, facts.rows
 
 

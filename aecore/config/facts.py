@@ -1,7 +1,8 @@
 """The facts of a data set that are known before any of its rows are held in memory."""
 
+from collections.abc import Mapping
 from math import prod
-from typing import Annotated
+from typing import Annotated, Any
 
 from aecore.core.fingerprint import Frozen, Unhashed
 from aecore.core.types import Shape
@@ -22,6 +23,24 @@ class TableColumns(Frozen):
     is subtracted. Where values are large beside their differences, float32 would lose the differences."""
     label: str | None = None
     """Name of the column of labels; None where labels are not used."""
+
+
+def columns_of(config: Mapping[str, Any]) -> TableColumns:
+    """Return the columns of the table that a model was trained on, from the config of its finetuning's result."""
+    return TableColumns.model_validate(config.get("columns", {}))
+
+
+def has_no_names(config: Mapping[str, Any]) -> bool:
+    """Say whether a model that reads vectors was trained by an earlier version, which kept no names of columns."""
+    return "columns" not in config and len(config["layers"][0]["in_shape"]) == 1
+
+
+def nameless(model: str) -> str:
+    """Return the warning about a model of a table for which `has_no_names`."""
+    return (
+        f"{model} was trained by an earlier version, which kept no names of columns: columns are taken by position, in "
+        "the order of its training data; a model that is trained now has names"
+    )
 
 
 class Facts(Frozen):

@@ -42,8 +42,8 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     """Find the columns of features, labels and split marks, by what the config names and by their types.
 
     Args:
-        like: the columns that a model was trained on. Features are then returned in its order, whatever the order in
-            the file; an InputError names a column that is missing or was not there.
+        like: the columns that a model was trained on, empty if it knows no names. Features are then returned in its
+            order, whatever the order in the file; an InputError names a column that is missing or was not there.
     """
     if len(set(schema.names)) < len(schema.names):
         double = next(name for name in schema.names if schema.names.count(name) > 1)
@@ -70,12 +70,16 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     return Columns(features, labels, split, tuple((name, reasons[name]) for name in schema.names if name in reasons))
 
 
-def described(columns: Columns, schema: pa.Schema, offsets: tuple[int | float, ...]) -> TableColumns:
+def described(
+    columns: Columns, schema: pa.Schema, offsets: tuple[int | float, ...], like: TableColumns | None
+) -> TableColumns:
     """Return what a model keeps of the columns, if each feature has a column of its own."""
     kinds = [schema.field(name).type for name in columns.features]
     if not all(map(is_number, kinds)):
         return TableColumns()
-    return TableColumns(features=columns.features, types=tuple(map(str, kinds)), offsets=offsets, label=columns.labels)
+    # a column that held the labels for a model is none of the features for others either
+    label = columns.labels or (like.label if like else None)
+    return TableColumns(features=columns.features, types=tuple(map(str, kinds)), offsets=offsets, label=label)
 
 
 def find_name(name: str, names: Sequence[str]) -> str | None:

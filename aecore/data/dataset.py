@@ -28,7 +28,8 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
     classes a split lacks.
 
     Args:
-        like: the columns that a model was trained on: a table's columns are matched to them by name.
+        like: the columns that a model was trained on: a table's columns are matched to them by name, and its numbers
+            are read as they were read for the model. None if the data are read for no earlier model.
 
     Raises:
         InputError: the data are missing, unreadable, not of the form that jobs/DATA.md describes, or cannot be split.

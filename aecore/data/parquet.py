@@ -104,7 +104,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
         )
     classes = _find_classes(data, source, rows) if columns.labels else ()
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
-    offsets = like.offsets if like and like.features else _find_offsets(data, source)
+    offsets = _find_offsets(data, source) if like is None else like.offsets
     if offsets:
         digest.update(f" minus {offsets}".encode())
     levels = 256 if x.dtype == np.uint8 else 0
@@ -116,7 +116,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
             digest.update(b" upright")
     return Facts(
         digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows,
-        columns=described(columns, source.schema, offsets),
+        columns=described(columns, source.schema, offsets, like),
     )  # fmt: skip
 
 

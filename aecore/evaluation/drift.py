@@ -22,7 +22,9 @@ _FEWEST, _UNKNOWN = 3, 0.01
 """A class is tested from `_FEWEST` rows on. Unknown classes are drift from as many rows and this share on."""
 
 
-def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshold: float) -> list[Comparison]:
+def drift_table(
+    new: Weights, reference: Weights, known: Sequence[str], threshold: float, features: Sequence[str] = ()
+) -> list[Comparison]:
     """Test each quantity of the new rows against the reference; return a line per test, drift and large effects first.
 
     Reconstruction errors, of all rows and of each class, and each unit of the code are compared by the two-sample
@@ -42,12 +44,13 @@ def drift_table(new: Weights, reference: Weights, known: Sequence[str], threshol
             `class` (rows,).
         reference: the arrays that `stages.finetune` returns with the model.
         known: the names of the classes, indexed by the reference's labels.
+        features: the names of the features; none where they are known by number.
     """
     labels = reference.get("reference.label")
     classes = None
     if labels is not None and known and "class" in new:
         classes = np.array(known)[labels], new["class"]
-    table = [*_errors(new, reference, known, classes), *_codes(new, reference), *_means(new, reference)]
+    table = [*_errors(new, reference, known, classes), *_codes(new, reference), *_means(new, reference, features)]
     if classes is not None:
         table += _shares_of_classes(*classes)
     adjusted = holm(np.array([row["p"] for row in table]))
@@ -75,7 +78,8 @@ def summary(drifted: Sequence[Comparison], rows: int) -> str:
 
 def title(row: Comparison) -> str:
     """Return the name of a comparison for people: its quantity and, if it has one, its class."""
-    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {escape_unprintable(row['class'])[:40]}"
+    quantity, group = (escape_unprintable(row[column])[:40] for column in ("quantity", "class"))
+    return quantity if row["class"] == "all" else f"{quantity} of {group}"
 
 
 def as_csv(table: Sequence[Comparison]) -> str:
@@ -120,7 +124,7 @@ def _codes(new: Weights, reference: Weights) -> Iterator[Comparison]:
         yield _distributions(f"code {unit}", old, new["code"][:, unit])
 
 
-def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
+def _means(new: Weights, reference: Weights, features: Sequence[str]) -> Iterator[Comparison]:
     """Compare each feature's mean by Welch's test; of the reference's features only means and spreads are known."""
     x, count = new["x"], len(reference["reference.code"])
     if min(len(x), count) < 2:
@@ -135,10 +139,10 @@ def _means(new: Weights, reference: Weights) -> Iterator[Comparison]:
         shift = np.where(varies, gap / spread, np.where(mean == old_mean, 0.0, np.sign(gap) * 9))
         p = stats.ttest_ind_from_stats(mean, std, len(x), old_mean, old_std, count, equal_var=False).pvalue
     p = np.where(varies, p, np.where(shift == 0, 1.0, 0.0))
-    for number in range(x.shape[1]):
+    for number, feature in enumerate(features or range(x.shape[1])):
         # the largest gap between two normal distribution functions whose means are `shift` deviations apart
         effect = erf(abs(shift[number]) / (2 * sqrt(2)))
-        yield _comparison((f"feature {number}", "all", "Welch"), (len(x), count), shift[number], effect, p[number])
+        yield _comparison((f"feature {feature}", "all", "Welch"), (len(x), count), shift[number], effect, p[number])
 
 
 def _shares_of_classes(old: np.ndarray, new: np.ndarray) -> Iterator[Comparison]:

@@ -6,6 +6,7 @@ data do not suit the model, a row cannot be used, or the output folder belongs t
 """
 
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
-from aecore.config.facts import Facts
+from aecore.config.facts import Facts, has_no_names, nameless
 from aecore.core.errors import InputError
 from aecore.core.types import Shape, describe_shape
 from aecore.data import parquet
@@ -80,7 +81,10 @@ class Work:
 
 def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
     """Return the data's config with the likelihood that the model was trained with, so that values are checked for it;
-    refuse data whose shape or range of values differs from what the model was trained on."""
+    refuse data whose shape or range of values differs from what the model was trained on.
+
+    A warning says so if the columns of a table cannot be matched by name.
+    """
     first = LayerSpec.model_validate(result.config["layers"][0])
     if facts.shape != first.in_shape:
         raise InputError(
@@ -94,6 +98,8 @@ def adapt_data(result: Result, data: Data, facts: Facts, model: str) -> Data:
         raise InputError(
             f"data: the values are {own}, but {model} reads {read}; write them like those that it was trained on"
         )
+    if facts.columns.features and has_no_names(result.config):
+        warnings.warn(nameless(model), stacklevel=2)
     return data.model_copy(update={"likelihood": first.likelihood})
 
 

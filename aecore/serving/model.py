@@ -1,18 +1,22 @@
 """The finetuned model as MLflow serves it: raw rows in, a table out. It is loaded from safetensors and JSON alone."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from aecore.config.facts import columns_of, has_no_names, nameless
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import TrainedStack, as_trained, precision_of
 from aecore.models import generation
 from aecore.models.rebuild import build_autoencoder, build_classifier, build_prepare
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result, load_weights
+from aecore.serving.table import read_array, read_table, write_table
 
 
 class Model:
@@ -22,6 +26,7 @@ class Model:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device, self.classes = device, np.array(result.config["classes"])
         self.prepare = build_prepare(result).to(device)
+        self.columns = columns_of(result.config)
         self.precision, autoencoder = precision_of(result), build_autoencoder(result)
         self.autoencoder = TrainedStack(autoencoder, self.precision, device) if autoencoder is not None else None
         self.classifier = build_classifier(result).to(device).eval() if result.config["task"] == "classify" else None
@@ -70,19 +75,31 @@ class Model:
         with torch.inference_mode():
             return self.prepare.inverse(generation.samples(self.autoencoder, count, seed)).cpu().numpy()
 
-    def predict(self, rows: np.ndarray, params: dict | None = None) -> pd.DataFrame:
+    def as_served(self, rows: np.ndarray) -> Any:
+        """Return rows (rows, *shape) as `predict` is asked for them: a frame with names for a model of a table."""
+        return write_table(rows, self.columns) if self.columns.features else rows
+
+    def predict(self, rows: Any, params: dict | None = None) -> pd.DataFrame:
         """Return a table with one line per row; MLflow calls this, with `params` that the model has no use for.
 
         The columns are `code`; of a classifier `prediction`, a class, and `probability`, that of the class; of an
         autoencoder `reconstruction_mse`, the squared error per feature, and `anomaly_score`, the percentage of the
         reference rows that are reconstructed no worse. A classifier gives the last two for the autoencoder that it was
         finetuned from.
+
+        Args:
+            rows: an array (rows, *shape); a model of a table also reads what `table.read_table` describes.
+
+        Raises:
+            InputError: columns are missing or unknown, or a value is missing, not finite or no number.
         """
-        columns = self.measure(np.asarray(rows))
+        columns = self.measure(read_table(rows, self.columns) if self.columns.features else read_array(rows))
         return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
 
 
 def _load_pyfunc(path: str) -> Model:
     """Load the model in the folder `path`. MLflow calls the function of this name in the module that loads a model."""
     config, weights = load_weights(Path(path))
+    if has_no_names(config):
+        warnings.warn(f"if its data were a table: {nameless('this model')}", stacklevel=2)
     return Model(Result(config, weights, {}))

@@ -4,6 +4,7 @@ from math import prod
 
 import numpy as np
 
+from aecore.config.facts import columns_of
 from aecore.config.specs import DriftSpec
 from aecore.data.splits import Arrays, content_hashes
 from aecore.data.stream import Stream
@@ -35,7 +36,8 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
         metrics = {"drift/rows": 0.0, "drift/drifted": 0.0}
         config = {"table": as_csv([]), "words": "no test row is newer than the model", "drifted": False}
         return Result(config, {}, metrics)
-    table = drift_table(new, champion.weights, earlier.config["facts"]["classes"], spec.threshold)
+    features = columns_of(champion.config).features
+    table = drift_table(new, champion.weights, earlier.config["facts"]["classes"], spec.threshold, features)
     drifted = [row for row in table if row["drifted"]]
     rows = len(new["x"])
     metrics = {

@@ -179,7 +179,9 @@ class Journal:
             if result.example is not None:
                 from aecore.serving.model import Model
 
-                served = Model(result).predict(result.example)
+                model = Model(result)
+                rows = model.as_served(result.example)
+                served = rows, model.predict(rows)
             self._open(self._tracker)
             if self._run is not None and not self._tracker.find(self.stage.key):
                 self._run = self._run.waiting_like(self._tracker)

@@ -1,11 +1,12 @@
 """The two models that are compared: the champion, and the candidate that one day's data and recipe would make."""
 
+import warnings
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING
 
 from aecore.config.experiment import Experiment
-from aecore.config.facts import Facts
+from aecore.config.facts import Facts, TableColumns, columns_of, has_no_names, nameless
 from aecore.config.specs import ContestSpec, DriftSpec, FinetuneSpec
 from aecore.core.errors import InputError, join_names
 from aecore.core.fingerprint import fingerprint
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 """Aliases of a registered model in MLflow: the best version, the one that it replaced, and the one compared last."""
+COLUMNS = "columns"
+"""Tag of a version with the number of its table's columns, which it reads by name; other versions lack it."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,35 @@ def load_champion(model: str, version: "Version", tracker: "Tracker") -> Champio
     return Champion(name, version.number, finetune, contest, result, contest_result)
 
 
-def candidate_of(experiment: Experiment, day: date, rule: Rule, resources: Resources) -> Candidate:
+def known_columns(model: str, version: "Version | None", tracker: "Tracker | None") -> TableColumns | None:
+    """Return the columns that the champion, `version`, was trained on; empty where it knows no names, None where there
+    is no champion."""
+    if version is None or tracker is None:
+        return None
+    if COLUMNS not in version.tags:  # then nothing has to be loaded on days without new data
+        return TableColumns()
+    return columns_of(load_champion(model, version, tracker).model.config)
+
+
+def column_tag(candidate: Candidate) -> dict[str, str]:
+    """Return the tag by which `known_columns` recognises a model of a table."""
+    return {COLUMNS: str(len(names))} if (names := candidate.facts.columns.features) else {}
+
+
+def candidate_of(
+    experiment: Experiment, day: date, rule: Rule, resources: Resources, like: TableColumns | None
+) -> Candidate:
     """Inspect the data of a day and build the stages that would train on them; nothing runs.
+
+    Columns of a table are read in the order of `like`, the columns of the champion: then both models read the same
+    rows, and the ids of the test rows, which are hashes of their values, stay the same.
 
     Raises an InputError where the data cannot be used, or the experiment does not fit them.
     """
     if experiment.data.path is not None and "{date}" in experiment.data.path:
         path = experiment.data.path.replace("{date}", day.isoformat())
         experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": path})})
-    facts = inspect(experiment.data)
+    facts = inspect(experiment.data, like)
     graph = build(experiment, facts, resources.numerics)
     assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)
     return Candidate(facts, graph, graph.finetune.spec, fingerprint("retrain", graph.finetune.key, rule.warm_start))
@@ -126,6 +149,11 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
     if facts.shape != known.shape:
         own, before_it = describe_shape(facts.shape), describe_shape(known.shape)
         raise InputError(f"data: the rows are {own}, those of {name} {before_it}; {remedy}")
+    own_columns, its_columns = facts.columns.features, columns_of(champion.model.config).features
+    if own_columns and has_no_names(champion.model.config):
+        warnings.warn(nameless(name), stacklevel=2)
+    if its_columns not in ((), own_columns):  # it has become champion since the data were read
+        raise InputError(f"data: the columns were read in another order than {name} reads them; run the command again")
     if facts.levels != known.levels:
         kinds = ["bytes" if levels else "floats" for levels in (facts.levels, known.levels)]
         raise InputError(f"data: values are {kinds[0]}, those of {name} {kinds[1]}; {remedy}")

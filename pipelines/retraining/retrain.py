@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aecore.config.experiment import Experiment
 from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
 from aecore.core.fingerprint import fingerprint
+from aecore.core.types import describe_shape
 from aecore.data.dataset import describe
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
@@ -81,7 +82,8 @@ def retrain(firing: Firing) -> dict[str, Any]:
 def _decide(firing: Firing, run_id: str, version: "Version | None") -> None:
     """Look at the data, and train a challenger for the champion, `version`, unless there is a reason not to."""
     tracker, rule, model, day = firing.tracker, firing.rule, firing.model, firing.day.isoformat()
-    candidate = models.candidate_of(firing.experiment, firing.day, rule, firing.resources)
+    like = models.known_columns(model, version, tracker)
+    candidate = models.candidate_of(firing.experiment, firing.day, rule, firing.resources, like)
     tracker.log_summary(run_id, {}, {"data.digest": candidate.facts.digest})
     data = candidate.graph.experiment.data
     about = describe(data, candidate.facts)
@@ -128,6 +130,7 @@ def _challenge(
                 "run": run_id, "identity": candidate.identity, "stage.key": candidate.finetune.key,
                 "contest.key": contest.key, "data.digest": candidate.facts.digest,
                 "logical.date": firing.day.isoformat(), "parent.version": parent,
+                **models.column_tag(candidate),
             },
         )  # fmt: skip
         with tracker.lease(_promotion_key(model), f"promotion of {model}") as check_lease:
@@ -152,6 +155,8 @@ def _challenge(
         now = f"version {version.number}" if version else "none"
         firing.say(f"the champion has changed meanwhile, it is {now} now: comparing once more")
         champion = models.load_champion(model, version, tracker) if version else None
+        if champion:
+            models.check_schema(candidate, champion)
 
 
 def _measure_drift(firing: Firing, run_id: str, stage: Stage) -> Mapping[str, Any]:
@@ -202,19 +207,21 @@ def plan(
     version = tracker.models.version(model, CHAMPION) if tracker else None
     yield f"{'dates':18} {join_names([day.isoformat() for day in days])}"
     yield f"{'champion':18} {'version ' + version.number if version else 'none yet'}"
+    like = models.known_columns(model, version, tracker)
     for day in days:
         if tracker and (run_id := tracker.find(run_key(model, day))):
             yield f"{day.isoformat():18} is decided, run {run_id}"
             continue
-        candidate = models.candidate_of(experiment, day, rule, resources)
+        candidate = models.candidate_of(experiment, day, rule, resources, like)
         facts = candidate.facts
-        yield f"{day.isoformat():18} {facts.rows:,} rows of {facts.shape}, digest {facts.digest[:12]}"
+        yield f"{day.isoformat():18} {facts.rows:,} rows of {describe_shape(facts.shape)}, digest {facts.digest[:12]}"
         champion, stages = None, list[Stage]()
         if version and tracker:
             if reason := why_unchanged(model, candidate.identity, decided_runs(model, tracker), tracker):
                 yield f"{'unchanged':18} {reason}"
                 continue
             champion = models.load_champion(model, version, tracker)
+            models.check_schema(candidate, champion)
             stages = [models.drift_stage(candidate, champion, rule)]
         metric = models.resolve_metric(rule, candidate, champion)
         if champion and rule.warm_start:

@@ -14,7 +14,8 @@ import yaml
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, infer_signature
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.types.schema import AnyType, ColSpec, Schema
 
 import aecore
 from aecore.core.errors import InputError
@@ -156,7 +157,7 @@ def log_model(store: Store, run_id: str, folder: Path, example: Any, served: Any
     A further try completes the model of an earlier try, so that a run has one model. An outage is raised at once.
 
     Args:
-        example: Input rows that are kept with the model.
+        example: Input rows that are kept with the model, an array or a table.
         served: The output of the model for the example.
 
     Returns:
@@ -182,9 +183,25 @@ def log_model(store: Store, run_id: str, folder: Path, example: Any, served: Any
             mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
             # without this list MLflow would run the model to see what it imports, for 16 to 27 s
             pip_requirements=[f"{name}=={version(name)}" for name in _REQUIREMENTS],
-            signature=infer_signature(example, served),
+            signature=_signature(example, served),
             input_example=example,
         )
         client.log_model_artifacts(model.model_id, str(temporary / _NAME))
     client.finalize_logged_model(model.model_id, "READY")
     return str(model.model_id)
+
+
+def _signature(example: Any, served: Any) -> ModelSignature:
+    """Return the signature of a model: a tensor for an array; for a table its columns, by name and by position.
+
+    MLflow 3.17 turns an array into a table whose columns are 0, 1, ..., and drops what the signature does not name. So
+    positions are named as well, with one more by which the model notices rows that are too long, and nothing is
+    required. It also refuses integers where the signature says double, so the signature leaves the types open. The
+    model itself refuses what is missing and what is no number. Position 0 is the first, since MLflow takes a 0 as no
+    name and puts the place of the column in its stead.
+    """
+    outputs = infer_signature(model_output=served).outputs
+    if not hasattr(example, "columns"):
+        return ModelSignature(infer_signature(example).inputs, outputs)
+    names: list[Any] = [*range(len(example.columns) + 1), *example.columns]
+    return ModelSignature(Schema([ColSpec(AnyType(), name, required=False) for name in names]), outputs)

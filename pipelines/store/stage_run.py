@@ -88,11 +88,11 @@ class StageRun:
             self._log_values(batch)
         self.last_epoch = max([self.last_epoch, *(point[0] for point in points)])
 
-    def commit(self, result: Result, served: Any = None) -> None:
+    def commit(self, result: Result, served: tuple[Any, Any] | None = None) -> None:
         """Upload the result of the stage, then set the run FINISHED, which makes the result count.
 
         Args:
-            served: The output of the model for `result.example`, if there is an example.
+            served: A few rows as the model is asked for them and its output, if the result is a model to be served.
 
         Raises:
             TakenOverError: Another driver has taken the job over; the run is left to it.
@@ -105,9 +105,9 @@ class StageRun:
                 (temporary / FIGURES).mkdir(exist_ok=True)
                 (temporary / FIGURES / f"{name}.png").write_bytes(png)
             self.tracker.wait_for(partial(self._upload, temporary))
-            if result.example is not None:
+            if served is not None:
                 self._log_values([])  # the model takes the run's params over
-                log = partial(log_model, self.tracker, self.run_id, folder, result.example, served)
+                log = partial(log_model, self.tracker, self.run_id, folder, *served)
                 model_id = self.tracker.wait_for(log)
         self._log_values(summary_points(result.metrics, self.metrics, model_id))
         self._finish()

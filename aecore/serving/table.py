@@ -1,0 +1,134 @@
+"""What a model is asked about: tables whose columns are matched by name, and arrays. Missing values are refused."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from math import prod
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aecore.config.facts import TableColumns
+from aecore.core.errors import InputError, join_names, short_repr
+from aecore.data.values import as_float32, shifted
+
+_NUMBERS = "biuf"
+"""Kinds of numpy's types that are numbers or truth values."""
+
+
+def read_table(table: Any, columns: TableColumns) -> np.ndarray:
+    """Return the rows of a table as a model that was trained on `columns` reads them: (rows, features), float32.
+
+    Args:
+        table: a DataFrame, a mapping from names to values or a list of such mappings, whose columns are matched by
+            name; or an array, a list of rows or a frame without names (0, 1, ...), whose columns are taken by position.
+            Columns hold numbers or truth values of any type: numpy's, pandas' nullable types, Arrow's, Decimal.
+
+    Raises:
+        InputError: a column is missing, unknown or holds no numbers, or a value is missing or not finite.
+    """
+    frame = _as_frame(table)
+    frame = frame.iloc[:, _find_columns(frame, columns)].set_axis(columns.features, axis=1)
+    if not columns.offsets and all(isinstance(kind, np.dtype) and kind.kind in _NUMBERS for kind in frame.dtypes):
+        values = frame.to_numpy(np.float64)
+    else:
+        offsets = columns.offsets or [0] * len(columns.features)
+        read = zip(columns.features, offsets, strict=True)
+        values = np.stack([_read_numbers(frame[name], name, offset) for name, offset in read], 1)
+    rows = as_float32(values)
+    _refuse_missing(rows, values, lambda number: f"column {columns.features[number]}")
+    return rows
+
+
+def write_table(rows: np.ndarray, columns: TableColumns) -> pd.DataFrame:
+    """Return rows (rows, features) as the frame from which `read_table` reads them."""
+    return pd.DataFrame(rows.astype(np.float64) + (columns.offsets or 0), columns=list(columns.features))
+
+
+def read_array(rows: Any) -> np.ndarray:
+    """Return rows (rows, *shape) of images or vectors as an array, after checking that each value is a finite number;
+    an InputError names the row."""
+    array = np.asarray(rows)
+    if array.dtype.kind not in _NUMBERS:
+        raise InputError(f"input: the values are {array.dtype}, not numbers; write numbers")
+    if array.dtype.kind == "f" and array.ndim:
+        flat = array.reshape(len(array), prod(array.shape[1:]))
+        _refuse_missing(flat, flat, lambda number: f"feature {number}")
+    return array
+
+
+def _as_frame(table: Any) -> pd.DataFrame:
+    if isinstance(table, pd.DataFrame):
+        return table
+    single = isinstance(table, Mapping) and all(pd.api.types.is_scalar(value) for value in table.values())
+    try:
+        return pd.DataFrame([table] if single else table)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"input: a {type(table).__name__} that is no table ({short_repr(str(error))}); write a DataFrame, or an "
+            "array (rows, features)"
+        ) from error
+
+
+def _find_columns(frame: pd.DataFrame, columns: TableColumns) -> list[int]:
+    """Return the place in the frame of each column that the model reads."""
+    known, names = columns.features, [str(name) for name in frame.columns]
+    places = {name: place for place, name in enumerate(names)}
+    missing = [name for name in known if name not in places]
+    if names and missing and list(frame.columns) == list(range(len(names))):
+        if len(names) != len(known):
+            raise InputError(
+                f"input: rows have {len(names)} values, but the model reads {len(known)}: {join_names(known)}"
+            )
+        return list(range(len(known)))
+    if len(places) < len(names):
+        double = next(name for place, name in enumerate(names) if places[name] != place)
+        raise InputError(f"input: several columns are called {double}; give each a name of its own")
+    if missing:
+        there = f"the columns are {join_names(names)}" if names else f"the model reads {join_names(known)}"
+        raise InputError(f"input: there is no column {join_names(missing)}, which the model was trained with; {there}")
+    read_or_label = {*known, columns.label}
+    if extra := [name for name in names if name not in read_or_label]:
+        raise InputError(f"input: the model was not trained with {join_names(extra)}; leave such columns out")
+    if len(names) > len(known):
+        warnings.warn(f"input: column {columns.label} holds labels, and is left out", stacklevel=4)
+    return [places[name] for name in known]
+
+
+def _read_numbers(column: pd.Series, name: str, offset: float) -> np.ndarray:
+    """Return the values of a column minus an offset, (rows,), float64; missing values are NaN."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.dtype.categories.dtype)
+    kind = column.dtype
+    if pd.api.types.is_integer_dtype(kind) and not column.hasnans:  # large integers are no float64
+        return shifted(column.to_numpy(np.uint64 if kind.kind == "u" else np.int64), offset)
+    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
+        return column.to_numpy(np.float64, na_value=np.nan) - offset
+    if kind != object:
+        raise InputError(f"input: column {name} holds {kind}, not numbers; write numbers")
+    values = np.empty(len(column))
+    for row, value in enumerate(column):
+        if isinstance(value, Real | Decimal | np.bool_):
+            values[row] = (int(value) if isinstance(value, Integral) else float(value)) - offset
+        elif value is None or value is pd.NA:
+            values[row] = np.nan
+        else:
+            raise InputError(f"input: row {row} column {name}: {short_repr(value, 40)} is no number; write a number")
+    return values
+
+
+def _refuse_missing(rows: np.ndarray, values: np.ndarray, name_of: Callable[[int], str]) -> None:
+    """Raise an InputError for the first of the values (rows, features) that is missing or, as a float32, not finite.
+
+    Args:
+        rows: the values as the model reads them.
+        name_of: returns the name of a feature by its number.
+    """
+    if (finite := np.isfinite(rows)).all():
+        return
+    row, number = (int(place[0]) for place in np.nonzero(~finite))
+    value = values[row, number]
+    reason = "the value is missing" if np.isnan(value) else f"{value} is not finite in float32"
+    raise InputError(f"input: row {row} {name_of(number)}: {reason}; correct it or leave the row out")
