@@ -104,9 +104,10 @@ def _read_numbers(column: pd.Series, name: str, offset: float) -> np.ndarray:
     kind = column.dtype
     if pd.api.types.is_integer_dtype(kind) and not column.hasnans:  # large integers are no float64
         return shifted(column.to_numpy(np.uint64 if kind.kind == "u" else np.int64), offset)
-    if pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
+    is_real = pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind)
+    if is_real or pd.api.types.is_bool_dtype(kind):
         return column.to_numpy(np.float64, na_value=np.nan) - offset
-    if kind != object:
+    if not pd.api.types.is_object_dtype(kind):
         raise InputError(f"input: column {name} holds {kind}, not numbers; write numbers")
     values = np.empty(len(column))
     for row, value in enumerate(column):
