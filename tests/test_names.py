@@ -269,6 +269,25 @@ def test_an_offset_is_subtracted_before_anything_is_rounded() -> None:
     assert write_table(x, moved).time.tolist() == [1_795_000_000.5, 1_795_000_000.75]
 
 
+def test_names_that_are_numbers_are_names_as_text_and_positions_as_numbers() -> None:
+    columns, x = TableColumns(features=("2", "0", "1")), np.array([[2, 0, 1]], np.float32)
+    by_name = pd.DataFrame({"0": [0], "1": [1], "2": [2]})
+    for table in (x, x.tolist(), pd.DataFrame(x), by_name, by_name.to_dict("list")):
+        assert np.array_equal(read_table(table, columns), x)
+
+
+def test_numbers_are_read_as_they_were_read_for_the_model(tmp_path: Path) -> None:
+    first = 1_795_000_000_000
+    pd.DataFrame({"time": first + np.arange(90), "size": np.arange(90.0)}).to_parquet(tmp_path / "own.parquet")
+    data = Data(name="parquet", path=str(tmp_path / "own.parquet"))
+    own = identify(data)
+    assert own.columns.offsets == (first + 45, 0)
+    assert identify(data, own.columns) == own
+    assert identify(data, TableColumns()).columns.offsets == ()  # a model from before: nothing was subtracted
+    later = own.columns.model_copy(update={"offsets": (first + 9, 0)})
+    assert identify(data, later).columns.offsets == (first + 9, 0)
+
+
 def test_rows_of_images_and_vectors_need_numbers_too() -> None:
     pixels = np.zeros((3, 1, 2, 2), np.uint8)
     assert read_array(pixels) is pixels and len(read_array(np.zeros((0, 4), np.float32))) == 0

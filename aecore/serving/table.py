@@ -76,8 +76,7 @@ def _find_columns(frame: pd.DataFrame, columns: TableColumns) -> list[int]:
     """Return the place in the frame of each column that the model reads."""
     known, names = columns.features, [str(name) for name in frame.columns]
     places = {name: place for place, name in enumerate(names)}
-    missing = [name for name in known if name not in places]
-    if names and missing and list(frame.columns) == list(range(len(names))):
+    if names and list(frame.columns) == list(range(len(names))):
         if len(names) != len(known):
             raise InputError(
                 f"input: rows have {len(names)} values, but the model reads {len(known)}: {join_names(known)}"
@@ -86,7 +85,7 @@ def _find_columns(frame: pd.DataFrame, columns: TableColumns) -> list[int]:
     if len(places) < len(names):
         double = next(name for place, name in enumerate(names) if places[name] != place)
         raise InputError(f"input: several columns are called {double}; give each a name of its own")
-    if missing:
+    if missing := [name for name in known if name not in places]:
         there = f"the columns are {join_names(names)}" if names else f"the model reads {join_names(known)}"
         raise InputError(f"input: there is no column {join_names(missing)}, which the model was trained with; {there}")
     read_or_label = {*known, columns.label}
