@@ -101,11 +101,11 @@ def nullable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 Ask = Callable[[pd.DataFrame], Any]
-ASKED: dict[str, Ask] = {  # what was asked before is in the remarks: a refusal, or a wrong answer
-    "as in the file": lambda x: x,  # refused
-    "float32": lambda x: x.astype(np.float32),
-    "float32, sorted": lambda x: x.astype(np.float32)[sorted(x)],  # wrong answers
-    "float64, reversed": lambda x: x.astype(np.float64)[[*reversed(FEATURES)]],  # refused, as are those that follow
+ASKED: dict[str, Ask] = {  # before: refused for their types, but for those with a remark
+    "as in the file": lambda x: x,
+    "float32": lambda x: x.astype(np.float32),  # before: right
+    "float32, sorted": lambda x: x.astype(np.float32)[sorted(x)],  # before: wrong
+    "float64, reversed": lambda x: x.astype(np.float64)[[*reversed(FEATURES)]],
     "float16 and int8": lambda x: x.round().astype({"age": np.float16, "visits": np.int8, "height": np.uint8}),
     "unsigned": lambda x: x.astype({"visits": np.uint64}),
     "nullable": nullable,
@@ -127,12 +127,12 @@ ASKED: dict[str, Ask] = {  # what was asked before is in the remarks: a refusal,
     "mapping of arrays": lambda x: {name: x[name].to_numpy() for name in sorted(x)},
     "list of mappings": lambda x: x[sorted(x)].to_dict("records"),
     "one mapping": lambda x: x.head(1).to_dict("records")[0],
-    "array of float32": lambda x: array(x),  # right
-    "array of float64": lambda x: array(x).astype(np.float64),  # refused
+    "array of float32": lambda x: array(x),  # before: right
+    "array of float64": lambda x: array(x).astype(np.float64),
     "array of integers": lambda x: array(x).astype(np.int64),
-    "array of columns": lambda x: np.asfortranarray(array(x)),
+    "array of columns": lambda x: np.asfortranarray(array(x)),  # before: right
     "list of rows": lambda x: array(x).tolist(),
-    "frame without names": lambda x: pd.DataFrame(array(x)),
+    "frame without names": lambda x: pd.DataFrame(array(x)),  # before: right
 }  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def body(x: pd.DataFrame) -> dict[str, Any]:
 
 
 BODIES: dict[str, Ask] = {
-    "records": lambda x: {"dataframe_records": x[sorted(x)].to_dict("records")},
-    "split": lambda x: {"dataframe_split": body(x[sorted(x)])},
+    "records": lambda x: {"dataframe_records": x[sorted(x)].to_dict("records")},  # before: wrong
+    "split": lambda x: {"dataframe_split": body(x[sorted(x)])},  # before: wrong
     "split without names": lambda x: {"dataframe_split": {"data": body(x)["data"]}},
     "inputs, columns": lambda x: {"inputs": x[sorted(x)].to_dict("list")},
     "inputs, records": lambda x: {"inputs": x[sorted(x)].to_dict("records")},
@@ -187,7 +187,7 @@ def test_json_is_read_by_name_as_well(case: str, result: Result, served: Any) ->
     assert equal(found, Model(result).predict(array(asked())))
 
 
-REFUSED: dict[str, tuple[Ask, str]] = {  # before: all of these got an answer, or a traceback
+REFUSED: dict[str, tuple[Ask, str]] = {  # before: refused without a name, or answered
     "missing": (lambda x: x.drop(columns="age"), "there is no column age, which the model was trained with; the col"),
     "two missing": (lambda x: x[["income", "visits", "smoker"]], "there is no column age, height, which the model"),
     "another case": (lambda x: x.rename(columns={"age": "Age"}), "there is no column age"),
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_refused_by_name(case: str, result: Result, served:
         served.predict(make(asked()))
 
 
-def test_unknown_columns_are_refused_and_the_label_is_left_out(result: Result, served: Any, caplog: Any) -> None:
+def test_unknown_columns_are_refused_and_the_label_is_left_out(result: Result, served: Any) -> None:
     model, expected = Model(result), Model(result).predict(array(asked()))
     with pytest.raises(InputError, match="the model was not trained with weight, shoes; leave such columns out"):
         model.predict(asked().assign(weight=70, shoes=1))
