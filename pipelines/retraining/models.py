@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aecore.config.experiment import Experiment
 from aecore.config.facts import Facts
@@ -97,9 +97,11 @@ def candidate_of(experiment: Experiment, day: date, rule: Rule, resources: Resou
 
     Raises an InputError where the data cannot be used, or the experiment does not fit them.
     """
-    if experiment.data.path is not None and "{date}" in experiment.data.path:
-        path = experiment.data.path.replace("{date}", day.isoformat())
-        experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": path})})
+    path: Any = experiment.data.path
+    if path is not None:
+        dated = [part.replace("{date}", day.isoformat()) for part in ([path] if isinstance(path, str) else path)]
+        data = experiment.data.model_copy(update={"path": dated[0] if isinstance(path, str) else tuple(dated)})
+        experiment = experiment.model_copy(update={"data": data})
     facts = inspect(experiment.data)
     graph = build(experiment, facts, resources.numerics)
     assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)
