@@ -53,16 +53,16 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     except InputError as error:
         problem = str(error)
     if SPLIT_NAME in known and (splits or problem):
-        splits, problem, notes = (), "", ["column split decides the splits, the names of files and folders do not"]
+        splits, problem, notes = (), "", ["column split gives the splits, not the names of files and folders"]
     elif splits:
-        counts = [f"{splits.count(split)} for {split}" for split in SPLITS if split in splits]
-        origin = f"the folders' key {split_key}" if split_key else "the names of files and folders"
-        notes.append(f"splits are those of {origin} ({join_names(counts)})")
+        counts = [f"{split} {splits.count(split):,}" for split in SPLITS if split in splits]
+        origin = f"the folders' key {split_key}" if split_key else "names of files and folders"
+        notes.append(f"{origin} give the splits (files: {join_names(counts)})")
     if label_key:
-        notes.append(f"classes are the values of the folders' key {label_key}")
+        notes.append(f"the folders' key {label_key} gives the classes")
     for key in keys:
         if key.casefold() in known and key != label_key:
-            notes.append(f"the folders' key {key} is not read, the files' column of that name is")
+            notes.append(f"the folders' key {key} is not read, as the files have a column of that name")
         elif data.labels is None and key.casefold() in LABEL_NAMES:
             notes.append(f"the folders' key {key} is not read (data.labels null)")
         elif key not in (label_key, split_key):
