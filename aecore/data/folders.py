@@ -21,8 +21,8 @@ from aecore.config.experiment import Data
 from aecore.core.errors import InputError, join_names
 from aecore.data.files import filesystem_of, short_reason
 
-_ENDING = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|snappy|zstd|zst|brotli|lz4))?", re.IGNORECASE)
-"""Ending of a Parquet file's name; some writers add the compression that is used inside."""
+_ENDING = re.compile(r".*\.(parquet|parq|pq)(\.(gz|gzip|snappy|zstd|zst|brotli|lz4))?", re.IGNORECASE | re.DOTALL)
+"""Name of a Parquet file; some writers add the compression that is used inside."""
 _TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 """Folders that mark a table of another format, whose old files stay in the folder after their rows were deleted."""
 _ICEBERG = re.compile(r"(.*/)?metadata/[^/]*\.metadata\.json")
@@ -41,8 +41,8 @@ class File(NamedTuple):
     @property
     def keys(self) -> dict[str, str | None]:
         """Keys and values of the folders `key=value` in which the file lies; None is a missing value."""
-        pairs = [unquote(folder).partition("=") for folder in self.name.split("/")[:-1] if folder.find("=") > 0]
-        return {key: None if value in _MISSING else value for key, _, value in pairs}
+        pairs = [folder.partition("=") for folder in self.name.split("/")[:-1] if folder.find("=") > 0]
+        return {unquote(key): None if value in _MISSING else unquote(value) for key, _, value in pairs}
 
 
 class Listing(NamedTuple):
@@ -108,7 +108,7 @@ def _join(filesystem: pafs.FileSystem, roots: Sequence[str], listings: Sequence[
     for root, place, listing in zip(roots, absolute, listings, strict=True):
         for file in listing.files:
             whole = posixpath.join(place, file.path[len(root) :].lstrip("/"))
-            files.setdefault(whole, file._replace(name=posixpath.relpath(whole, common)))
+            files.setdefault(whole, file._replace(name=whole[len(common) :].lstrip("/")))
     ordered = tuple(files[place] for place in sorted(files))
     hidden = _together(listing.hidden for listing in listings)
     others = _together(listing.others for listing in listings)
@@ -279,8 +279,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_parquet(path: str) -> bool:
-    base = posixpath.basename(path)
-    return any(match.end() == len(base) for match in _ENDING.finditer(base))
+    return _ENDING.fullmatch(path) is not None
 
 
 def _below(folder: str, paths: Iterable[str]) -> tuple[str, ...]:

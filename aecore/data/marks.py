@@ -161,6 +161,6 @@ def _splits(files: Sequence[File], key: str | None) -> tuple[str, ...]:
 
 def _words(name: str, leading: bool) -> set[str]:
     """Return the splits that the parts of a path name, at their beginning or anywhere in them."""
-    find = _SPLIT_WORD.match if leading else _SPLIT_WORD.search
-    found = [find(part) for part in name.split("/") if part.find("=") <= 0]
-    return {SPLIT_OF_MARK[match[1].lower()] for match in found if match}
+    parts = [part for part in name.split("/") if part.find("=") <= 0]
+    matches = [match for part in parts for match in _SPLIT_WORD.finditer(part) if not (leading and match.start())]
+    return {SPLIT_OF_MARK[match[1].lower()] for match in matches}

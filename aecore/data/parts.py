@@ -24,25 +24,19 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
     Order, nullability, metadata and columns that are not read may differ, and types may differ in width or encoding.
     """
     for name in columns.names:
-        if name not in part.schema.names:
+        if (count := part.schema.names.count(name)) > 1:
+            raise InputError(f"data.path: {part.file} has {count} columns called {name}; give each a name of its own")
+        if not count:
             raise _missing(name, part, first)
         kinds = [each.schema.field(name).type for each in (part, first)]
         meanings = [_meaning(kind, name == columns.labels) for kind in kinds]
         if meanings[0] != meanings[1]:
-            own, before = map(short_type, kinds)
-            raise InputError(
-                f"data.path: column {name} holds {own} in {part.file}, but {before} in {first.file}; write all files "
-                "with one type"
-            )
-    # what is not read of the first file is not read of the others, and must not make the choice of columns doubtful
-    unread = {name for name, _ in columns.left_out}
+            raise _retyped(name, part, first)
+    # what is left out of the first file on purpose is left out of the others
+    unread = {name for name, _ in columns.left_out if is_number(first.schema.field(name).type)}
     if columns.labels or data.labels is None:
         unread |= {name for name in part.schema.names if name.casefold() in LABEL_NAMES}
-    fields = [
-        field
-        for field in part.schema
-        if field.name in columns.names or not (field.name in unread or find_decoder(field.type))
-    ]
+    fields = [field for field in part.schema if field.name in columns.names or field.name not in unread]
     exclude = tuple(name for name in data.exclude if find_name(name, [field.name for field in fields]))
     try:
         schema = pa.schema(fields, metadata=part.schema.metadata)
@@ -50,7 +44,15 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
     except InputError as error:
         raise InputError(f"{error} (in {part.file}, unlike {first.file})") from error
     for name in sorted(set(own_columns.names) - set(columns.names)):
-        raise _missing(name, first, part)
+        raise _retyped(name, part, first) if name in first.schema.names else _missing(name, first, part)
+
+
+def _retyped(name: str, part: Part, first: Part) -> InputError:
+    own, before = (short_type(each.schema.field(name).type) for each in (part, first))
+    return InputError(
+        f"data.path: column {name} holds {own} in {part.file}, but {before} in {first.file}; write all files with one "
+        "type"
+    )
 
 
 def _missing(name: str, part: Part, other: Part) -> InputError:
