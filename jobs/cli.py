@@ -220,6 +220,8 @@ def without_secrets(config: Any) -> Any:
     stored."""
     if isinstance(config, dict):
         return {key: without_secrets(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [without_secrets(value) for value in config]
     return hide_secrets(config) if isinstance(config, str) else config
 
 

@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, columns_of
+from aecore.config.resolve import absolute_places
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import Frozen, fingerprint
 from aecore.data.dataset import describe, identify
@@ -123,8 +124,7 @@ def _find_rows(
         facts = identify(data)
         check_codes(data, facts, last, model, digest)
         return "decode", data, facts, facts.rows
-    path = settings.data.path and absolute_path(settings.data.path)
-    data = settings.data.model_copy(update={"root": settings.data.root.absolute(), "path": path})
+    data = settings.data.model_copy(update=absolute_places(settings.data))
     facts = identify(data, columns_of(result.config))
     return "encode", adapt_data(result, data, facts, model), facts, facts.rows
 

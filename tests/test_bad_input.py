@@ -104,7 +104,7 @@ TABLE: dict[str, Row] = {
     "folder without files": Row("no .parquet file in .; name the folder", "--data.name parquet --data.path ."),
     "no rows": Row("data.path: data.parquet has no rows; name data that have some", files=GOOD[:0]),
     "other columns": Row(
-        "b.parquet has other columns than ... a.parquet; write all files with one schema",
+        "b.parquet has no column label, but ... a.parquet has; its columns are x; give all files the same columns",
         "--data.name parquet --data.path .",
         {"a.parquet": GOOD, "b.parquet": table(x=VECTORS)},
     ),

@@ -181,7 +181,7 @@ def stages_error(result: Result, rows: Split) -> np.ndarray:
 
 
 def test_read_from_disk_all_test_rows_count_too(grown: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr("aecore.data.sets.PIECE_BYTES", 700 * 64)
     monkeypatch.setattr(
         "aecore.data.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64}
     )

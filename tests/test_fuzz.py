@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -302,6 +303,54 @@ def test_parquet(table: pa.Table, choices: dict[str, Any], folder: Path) -> None
     except (pa.ArrowException, ValueError):
         assume(False)
     read(file, choices)
+
+
+PLACES = st.lists(
+    st.sampled_from(
+        ["a", "train", "test", "val", "_b", ".c", "split=train", "split=test", "split=", "label=cat", "label=1",
+         "label=2", "Class=dog", "day=1", "day=2", "a=%20", "label=__HIVE_DEFAULT_PARTITION__", "x.parquet", "=", "é b"]
+    ),
+    max_size=3,
+)  # fmt: skip
+FILES = st.tuples(PLACES, st.sampled_from(["0.parquet", "train-0.parquet", "x_test.PARQUET", "dev.pq", "_m", "n.md"]))
+PATTERNS = ["", "*", "**", "**/*.parquet", "*/*", "[!t]*", "?"]
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> list[tuple[str, pa.Table]]:
+    """Draw the files of a folder: tables of one schema, in some of which columns are moved, cast, added or left out."""
+    whole = draw(tables())
+    files: dict[str, pa.Table] = {}
+    for folders, name in draw(st.lists(FILES, min_size=1, max_size=4)):
+        part = whole
+        if draw(st.booleans()):
+            part = part.select(draw(st.permutations(range(part.num_columns))))
+        if part.num_columns and draw(st.booleans()):
+            place = draw(st.integers(0, part.num_columns - 1))
+            try:
+                part = part.set_column(
+                    place, part.field(place).name, part.column(place).cast(draw(st.sampled_from(FLAT)))
+                )
+            except (pa.ArrowException, ValueError):
+                part = part.remove_column(place)
+        if draw(st.booleans()):
+            part = part.append_column(draw(NAMES), draw(columns(part.num_rows)))
+        files["/".join([*folders, name])] = part
+    return list(files.items())
+
+
+@given(files=parts(), pattern=st.sampled_from(PATTERNS), choices=CHOICES)
+def test_folders_of_parquet(
+    files: list[tuple[str, pa.Table]], pattern: str, choices: dict[str, Any], folder: Path
+) -> None:
+    with TemporaryDirectory(dir=folder) as place:
+        for name, table in files:
+            try:
+                (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(table, Path(place) / name, row_group_size=16)
+            except (pa.ArrowException, ValueError, OSError):  # a file lies where a folder should
+                assume(False)
+        read(Path(place) / pattern, choices)
 
 
 WHOLE = pa.table({"image": (IMAGES[:1] + IMAGES[1:2]) * 12, "label": ["cat", "dog", "cow"] * 8, "f": np.arange(24.0)})

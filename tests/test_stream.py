@@ -47,7 +47,7 @@ def numbers(stream: Stream, split: str) -> list[int]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make pieces and batches so small that a small set has many of them."""
-    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 300 * 32)
+    monkeypatch.setattr("aecore.data.sets.PIECE_BYTES", 300 * 32)
     monkeypatch.setattr("aecore.data.parquet.BATCH_BYTES", 100 * 32)
 
 
@@ -164,7 +164,7 @@ def run(graph: Stacked, data: Arrays | Stream) -> tuple[list[Result], Result, Re
 def test_trains_as_well_as_in_memory(
     tmp_path: Path, digits: tuple[Facts, Arrays], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aecore.data.parquet.PIECE_BYTES", 700 * 64)
+    monkeypatch.setattr("aecore.data.sets.PIECE_BYTES", 700 * 64)
     monkeypatch.setattr(
         "aecore.data.stream.SAMPLE_BYTES", {"train": 500 * 64, "validation": 300 * 64, "test": 200 * 64}
     )

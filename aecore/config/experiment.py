@@ -3,12 +3,24 @@
 The text under a field is its text in `--help`.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)  # fmt: skip
+from pydantic_settings import NoDecode
 
+from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen, Unhashed
 from aecore.core.types import Activation, LikelihoodKind, Task
 from aecore.variants import Plain, Variant
@@ -26,15 +38,43 @@ def overlay(lower: Any, upper: Any) -> Any:
     return {**lower, **{key: overlay(lower.get(key), value) for key, value in upper.items()}}
 
 
+def _read_paths(value: Any) -> Any:
+    """Return one path as text and several as a tuple, with home folders in place of `~` and `~user`.
+
+    Text in square brackets is a list, as a command line or a variable of the environment writes it. A list of one path
+    is that path.
+    """
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            value = json.loads(value)
+        except ValueError:  # without quotation marks, as in [a.parquet, b.parquet]
+            value = [part.strip().strip("'") for part in value[1:-1].split(",")]
+    if value is None or isinstance(value, str):
+        return value and _at_home(value)
+    if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
+        raise ValueError(
+            f"data.path: name a file or folder, or several as [a.parquet, b.parquet], not {short_repr(value)}"
+        )
+    paths = tuple(_at_home(path) for path in value if path)
+    return paths if len(paths) > 1 else next(iter(paths), None)
+
+
+def _at_home(path: Any) -> Any:
+    """Replace `~` and `~user` at the start of a path by the home folder."""
+    return os.path.expanduser(path) if isinstance(path, str | Path) else path
+
+
 class Data(Frozen):
     """The examples, and how they are split into training, validation and test rows."""
 
     name: Literal["digits", "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "svhn", "parquet"] = "digits"
     """Data set: scikit-learn's bundled digits, one of torchvision's sets, or your own Parquet."""
-    root: Annotated[Path, Unhashed()] = Path("data")
+    root: Annotated[Path, Unhashed(), BeforeValidator(_at_home)] = Path("data")
     """Folder of the torchvision sets. A set is downloaded there on first use; a copy that is there is used as it is."""
-    path: Annotated[str | None, Unhashed()] = None
-    """Parquet file, folder or object-store URI; only for data.name parquet, which needs it."""
+    # NoDecode: a single path may hold commas and brackets, which pydantic-settings would take for a list
+    path: Annotated[str | tuple[str, ...] | None, Unhashed(), NoDecode, BeforeValidator(_read_paths)] = None
+    """Parquet file, folder, pattern ("data/2026-*/*.parquet", ** for folders at any depth) or object-store URI, or
+    several of these, [a.parquet, b.parquet]; only for data.name parquet, which needs it."""
     column: str | None = None
     """Parquet column with the images or feature vectors; null looks for it."""
     labels: str | None = "auto"

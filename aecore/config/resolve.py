@@ -51,21 +51,31 @@ def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
     return "never" if data.name == "parquet" and value_bytes > MEMORY_BYTES else "always"
 
 
+def absolute_places(data: Data) -> dict[str, Any]:
+    """Return the fields of `data` that name places, `root` and `path`, as absolute paths, which mean the same place to
+    processes that run in other folders; URIs stay as they are."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).absolute())
+
+    path = data.path
+    places = tuple(map(absolute, path)) if isinstance(path, tuple) else path and absolute(path)
+    return {"root": data.root.absolute(), "path": places}
+
+
 def resolve(experiment: Experiment, facts: Facts) -> Experiment:
     """Return the experiment with each `auto` replaced by the choice that it stands for, and with absolute paths.
 
     Raises:
         InputError: the data do not allow a choice.
     """
-    path = experiment.data.path
     data = experiment.data.model_copy(
         update={
             "likelihood": resolve_likelihood(experiment.data, facts),
             "standardize": resolve_standardize(experiment.data, facts),
             "in_memory": resolve_in_memory(experiment.data, facts),
             # stages may be computed by processes that run in other folders
-            "root": experiment.data.root.absolute(),
-            "path": path if path is None or "://" in path else str(Path(path).absolute()),
+            **absolute_places(experiment.data),
         }
     )
     finetune = experiment.finetune

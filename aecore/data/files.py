@@ -1,4 +1,4 @@
-"""Parquet files, folders and URIs: finding, opening and reading them in batches.
+"""Parquet files and URIs: opening files and reading them in batches.
 
 Functions raise an InputError that names the file if it is missing, unreadable or damaged.
 """
@@ -32,24 +32,6 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
 
 
-def list_files(path: str) -> tuple[pafs.FileSystem, list[str]]:
-    """Return the filesystem of a path or URI and the file there, or all Parquet files in the folder there, sorted."""
-    try:
-        filesystem, inner = filesystem_of(path)
-        info = filesystem.get_file_info(inner)
-        if info.type == pafs.FileType.File:
-            return filesystem, [inner]
-        if info.type == pafs.FileType.Directory:
-            entries = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-            files = sorted(e.path for e in entries if e.type == pafs.FileType.File and e.path.endswith(".parquet"))
-            if files:
-                return filesystem, files
-            raise InputError(f"data.path: no .parquet file in {path}; name the folder that has them")
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"data.path: cannot open {path} ({short_reason(error)}); check the address") from error
-    raise InputError(f"data.path: {path} does not exist; name a Parquet file, folder or URI")
-
-
 def open_file(filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
     """Open a Parquet file and read its schema."""
     try:
@@ -77,18 +59,20 @@ def file_digest(filesystem: pafs.FileSystem, file: str) -> bytes:
 
 
 def read_batches(
-    filesystem: pafs.FileSystem, file: str, columns: Sequence[str], size: int, groups: Sequence[int] | None = None,
+    opened: pq.ParquetFile, file: str, columns: Sequence[str], size: int, groups: Sequence[int] | None = None,
     first_row: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """Read some columns of a file, at most `size` rows at a time.
 
     Args:
+        opened: the file, from `open_file`.
+        file: its name, for messages.
         groups: row groups to read; None reads all.
         first_row: number in the file of the first row that is read.
     """
     chosen: dict[str, Any] = {} if groups is None else {"row_groups": list(groups)}
     try:
-        for batch in open_file(filesystem, file).iter_batches(batch_size=size, columns=list(columns), **chosen):
+        for batch in opened.iter_batches(batch_size=size, columns=list(columns), **chosen):
             if len(batch):
                 yield Batch(file, first_row, pa.Table.from_batches([batch]))
             first_row += len(batch)

@@ -11,10 +11,9 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
@@ -23,14 +22,16 @@ from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError, join_names
 from aecore.core.types import Shape, describe_shape
 from aecore.data.cells import encoded_images, is_encoded, is_number
-from aecore.data.columns import Columns, described, find_columns
-from aecore.data.files import Batch, file_digest, filesystem_of, list_files, open_file, read_batches
+from aecore.data.columns import Columns, described
+from aecore.data.files import Batch, file_digest, open_file, read_batches
+from aecore.data.folders import filesystem_at, join_paths
+from aecore.data.marks import classes_of_folders, describe_listing
 from aecore.data.numbers import Spread, find_offsets
+from aecore.data.parts import Part
+from aecore.data.sets import ParquetSet, Piece, Source, divide, open_set
 from aecore.data.splits import Rows, content_hashes
 from aecore.data.values import as_float32, numbers, read_exactly, read_features, read_labels, read_marks
 
-PIECE_BYTES = 2**24
-"""Largest size of a piece, in bytes of its values."""
 BATCH_BYTES, _BATCH_ROWS = 2**23, 4096
 """Largest size of a batch that is read at once, in bytes of float32 values and in rows."""
 _LABEL_ROWS = 1 << 16
@@ -47,87 +48,68 @@ second have, are taken for a measured value."""
 _CHANGED = "data.path: {} is damaged, or was changed while the job ran; write it again, or start the job again"
 
 
-class Piece(NamedTuple):
-    """Consecutive row groups of a file, which are read together."""
-
-    file: str
-    groups: tuple[int, ...]
-    first_id: int
-    """Number that the piece's first row has in the whole set."""
-    first_row: int
-    """Number that the piece's first row has in the file."""
-    rows: int
-
-
-class _Source(NamedTuple):
-    filesystem: pafs.FileSystem
-    files: list[str]
-    schema: pa.Schema
-    columns: Columns
-
-    def batches(self, columns: Sequence[str], size: int) -> Iterator[Batch]:
-        for file in self.files:
-            yield from read_batches(self.filesystem, file, columns, size)
-
-
-def _open_source(data: Data, like: TableColumns | None = None) -> _Source:
-    assert data.path is not None
-    filesystem, files = list_files(data.path)
-    schema = open_file(filesystem, files[0]).schema_arrow
-    return _Source(filesystem, files, schema, find_columns(data, schema, like))
-
-
 def identify(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows; this reads all labels and the headers of images, but decodes
     only the first image or vector. For `like` see `find_columns`."""
-    source = _open_source(data, like)
-    digest, rows = hashlib.sha256(), 0
-    for file in source.files:
+    source = open_set(data, like)
+    columns, column_of_labels = source.columns, source.columns.labels
+    digest, rows, labels = hashlib.sha256(), 0, set[Any]()
+    for number, file in enumerate(source.files):
         digest.update(file_digest(source.filesystem, file))
-        metadata = open_file(source.filesystem, file).metadata
-        rows += metadata.num_rows
-        if not metadata.schema.to_arrow_schema().equals(source.schema):
-            raise InputError(
-                f"data.path: {file} has other columns than {source.files[0]}; write all files with one schema"
-            )
-    if not rows:
-        raise InputError(f"data.path: {data.path} has no rows; name data that have some")
-    columns = source.columns
+        opened = open_file(source.filesystem, file)
+        if not opened.metadata.num_rows:
+            continue
+        rows += opened.metadata.num_rows
+        source.check(Part(file, opened.schema_arrow), data, like)
+        if source.marks.labels:
+            labels.add(source.marks.labels[number])
+        elif column_of_labels:
+            for batch in read_batches(opened, file, [column_of_labels], _LABEL_ROWS):
+                labels.update(read_labels(batch, column_of_labels)[0])
     first = next(source.batches(columns.features, 1), None)
     if first is None:
-        raise InputError(_CHANGED.format(data.path))
+        raise InputError(_CHANGED.format(join_paths(data.path)))
     x = read_features(first, columns)
     if not x.size or x.ndim > 4:
         raise InputError(
             f"data.column: a row of column {columns.features[0]} has the shape {x.shape[1:]}; write vectors "
             "(features), or images (height, width) or (height, width, channels)"
         )
-    classes = _find_classes(data, source, rows) if columns.labels else ()
+    classes: tuple[str, ...] = ()
+    if source.marks.label_key:
+        classes = classes_of_folders(labels, source.marks.label_key)
+    elif column_of_labels:
+        classes = _find_classes(data, column_of_labels, labels, rows)
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
     offsets = _find_offsets(data, source) if like is None else like.offsets
     if offsets:
         digest.update(f" minus {offsets}".encode())
     levels = 256 if x.dtype == np.uint8 else 0
     shape: Shape = x.shape[1:]
-    if is_encoded(source.schema.field(columns.features[0]).type):
+    if is_encoded(source.first.schema.field(columns.features[0]).type):
         colour, turned = _read_headers(source, shape)
         shape = (3 if colour else 1, *shape[1:])
         if turned:  # earlier versions read such images as they are stored; their results must not be restored
             digest.update(b" upright")
+    for marks in filter(None, (source.marks.splits, source.marks.labels)):  # else names are not part of the digest
+        digest.update(f" {marks}".encode())
     return Facts(
         digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows,
-        columns=described(columns, source.schema, offsets, like),
+        columns=described(columns, source.first.schema, offsets, like),
     )  # fmt: skip
 
 
 def describe(data: Data, facts: Facts) -> list[str]:
     """Say which rows and columns are read, and which columns are left out and why."""
-    source = _open_source(data, facts.columns)
+    source = open_set(data, facts.columns)
     columns, offsets = source.columns, facts.columns.offsets
-    labels = f"{columns.labels} ({len(facts.classes)} classes)" if columns.labels else "none"
+    column = columns.labels or source.marks.label_key
+    labels = f"{column} ({len(facts.classes)} classes)" if column else "none"
+    split = columns.split or ("by the names" if source.marks.splits else "drawn")
     lines = [
-        f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}, in {len(source.files):,} files",
-        f"columns: {join_names(columns.features)}; labels: {labels}; split: {columns.split or 'drawn'}",
+        f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}",
+        *describe_listing(source.listing, source.marks),
+        f"columns: {join_names(columns.features)}; labels: {labels}; split: {split}",
     ]
     if columns.left_out:
         lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")
@@ -136,7 +118,13 @@ def describe(data: Data, facts: Facts) -> list[str]:
     return lines
 
 
-def _read_headers(source: _Source, shape: Shape) -> tuple[bool, bool]:
+def describe_files(data: Data) -> list[str]:
+    """Say in a line or two which files are read, which are left out, and what the names of files and folders say."""
+    source = open_set(data)
+    return describe_listing(source.listing, source.marks)
+
+
+def _read_headers(source: ParquetSet, shape: Shape) -> tuple[bool, bool]:
     """Say whether any image of a set has colour, and whether any is stored in another orientation than it is shown in.
 
     One image in colour makes all of them colour. Of a very large set only the first images are looked at: a later image
@@ -168,10 +156,10 @@ def _batch_rows(shape: Shape) -> int:
     return max(1, min(_BATCH_ROWS, BATCH_BYTES // (4 * prod(shape))))
 
 
-def _find_offsets(data: Data, source: _Source) -> tuple[int | float, ...]:
+def _find_offsets(data: Data, source: ParquetSet) -> tuple[int | float, ...]:
     """Look at some rows of a table and return `TableColumns.offsets`; nothing where values must keep their range."""
     names = source.columns.features
-    is_table = all(is_number(source.schema.field(name).type) for name in names)
+    is_table = all(is_number(source.first.schema.field(name).type) for name in names)
     if not is_table or data.likelihood not in ("auto", "gaussian"):
         return ()
     sample = next(source.batches(names, _batch_rows((2 * len(names),))), None)
@@ -180,15 +168,10 @@ def _find_offsets(data: Data, source: _Source) -> tuple[int | float, ...]:
     return find_offsets([numbers(sample, name) for name in names])
 
 
-def _find_classes(data: Data, source: _Source, rows: int) -> tuple[str, ...]:
+def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their labels."""
-    column = source.columns.labels
-    assert column is not None
-    labels: set[Any] = set()
-    for batch in source.batches([column], _LABEL_ROWS):
-        labels.update(read_labels(batch, column)[0])
     if not labels:
-        raise InputError(_CHANGED.format(data.path))
+        raise InputError(_CHANGED.format(join_paths(data.path)))
     classes = tuple(str(label) for label in sorted(labels))
     if len(classes) < 2:
         raise InputError(
@@ -227,8 +210,10 @@ def survey(data: Data, facts: Facts) -> Rows | None:
         All rows, with their `content_hashes` (rows,) in place of x. None if the set is remote or too large to be read
         twice: only `load` checks such a set, in the worker that needs its rows.
     """
-    source = _open_source(data, facts.columns)
-    encoded = is_encoded(source.schema.field(source.columns.features[0]).type)
+    source = open_set(data, facts.columns)
+    if source.marks.problem:
+        raise InputError(source.marks.problem)
+    encoded = is_encoded(source.first.schema.field(source.columns.features[0]).type)
     cost = facts.rows * facts.row_bytes * (_DECODING_COST if encoded else 1)
     remote = not isinstance(source.filesystem, pafs.LocalFileSystem)
     if remote or cost > MAX_SURVEY_BYTES or facts.rows > _MAX_SURVEY_ROWS:
@@ -251,32 +236,14 @@ def survey(data: Data, facts: Facts) -> Rows | None:
     return _concatenate(batches)
 
 
-def pieces(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:
-    """Divide a set into pieces of at most `size` bytes of values (16 MB by default), but at least one row group."""
-    source = _open_source(data, facts.columns)
-    max_rows = max(1, (size or PIECE_BYTES) // facts.row_bytes)
-    result: list[Piece] = []
-    first_id = 0
-    for file in source.files:
-        metadata, first_row = open_file(source.filesystem, file).metadata, 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            last = result[-1] if result else None
-            if last and last.file == file and last.rows + rows <= max_rows:
-                result[-1] = last._replace(groups=(*last.groups, group), rows=last.rows + rows)
-            elif rows:
-                result.append(Piece(file, (group,), first_id, first_row, rows))
-            first_id, first_row = first_id + rows, first_row + rows
-    return tuple(result)
-
-
-def split_marks(data: Data, facts: Facts, piece: Piece) -> np.ndarray | None:
+def split_marks(data: Data, piece: Piece) -> np.ndarray | None:
     """Return the split that the set names for each row of a piece, (rows,), or None if it names none."""
-    filesystem, columns = _open_piece(data, facts, piece)
-    if columns.split is None:
-        return None
-    batches = read_batches(filesystem, piece.file, [columns.split], _LABEL_ROWS, piece.groups, piece.first_row)
-    return np.concatenate([read_marks(batch, columns.split) for batch in batches])
+    column, split = piece.known.columns.split, piece.known.split
+    if column is None:
+        return None if split is None else np.full(piece.rows, split)
+    opened = open_file(filesystem_at(data), piece.file)
+    batches = read_batches(opened, piece.file, [column], _LABEL_ROWS, piece.groups, piece.first_row)
+    return np.concatenate([read_marks(batch, column) for batch in batches])
 
 
 def read(
@@ -287,27 +254,46 @@ def read(
     Args:
         look: is called with the features (rows, *shape) of each batch, in the precision in which they are written.
     """
-    filesystem, columns = _open_piece(data, facts, piece)
+    columns = piece.known.columns
     class_number = {name: number for number, name in enumerate(facts.classes)}
     size, count = _batch_rows(facts.shape), 0
-    for batch in read_batches(filesystem, piece.file, columns.names, size, piece.groups, piece.first_row):
+    opened = open_file(filesystem_at(data), piece.file)  # not the set's other files, which may be thousands
+    for batch in read_batches(opened, piece.file, columns.names, size, piece.groups, piece.first_row):
+        if not {*columns.names} <= {*batch.table.column_names}:
+            raise InputError(_CHANGED.format(piece.file))
         exact = read_exactly(batch, columns, facts.shape[0], facts.columns.offsets)
         x = as_float32(exact)
         _check_features(x, batch, columns, data, facts)
         if look:
             look(exact)
+        labels, marks = _labels_and_marks(batch, piece.known)
         y = None
-        if columns.labels:
-            labels, indices = read_labels(batch, columns.labels)
-            numbers = [class_number.get(str(label), -1) for label in labels]
+        if labels is not None:
+            numbers = [class_number.get(str(label), -1) for label in labels[0]]
             if -1 in numbers:
                 raise InputError(_CHANGED.format(piece.file))
-            y = np.array(numbers, np.int64)[indices]
+            y = np.array(numbers, np.int64)[labels[1]]
         count += len(x)
-        yield Rows(x, y, read_marks(batch, columns.split) if columns.split else None)
+        yield Rows(x, y, marks)
     release_memory()
     if count != piece.rows:
         raise InputError(_CHANGED.format(piece.file))
+
+
+def _labels_and_marks(batch: Batch, source: Source) -> tuple[tuple[list[Any], np.ndarray] | None, np.ndarray | None]:
+    """Return the labels of a batch as `read_labels` does, and its split marks (rows,), from columns or else from the
+    names of files and folders; None where neither has them."""
+    columns, rows = source.columns, len(batch.table)
+    labels = marks = None
+    if columns.labels:
+        labels = read_labels(batch, columns.labels)
+    elif source.label is not None:
+        labels = [source.label], np.zeros(rows, np.int64)
+    if columns.split:
+        marks = read_marks(batch, columns.split)
+    elif source.split is not None:
+        marks = np.full(rows, source.split)
+    return labels, marks
 
 
 def release_memory() -> None:
@@ -320,20 +306,13 @@ def release_memory() -> None:
         trim(0)
 
 
-def _open_piece(data: Data, facts: Facts, piece: Piece) -> tuple[pafs.FileSystem, Columns]:
-    """Return a piece's filesystem and columns. The set's other files, which may be thousands, are not opened."""
-    assert data.path is not None
-    filesystem, _ = filesystem_of(data.path)
-    return filesystem, find_columns(data, open_file(filesystem, piece.file).schema_arrow, facts.columns)
-
-
 def _read_all(data: Data, facts: Facts, look: Callable[[np.ndarray], None]) -> Iterator[Rows]:
     count = 0
-    for piece in pieces(data, facts):
+    for piece in divide(data, facts):
         yield from read(data, facts, piece, look)
         count += piece.rows
     if count != facts.rows:
-        raise InputError(_CHANGED.format(data.path))
+        raise InputError(_CHANGED.format(join_paths(data.path)))
 
 
 def _concatenate(batches: Sequence[Rows]) -> Rows:

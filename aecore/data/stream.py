@@ -15,7 +15,7 @@ from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.data import parquet, splits
 from aecore.data.dataset import scaling
-from aecore.data.parquet import Piece
+from aecore.data.sets import Piece, divide
 from aecore.data.splits import SPLITS, Arrays, Shares, Split
 
 SAMPLE_BYTES = {"train": 2**24, "validation": 2**25, "test": 2**23}
@@ -66,8 +66,8 @@ def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn
     This reads the set once where features are standardised, and once more where rows are split by content. It raises
     an InputError if a row cannot be used or a split is empty.
     """
-    pieces = parquet.pieces(data, facts)
-    marks = [parquet.split_marks(data, facts, piece) for piece in pieces]
+    pieces = divide(data, facts)
+    marks = [parquet.split_marks(data, piece) for piece in pieces]
     shares = splits.split_shares(data, np.sum([splits.count_marks(m) for m in marks], 0), facts.rows)
     if data.split == "content":
         counts = np.concatenate([rows.x for rows in read_pieces(partial(_count, data, facts, shares), pieces)])

@@ -26,7 +26,8 @@ from aecore.core.types import Shape, describe_shape
 from aecore.data import parquet
 from aecore.data.dataset import load_rows
 from aecore.data.files import filesystem_of, short_reason
-from aecore.data.parquet import Piece
+from aecore.data.folders import filesystem_at
+from aecore.data.sets import Piece, divide
 from aecore.data.splits import Rows
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
@@ -73,7 +74,7 @@ class Work:
         if self.data is None or self.facts is None:
             name, size = "", _SAMPLES_PER_PIECE
         elif self.data.name == "parquet":
-            return parquet.pieces(self.data, self.facts, PIECE_BYTES)
+            return divide(self.data, self.facts, PIECE_BYTES)
         else:
             name, size = self.data.name, max(1, PIECE_BYTES // self.facts.row_bytes)
         return tuple(Piece(name, (), n, n, min(size, self.rows - n)) for n in range(0, self.rows, size))
@@ -114,8 +115,7 @@ def _shape_remedy(own: Shape, read: Shape) -> str:
 
 def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_digest: str) -> None:
     """Raise an InputError if the data are not codes of this model, whose last layer is `last`."""
-    assert data.path is not None
-    metadata, _ = _read_footer(filesystem_of(data.path)[0], parquet.pieces(data, facts)[0].file)
+    metadata, _ = _read_footer(filesystem_at(data), divide(data, facts)[0].file)
     if metadata.get("diabolo.model.digest") != model_digest or facts.shape != (prod(last.code_shape),):
         raise InputError(
             f"decode: {data.path} holds codes of {metadata.get('diabolo.model', 'an unknown model')}, not of {model}; "
@@ -182,7 +182,7 @@ class Worker:
         writer = None
         with self.filesystem.open_output_stream(unfinished) as stream:
             for columns in self._compute(piece):
-                table = _table(piece, count, columns, self._source_name(piece))
+                table = _table(piece, count, columns)
                 if writer is None:
                     schema = table.schema.with_metadata(self.work.identity)
                     texts = [field.name for field in schema if pa.types.is_dictionary(field.type)]
@@ -210,12 +210,6 @@ class Worker:
                 label = {} if y is None else {"label": np.array(work.facts.classes)[y]}
                 yield model.measure(x) | label
 
-    def _source_name(self, piece: Piece) -> str:
-        """Name the piece's file relative to the folder `data.path`, so that the name holds if the folder is moved."""
-        data = self.work.data
-        root = filesystem_of(data.path)[1].rstrip("/") if data is not None and data.path else ""
-        return piece.file.removeprefix(f"{root}/") if piece.file != root else piece.file.rpartition("/")[2]
-
 
 def _file_name(number: int) -> str:
     return f"part-{number:06}.parquet"
@@ -237,13 +231,17 @@ def _read_piece(data: Data, facts: Facts, piece: Piece) -> Iterator[Rows]:
         yield Rows(x[rows], None if y is None else y[rows], None)
 
 
-def _table(piece: Piece, offset: int, columns: dict[str, np.ndarray], file: str) -> pa.Table:
-    """Make a table of some rows of a piece, the first of which is row number `offset` of the piece."""
+def _table(piece: Piece, offset: int, columns: dict[str, np.ndarray]) -> pa.Table:
+    """Make a table of some rows of a piece, the first of which is row number `offset` of the piece.
+
+    It names the piece's file relative to the set's folder, so that the name holds if the folder is moved.
+    """
     size = len(next(iter(columns.values())))
     numbers = np.arange(offset, offset + size)
     arrays = {"id": pa.array(piece.first_id + numbers)}
     if piece.file:
-        arrays["file"] = pa.DictionaryArray.from_arrays(np.zeros(size, np.int32), [file])
+        name = piece.source.name if piece.source else piece.file
+        arrays["file"] = pa.DictionaryArray.from_arrays(np.zeros(size, np.int32), [name])
         arrays["row"] = pa.array(piece.first_row + numbers)
     return pa.table(arrays | {name: _array(values) for name, values in columns.items()})
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from aecore.core.errors import DeviceError, InputError
-from aecore.data.parquet import Piece
+from aecore.data.sets import Piece
 from aecore.data.splits import Split
 from aecore.data.stream import ReadPiece
 from pipelines.cluster.device import are_fake, device_of

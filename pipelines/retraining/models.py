@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aecore.config.experiment import Experiment
 from aecore.config.facts import Facts, TableColumns, columns_of, has_no_names, nameless
@@ -120,9 +120,11 @@ def candidate_of(
 
     Raises an InputError where the data cannot be used, or the experiment does not fit them.
     """
-    if experiment.data.path is not None and "{date}" in experiment.data.path:
-        path = experiment.data.path.replace("{date}", day.isoformat())
-        experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"path": path})})
+    path: Any = experiment.data.path
+    if path is not None:
+        dated = [part.replace("{date}", day.isoformat()) for part in ([path] if isinstance(path, str) else path)]
+        data = experiment.data.model_copy(update={"path": dated[0] if isinstance(path, str) else tuple(dated)})
+        experiment = experiment.model_copy(update={"data": data})
     facts = inspect(experiment.data, like)
     graph = build(experiment, facts, resources.numerics)
     assert graph.finetune is not None and isinstance(graph.finetune.spec, FinetuneSpec)

@@ -1,0 +1,80 @@
+"""Compares the schemas of the files of one data set: only what is read must be alike, and mean the same."""
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from aecore.config.experiment import Data
+from aecore.config.facts import TableColumns
+from aecore.core.errors import InputError, join_names
+from aecore.data.cells import find_decoder, is_encoded, is_number, is_text, plain_type, short_type
+from aecore.data.columns import LABEL_NAMES, Columns, find_columns, find_name
+
+
+class Part(NamedTuple):
+    """A file of a data set and its schema."""
+
+    file: str
+    schema: pa.Schema
+
+
+def check_part(part: Part, first: Part, columns: Columns, data: Data, like: TableColumns | None = None) -> None:
+    """Raise an InputError if a file does not hold the `columns` that were found in the set's first file.
+
+    Order, nullability, metadata and columns that are not read may differ, and types may differ in width or encoding.
+    """
+    for name in columns.names:
+        if (count := part.schema.names.count(name)) > 1:
+            raise InputError(f"data.path: {part.file} has {count} columns called {name}; give each a name of its own")
+        if not count:
+            raise _missing(name, part, first)
+        kinds = [each.schema.field(name).type for each in (part, first)]
+        meanings = [_meaning(kind, name == columns.labels) for kind in kinds]
+        if meanings[0] != meanings[1]:
+            raise _retyped(name, part, first)
+    # what is left out of the first file on purpose is left out of the others
+    unread = {name for name, _ in columns.left_out if is_number(first.schema.field(name).type)}
+    if columns.labels or data.labels is None:
+        unread |= {name for name in part.schema.names if name.casefold() in LABEL_NAMES}
+    fields = [field for field in part.schema if field.name in columns.names or field.name not in unread]
+    exclude = tuple(name for name in data.exclude if find_name(name, [field.name for field in fields]))
+    try:
+        schema = pa.schema(fields, metadata=part.schema.metadata)
+        own_columns = find_columns(data.model_copy(update={"exclude": exclude}), schema, like)
+    except InputError as error:
+        raise InputError(f"{error} (in {part.file}, unlike {first.file})") from error
+    for name in sorted(set(own_columns.names) - set(columns.names)):
+        raise _retyped(name, part, first) if name in first.schema.names else _missing(name, first, part)
+
+
+def _retyped(name: str, part: Part, first: Part) -> InputError:
+    own, before = (short_type(each.schema.field(name).type) for each in (part, first))
+    return InputError(
+        f"data.path: column {name} holds {own} in {part.file}, but {before} in {first.file}; write all files with one "
+        "type"
+    )
+
+
+def _missing(name: str, part: Part, other: Part) -> InputError:
+    return InputError(
+        f"data.path: {part.file} has no column {name}, but {other.file} has; its columns are "
+        f"{join_names(part.schema.names)}; give all files the same columns"
+    )
+
+
+def _meaning(kind: pa.DataType, is_label: bool) -> str:
+    """Return what the values of a column are, whatever their width and encoding."""
+    if is_label and pa.types.is_boolean(plain_type(kind)):
+        return "truth value"  # the class True is not the class 1
+    if is_number(kind):
+        return "number"
+    if is_text(kind):
+        return "text"
+    if is_encoded(kind):
+        return "image"
+    if find_decoder(kind) is None:
+        return str(kind)
+    inner = kind
+    while (deeper := getattr(inner, "value_type", None)) is not None:
+        inner = deeper
+    return "bytes" if pa.types.is_uint8(inner) else "numbers"  # bytes stay bytes, other numbers become float32
