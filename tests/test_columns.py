@@ -273,6 +273,9 @@ def test_never_varies_is_said_of_the_values_in_the_file(tmp_path: Path) -> None:
 
 def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
     data = set_of(tmp_path, table(customer=np.arange(ROWS), a=A, b=B, name=TEXT, Class=CLASSES), exclude=["customer"])
-    lines = describe(data, inspect(data))
-    assert lines[1] == "columns: a, b; labels: Class (3 classes); split: drawn"
-    assert lines[2] == "left out: customer (data.exclude), name (string)"
+    assert describe(data, inspect(data)) == [
+        "data: 60 rows, vectors of 2 features",
+        "1 file, data.parquet",
+        "columns: a, b; labels: Class (3 classes); split: drawn",
+        "left out: customer (data.exclude), name (string)",
+    ]

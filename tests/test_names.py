@@ -412,15 +412,15 @@ def test_drift_is_of_a_column_by_its_name() -> None:
 
 
 NIGHT = (
-    "--data.path", "night", "--model", "night", "--pretrain.epochs", "2", "--pretrain.weight_decay", "1e-5",
+    "--model", "night", "--pretrain.epochs", "2", "--pretrain.weight_decay", "1e-5",
     "--finetune.epochs", "20",
 )  # fmt: skip
 
 
 def day(number: int, folder: Path, *frames: pd.DataFrame) -> tuple[str, ...]:
     """Write the data of a day; return the options of the command."""
-    (folder / "night").mkdir(exist_ok=True)
-    pd.concat(frames).to_parquet(folder / "night" / "all.parquet", index=False)
+    (folder / "digits").mkdir(exist_ok=True)
+    pd.concat(frames).to_parquet(folder / "digits" / "all.parquet", index=False)
     return (*NIGHT, "--logical-date", f"2026-11-{number:02}")
 
 
@@ -442,7 +442,7 @@ def _first_night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def nights(_first_night: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Retraining:
     """The command in a folder of its own, in which the first champion has been made."""
-    shutil.copytree(_first_night / "night", tmp_path / "night")
+    shutil.copytree(_first_night / "digits", tmp_path / "digits")
     shutil.copy(_first_night / "mlflow.db", tmp_path)
     return in_process(monkeypatch, tmp_path)
 
