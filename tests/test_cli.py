@@ -81,6 +81,25 @@ def test_values_of_every_type() -> None:
     assert parsed.plan and parsed.figures == Path("somewhere") and parsed.register_as == "name"
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("[a.parquet,b.parquet]", ("a.parquet", "b.parquet")),
+        ('["a.parquet", "b,c.parquet"]', ("a.parquet", "b,c.parquet")),
+        ("a,b.parquet", "a,b.parquet"),
+        ("data/[ab]-*.parquet", "data/[ab]-*.parquet"),
+        ("[ab].parquet", "[ab].parquet"),
+        ("{a,b}", "{a,b}"),
+        ("5", "5"),
+    ],
+)
+def test_one_path_or_several(text: str, path: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert settings("--data.name", "parquet", "--data.path", text).data.path == path
+    assert settings(recipe(tmp_path, {"data": {"name": "parquet", "path": path}})).data.path == path
+    monkeypatch.setenv("DIABOLO__DATA__PATH", text)
+    assert settings("--data.name", "parquet").data.path == path
+
+
 BAD: list[tuple[list[str], Any, str]] = [
     (["--finetune.epohs", "3"], None, "--finetune.epohs: unknown option; the nearest is finetune.epochs"),
     (["--varient.kind", "plain"], None, "the nearest is variant.kind"),
@@ -137,9 +156,9 @@ def test_a_field_at_the_top_is_read_only_from_a_variable_with_our_prefix(
 
 def test_a_stored_configuration_has_no_secrets() -> None:
     kept = without_secrets(
-        {"a": {"path": "s3://key:pass/word@bucket/x?token=1", "n": 3}, "b": "mail@host", "c": "/a@b"}
+        {"a": {"path": "s3://key:pass/word@bucket/x?token=1", "n": 3}, "b": "mail@host", "c": ("/a@b", "s3://k@b")}
     )
-    assert kept == {"a": {"path": "s3://***@bucket/x?***", "n": 3}, "b": "mail@host", "c": "/a@b"}
+    assert kept == {"a": {"path": "s3://***@bucket/x?***", "n": 3}, "b": "mail@host", "c": ["/a@b", "s3://***@b"]}
     assert str(InputError("s3://a:b@c/d is gone, 'gs://e?f=g' too")) == "s3://***@c/d is gone, 'gs://e?***' too"
 
 

@@ -431,7 +431,7 @@ HARMFUL: dict[str, tuple[pa.Table, pa.Table, str]] = {
     "another feature": (PLAIN, changed(c=VECTORS[:, 0]), rf"{PARTS} has no column c, but .*{PARTS} has"),
     "a number and text": (PLAIN, changed(b=["1"] * ROWS), rf"column b holds \w+ in .*{PARTS}, but \w+ in .*{PARTS}; "),
     "a list, which may be the features": (PLAIN, changed(c=[[1.0]] * ROWS), rf"{PARTS} has no column \w, but"),
-    "a column twice": (PLAIN, PLAIN.append_column("b", PLAIN["b"]), "columns (are )?called b; give each a name of its own"),
+    "a column twice": (PLAIN, PLAIN.append_column("b", PLAIN["b"]), "columns (are )?called b; give each a name"),
     "a number and a list": (PLAIN, changed(b=[[1.0]] * ROWS), r"column b holds .*(int64 in|but int64)"),
     "a number and nothing": (PLAIN, changed(b=pa.array([None] * ROWS)), "column b holds (null in|.* but null)"),
     "labels of another kind": (PLAIN, changed(label=[0, 1] * (ROWS // 2)), "column label holds"),

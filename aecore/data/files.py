@@ -13,6 +13,9 @@ from pyarrow import fs as pafs
 
 from aecore.core.errors import InputError, hide_secrets
 
+_MANY_VALUES = 2**20
+"""A file of more values than this is decoded by several threads."""
+
 
 class Batch(NamedTuple):
     """Consecutive rows of a file."""
@@ -71,6 +74,8 @@ def read_batches(
         first_row: number in the file of the first row that is read.
     """
     chosen: dict[str, Any] = {} if groups is None else {"row_groups": list(groups)}
+    # Arrow decodes columns in parallel; of small files, that takes longer than the decoding
+    chosen["use_threads"] = len(columns) > 1 and opened.metadata.num_rows * len(columns) > _MANY_VALUES
     try:
         for batch in opened.iter_batches(batch_size=size, columns=list(columns), **chosen):
             if len(batch):
