@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_settings import CliPositionalArg
 
 from aecore.config.facts import Facts
-from aecore.core.errors import InputError
+from aecore.core.errors import InputError, join_names
 from aecore.core.fingerprint import fingerprint
 from aecore.core.imports import fast_imports
 from aecore.data.dataset import describe, inspect
@@ -22,6 +22,7 @@ from aecore.evaluation.trial import Trial, study_status
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
+from pipelines.graph.description import Description, data_name
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
 from pipelines.study.plan import plan_trials, warn_of_labels
@@ -93,9 +94,10 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         say(line)
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude"}})
-    with tracker.job_run("compare", key, tags, config) as run_id:
+    shown = _describe(study, facts)
+    with tracker.job_run("compare", key, tags, config, shown) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
-        tracker.log_data(run_id, study.base.data.name, facts, about)
+        tracker.log_data(run_id, data_name(study.base.data), facts, about)
         ended = run(study, facts, tracker, run_id, settings.resources, say)
         costs = cost_rows(ended.forecast, ended.spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:
@@ -107,6 +109,10 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         metrics = {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
         status = study_status(ended.trials)
         tracker.log_summary(run_id, metrics, {"status": status})
+        tracker.log_last(run_id, {"train_seconds": sum(trial.seconds for trial in ended.trials)})
+        link = tracker.link(run_id, "report/report.html")
+        shown.results = [f"Result: **{report.answer}**", f"All verdicts and figures: {link}."]
+        shown.status = ": ".join(filter(None, [status, "; ".join(_failures(ended.trials))]))
     if status == "failed":
         tracker.client.set_terminated(run_id, "FAILED")
     if settings.figures:
@@ -130,6 +136,15 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     }
 
 
+def _describe(study: Study, facts: Facts) -> Description:
+    """Return what MLflow's list of runs shows of a study."""
+    data = data_name(study.base.data)
+    name = f"study of {data}" if study.name == Study.model_fields["name"].default else study.name
+    rows, seeds = join_names([*study.variants]), ", ".join(map(str, study.seeds))
+    epochs = f"{study.budget.epochs} epochs per trial"
+    return Description(name, f"What: compares {rows} on {data} ({facts.rows:,} rows), seeds {seeds}; {epochs}.")
+
+
 def _write_report(
     study: Study, facts: Facts, ended: Ended, costs: Sequence[CostRow], read: Callable[[Trial], Trial], folder: Path
 ) -> "Report":  # fmt: skip
@@ -149,16 +164,20 @@ def _write_report(
     return report.write(ended.trials, about, folder, read)
 
 
-def _say_failures(trials: list[Trial]) -> None:
-    """Print a line for each reason for which trials failed."""
+def _failures(trials: list[Trial]) -> list[str]:
+    """Return a line for each reason for which trials failed."""
     reasons: dict[str, list[str]] = {}
     for trial in trials:
         if trial.status == "failed":
             reasons.setdefault(trial.error, []).append(trial.name)
-    for reason, names in reasons.items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        say(f"warning: {', '.join(names[:_NAMED])}{more} failed: {reason}")
-    if reasons:
+    return [f"{join_names(names, _NAMED)} failed: {reason}" for reason, names in reasons.items()]
+
+
+def _say_failures(trials: list[Trial]) -> None:
+    """Print why trials failed."""
+    for line in (failures := _failures(trials)):
+        say(f"warning: {line}")
+    if failures:
         say("the same command runs these trials again, and no others")
 
 

@@ -23,6 +23,7 @@ from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path, write_files
 from pipelines.execution.store import open_store
+from pipelines.graph.description import Description, data_name
 from pipelines.host.environment import store_is_empty, store_uri
 from pipelines.host.messages import say
 
@@ -79,18 +80,24 @@ def encode(settings: Encode) -> dict[str, Any]:
 
     key = fingerprint("encode", work.identity, output)
     tags = {name.removeprefix("diabolo."): value for name, value in work.identity.items()} | cli.ray_tags()
-    with tracker.job_run("encode", key, tags, cli.without_secrets(settings.model_dump(mode="json"))) as run_id:
+    source = {"decode": " decoded", "sample": " drawn"}.get(operation) or (f" of {data_name(data)}" if data else "")
+    name = f"{model.uri.removeprefix('models:/')}: {rows:,} rows{source}"
+    shown = Description(name, f"What: {operation} with {model.uri}, into {output}.")
+    config = cli.without_secrets(settings.model_dump(mode="json"))
+    with tracker.job_run("encode", key, tags, config, shown) as run_id:
         if facts is not None and data is not None:
             about = describe(data, facts)
             for line in about:
                 say(line)
-            tracker.log_data(run_id, data.name, facts, about, model.model_id)
+            tracker.log_data(run_id, data_name(data), facts, about, model.model_id)
         written = write_files(work, model.result, tracker.uri, settings.workers, settings.gpus, say)
         metrics = {"rows": float(written.rows), "files": float(written.files)}
         if written.computed:
             rate = written.computed / max(written.seconds, 1e-9)
             metrics |= {"encode_seconds": written.seconds, "rows_per_second": rate}
         tracker.log_summary(run_id, metrics, {})
+        files = "1 file" if written.files == 1 else f"{written.files} files"
+        shown.results = [f"Result: **{written.rows:,} rows** in {files}."]
     print(f"{written.rows:,} rows in {written.files} files, {written.computed:,} of them computed now, by {model.uri}")
     return {
         "status": "finished",

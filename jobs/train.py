@@ -20,6 +20,8 @@ from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
 from pipelines.execution.journal import NOTES, noted
 from pipelines.execution.store import open_store
+from pipelines.execution.summary import job_metrics, train_seconds
+from pipelines.graph.description import Description, data_name, describe_experiment, describe_scores, experiment_name
 from pipelines.graph.recipe import Stacked, build
 from pipelines.host.messages import say
 
@@ -74,20 +76,23 @@ def train(settings: Train) -> dict[str, Any] | None:
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = graph.experiment.model_dump(mode="json")
     places = {name: config["data"].pop(name) for name in ("root", "path", "exclude")}
-    with tracker.job_run("train", key, tags, config) as run_id:
+    shown = Description(experiment_name(graph.experiment, facts), describe_experiment(graph.experiment))
+    with tracker.job_run("train", key, tags, config, shown) as run_id:
         resources = settings.resources.model_dump(mode="json")
         resolved = cli.without_secrets({**config, "where": places, "resources": resources})
         tracker.client.log_dict(run_id, resolved, "experiment.json")
-        tracker.log_data(run_id, experiment.data.name, facts, about)
+        tracker.log_data(run_id, data_name(experiment.data), facts, about)
         outcomes = compute(stages, tracker, run_id, settings.resources, say)
-        metrics = _job_metrics(graph, outcomes)
+        metrics = job_metrics(outcomes)
         notes = noted(outcomes["evaluate"].run_id, tracker)
         runs = {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()}
-        tracker.log_summary(run_id, metrics, runs | notes)
+        tracker.log_summary(run_id, {**metrics, "train_seconds": train_seconds(outcomes)}, runs | notes)
+        shown.results = [*describe_scores(metrics), f"Figures: {tracker.link(runs['run.evaluate'], 'figures')}."]
         version = None
         if settings.register_as:
             model_uri = tracker.models.logged_by(outcomes["finetune"].run_id)
             version = tracker.models.register(settings.register_as, model_uri)
+            shown.results.append(f"Model: models:/{settings.register_as}/{version}.")
     if settings.figures:
         for path in tracker.save_figures(outcomes["evaluate"].run_id, settings.figures):
             say(f"wrote {path}")
@@ -117,18 +122,6 @@ def _print_plan(graph: Stacked, facts: Facts, mode: str, finished: dict[str, str
     for stage in graph.kept():
         run = finished[stage.key]
         print(f"{stage.name:18} {stage.key[:12]}  {'finished, run ' + run if run else 'would run'}")
-
-
-def _job_metrics(graph: Stacked, outcomes: dict[str, Outcome]) -> dict[str, float]:
-    """Return the job's metrics: `test/...`, `val/...` (finetuning's best epoch) and `control/...` (the control)."""
-    metrics = dict(outcomes["evaluate"].metrics)
-    if graph.finetune is not None:
-        best = {k: v for k, v in outcomes["finetune"].metrics.items() if k.startswith("best/")}
-        metrics |= {k.replace("best/", "val/"): v for k, v in best.items()}
-    if graph.evaluate_control is not None:
-        control = outcomes["evaluate control"].metrics
-        metrics |= {k.replace("test/", "control/"): v for k, v in control.items()}
-    return metrics
 
 
 def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float], notes: str) -> None:

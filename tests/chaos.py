@@ -273,6 +273,11 @@ def stage_runs(tracker: Tracker) -> list[Any]:
     return list(tracker.client.search_runs([tracker.experiment_id], "tags.`stage.fn` LIKE '%'", max_results=1000))
 
 
+def name_of(run: Any) -> str:
+    """The name of a stage, or the kind of a job."""
+    return str(run.data.tags.get("stage.name") or run.data.tags["job"])
+
+
 def steps_of(tracker: Tracker, run: Any) -> dict[str, list[int]]:
     history = tracker.client.get_metric_history
     return {name: sorted(p.step for p in history(run.info.run_id, name)) for name in run.data.metrics}
@@ -285,7 +290,7 @@ def tracker_of(env: dict[str, str]) -> Tracker:
 
 
 def truth_of(tracker: Tracker, report: dict[str, Any]) -> Truth:
-    runs = {run.data.tags["mlflow.runName"]: run for run in stage_runs(tracker)}
+    runs = {run.data.tags["stage.name"]: run for run in stage_runs(tracker)}
     return Truth(
         {name: dict(tracker.restore(run.info.run_id).weights) for name, run in runs.items()},
         report["metrics"],
@@ -312,7 +317,7 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     everything = list(tracker.client.search_runs([tracker.experiment_id], max_results=1000))
     keys = Counter(run.data.tags["stage.key"] for run in everything)
     found += [f"{count} runs of key {key[:12]}" for key, count in keys.items() if count != 1]
-    names = Counter(run.data.tags["mlflow.runName"] for run in everything)
+    names = Counter(name_of(run) for run in everything)
     if names != Counter([*truth.weights, report["job"]]):
         found.append(f"runs {dict(names)}")
     for top in (run for run in everything if "job" in run.data.tags):
@@ -322,7 +327,7 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
             else ["the job's run has no params or data"]
         )
     for run in everything:
-        name, steps = run.data.tags["mlflow.runName"], steps_of(tracker, run)
+        name, steps = name_of(run), steps_of(tracker, run)
         if run.info.status != "FINISHED":
             found.append(f"{name} is {run.info.status}")
         twice = [metric for metric, them in steps.items() if len(them) != len(set(them))]
@@ -330,7 +335,7 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
         if name in truth.steps and not twice and without_system(steps) != truth.steps[name]:
             found.append(f"{name}: other points than undisturbed")
     for run in stage_runs(tracker):
-        name = run.data.tags["mlflow.runName"]
+        name = run.data.tags["stage.name"]
         weights = tracker.restore(run.info.run_id).weights
         wanted = truth.weights.get(name, {})
         if set(weights) != set(wanted) or not all(np.array_equal(weights[w], wanted[w]) for w in wanted):
@@ -340,7 +345,7 @@ def faults(tracker: Tracker, report: dict[str, Any], truth: Truth) -> list[str]:
     if report["metrics"] != truth.metrics:
         found.append(f"metrics {report['metrics']}")
     models = tracker.client.search_logged_models([tracker.experiment_id])
-    tuned = {run.info.run_id for run in everything if run.data.tags["mlflow.runName"] in ("finetune", "control")}
+    tuned = {run.info.run_id for run in everything if name_of(run) in ("finetune", "control")}
     if sorted((m.source_run_id, str(m.status)) for m in models) != sorted((run_id, "READY") for run_id in tuned):
         found.append(f"models {[(m.source_run_id, str(m.status)) for m in models]}")
     return found + [f"lease {name}" for name in existing_leases(tracker)]
@@ -494,7 +499,7 @@ def killed_study(world: World, seed: int, kinds: Sequence[str]) -> list[str]:
     found += [f"run of {key} is {status}" for key, status in keys[1] if status != "FINISHED"]
     found += [f"{count} runs of {key}" for key, count in Counter(key for key, _ in keys[1]).items() if count > 1]
     for run in both[1].client.search_runs([both[1].experiment_id]):
-        name, steps = run.data.tags["mlflow.runName"], steps_of(both[1], run)
+        name, steps = name_of(run), steps_of(both[1], run)
         found += [f"{name}: {m} at {them}" for m, them in steps.items() if len(them) != len(set(them))]
     if calm.report()["metrics"] != job.report()["metrics"]:
         found.append("other metrics")

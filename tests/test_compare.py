@@ -82,6 +82,21 @@ def test_one_tree_study_trials_stages(first: tuple[Path, Done]) -> None:
     }
 
 
+def test_mlflow_shows_the_study_and_its_trials(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    top = store(folder).client.get_run(done.report["run_id"])
+    assert top.info.run_name == "A small study" and top.data.tags["mlflow.source.name"] == "jobs.compare"
+    result, report, about, status = top.data.tags["mlflow.note.content"].split("  \n")
+    assert result.startswith("Result: **") and f"/runs/{top.info.run_id}/artifacts/report/report.html)" in report
+    assert about == "What: compares stacked, plain on digits (1,797 rows), seeds 0; 8 epochs per trial."
+    assert status == "Status: finished" and top.data.metrics["train_seconds"] > 0
+    children = {run.info.run_name: run.data.tags for run in runs(folder)}
+    rates = [f"stacked finetune.lr={rate} seed=0" for rate in (0.001, 0.002, 0.004)]
+    layers = {name for name in children if name.endswith(": layer 1 (A small study)")}
+    assert {"plain seed=0", "pca seed=0", "random seed=0", *rates} <= children.keys() and len(layers) == 1
+    assert {tags["mlflow.source.name"] for tags in children.values()} == {"jobs.compare"}
+
+
 def test_the_report_is_whole_and_alone(first: tuple[Path, Done]) -> None:
     folder, done = first
     page = (folder / "out" / "report.html").read_text()
@@ -146,6 +161,8 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path, head: dict[
     assert "warning: diverging seed=0, diverging seed=1 failed: " in done.err
     failed = [run for run in runs(tmp_path) if run.data.tags.get("row") == "diverging"]
     assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
+    note = store(tmp_path).client.get_run(done.report["run_id"]).data.tags["mlflow.note.content"]
+    assert "Status: partial: diverging seed=0, diverging seed=1 failed: " in note
 
 
 def test_optuna_chooses_by_the_finetuned_classifier_and_searches_the_control(

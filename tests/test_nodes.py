@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def stages_of(tracker: Tracker, run_id: str) -> dict[str, Any]:
     found = tracker.search(f"tags.`mlflow.parentRunId` = '{run_id}'", 100)
-    return {run.data.tags["mlflow.runName"]: run for run in found}
+    return {run.data.tags["stage.name"]: run for run in found}
 
 
 def test_a_submitted_job_runs_on_both_nodes_with_the_bits_of_one_process(world: World, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_stopped_in_layer_2_and_submitted_again(world: World) -> None:
     deadline = time.monotonic() + 180
 
     def kept() -> bool:
-        runs = tracker.search("tags.`mlflow.runName` = 'layer 1' and tags.attempts = '1'", 10)
+        runs = tracker.search("tags.`stage.name` = 'layer 1' and tags.attempts = '1'", 10)
         return any(r.info.status == "FINISHED" and r.data.params["fit.epochs"] == "500" for r in runs)
 
     while not kept():

@@ -168,7 +168,7 @@ def statuses(tracker: Tracker, name: str) -> dict[str, str]:
     """Status of each stage's run, by name, of the job of this name."""
     (top,) = tracker.search(f"tags.`stage.key` = '{name}'")
     below = tracker.search(f"tags.`mlflow.parentRunId` = '{top.info.run_id}'")
-    return {run.data.tags["mlflow.runName"]: run.info.status for run in below}
+    return {run.data.tags["stage.name"]: run.info.status for run in below}
 
 
 @pytest.mark.parametrize("full", ["first", "second"])

@@ -64,7 +64,7 @@ def store(folder: Path) -> Tracker:
 
 
 def stage_runs(tracker: Tracker) -> dict[str, Any]:
-    return {run.data.tags["mlflow.runName"]: run for run in tracker.search("tags.`stage.fn` LIKE '%'", 100)}
+    return {run.data.tags["stage.name"]: run for run in tracker.search("tags.`stage.fn` LIKE '%'", 100)}
 
 
 def is_kept(tracker: Tracker, name: str) -> bool:
@@ -134,6 +134,29 @@ def test_one_tree_of_runs(first: tuple[Path, Done]) -> None:
     points = tracker.client.get_metric_history(stages["layer 1"].info.run_id, "train/reconstruction")
     assert [point.step for point in points] == [1, 2, 3, 4, 5]
     assert {"train/loss", "val/loss", "lr"} <= set(stages["finetune"].data.metrics)
+
+
+def test_mlflow_shows_what_the_run_was_and_what_came_out(first: tuple[Path, Done]) -> None:
+    folder, done = first
+    tracker = store(folder)
+    top, metrics = tracker.client.get_run(done.report["run_id"]), done.report["metrics"]
+    name, tags = "digits 64-48-32-16 plain seed 0", top.data.tags
+    assert top.info.run_name == name and tags["mlflow.source.name"] == "jobs.train"
+    result, control, figures, model, about, status = tags["mlflow.note.content"].split("  \n")
+    assert f"test accuracy {100 * metrics['test/accuracy']:.2f} %" in result
+    assert f"{100 * metrics['control/accuracy']:.2f} %" in control
+    evaluate = stage_runs(tracker)["evaluate"].info.run_id
+    assert figures == f"Figures: [figures](#/experiments/{tracker.experiment_id}/runs/{evaluate}/artifacts/figures)."
+    assert model == "Model: models:/digits/1." and status == "Status: finished"
+    assert about.startswith("What: 3 layers pretrained (5 epochs, lr 0.002), the whole finetuned to classify")
+    assert metrics["gain/accuracy"] == pytest.approx(metrics["test/accuracy"] - metrics["control/accuracy"])
+    assert top.data.metrics.items() >= metrics.items() and top.data.metrics["train_seconds"] > 0
+    wanted = {"data.name": "digits", "network.widths": "[48, 32, 16]", "variant.kind": "plain", "seed": "0"}
+    assert top.data.params.items() >= (wanted | {"pretrain.epochs": "5", "finetune.lr": "0.001"}).items()
+    for stage, run in stage_runs(tracker).items():
+        assert run.info.run_name == f"{stage} ({name})"
+        for inherited in ("mlflow.user", "mlflow.source.name"):
+            assert run.data.tags[inherited] == tags[inherited]
 
 
 def test_pictures_are_written(first: tuple[Path, Done]) -> None:
@@ -244,7 +267,10 @@ def test_a_crash_ends_failed(first: tuple[Path, Done], head: dict[str, str]) -> 
     tracker = store(folder)
     assert not tracker.search("attributes.status = 'RUNNING'", 10)
     failed = tracker.search("attributes.status = 'FAILED'", 10)
-    assert sorted(run.data.tags["mlflow.runName"] for run in failed) == ["layer 1", "train"]
+    name = "digits 64-48-32-16 plain seed 0"
+    assert sorted(run.info.run_name for run in failed) == [name, f"layer 1 ({name})"]
+    (top,) = [run for run in failed if run.data.tags.get("job") == "train"]
+    assert "  \nStatus: failed: train/reconstruction is " in top.data.tags["mlflow.note.content"]
 
 
 def test_asking_for_a_gpu_that_no_node_has(tmp_path: Path) -> None:

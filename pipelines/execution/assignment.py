@@ -53,6 +53,8 @@ class Assignment:
     store: StoreAddress
     parent: str
     """The MLflow run in which the stage's run is nested."""
+    job: str = ""
+    """The name of that run, which becomes part of the name of the stage's run; a trial's name says enough."""
     share: Share
     known: Mapping[str, str] = field(default_factory=dict)
     """The runs of finished stages, by key, which need not be looked for."""

@@ -85,7 +85,9 @@ def compute(
 
         check_reach(tracker.uri, resources.storage_path)
         tracker.client.set_tag(parent, "ray.job_id", ray.get_runtime_context().get_job_id())
-        chain = _Chain(tracker, assign(tracker, parent, Share(0, 1), resources, failures is not None), resources)
+        job, tags = tracker.origin_of(parent)
+        assignment = assign(tracker, parent, Share(0, 1), resources, failures is not None)
+        chain = _Chain(tracker, replace(assignment, job=job, tags=tags), resources)
         outcomes |= chain.run(missing)
         if failures is not None:
             failures |= chain.errors
@@ -238,7 +240,8 @@ class _Chain:
             hasty = self.tracker._replace(patience=0.0)
             hasty.fail(stage.key, one_line(error, 500))
             if not hasty.run_id_of(stage.key):
-                hasty.open_run(stage, self.assignment.parent).fail(error)
+                own = self.assignment
+                hasty.open_run(stage, own.parent, job=own.job, tags=own.tags).fail(error)
 
 
 @cache

@@ -141,8 +141,9 @@ class Journal:
             if self._run is None and self._finished_run_id is None:
                 tags = {**self.assignment.tags, **node_tags()}
                 self._run = tracker.open_run(
-                    self.stage, self.assignment.parent, tags=tags, started_at=self._milliseconds
-                )
+                    self.stage, self.assignment.parent, job=self.assignment.job, tags=tags,
+                    started_at=self._milliseconds,
+                )  # fmt: skip
 
     def _log_as_epochs_come(self) -> None:
         """Open the run and log the reported epochs until the stage ends; epochs that cannot be logged are tried

@@ -16,6 +16,7 @@ from pipelines.execution.compute import restore, stages_below, unless_lost
 from pipelines.execution.journal import NOTES, STUDY_LOG_SECONDS, Computed, Point, node_tags, notes_of
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line, say
+from pipelines.store.record import EPOCH
 
 if TYPE_CHECKING:
     from pipelines.store.record import Record
@@ -319,7 +320,5 @@ def _is_unsupervised(stage: Stage) -> bool:
 
 
 def _point(epoch: int, metrics: Mapping[str, float]) -> Point:
-    from pipelines.store.runs import EPOCH
-
     values = {f"{EPOCH}{name}": value for name, value in metrics.items() if name != "time"}
     return Point(epoch, round(1000 * metrics["time"]), values)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -60,8 +61,18 @@ def git_commit() -> str:
 
 
 def user_name() -> str:
-    """Return the name of the user whom this process belongs to, or "unknown"."""
+    """Return the name by which this process logs in to MLflow, else that of the user whom it belongs to, or
+    "unknown"."""
+    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name
     try:
         return psutil.Process().username()
     except (KeyError, psutil.Error):
         return "unknown"
+
+
+def program_name() -> str:
+    """Return what this process runs: the module that was started with `python -m`, such as `jobs.train`, else the name
+    of the file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name or "python"

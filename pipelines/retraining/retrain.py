@@ -19,6 +19,8 @@ from aecore.data.dataset import describe
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import Outcome, compute
 from pipelines.execution.journal import noted
+from pipelines.execution.summary import job_metrics, train_seconds
+from pipelines.graph.description import Description, data_name, describe_scores
 from pipelines.graph.stage import Stage
 from pipelines.host.scratch import scratch
 from pipelines.retraining import models
@@ -62,7 +64,9 @@ def retrain(firing: Firing) -> dict[str, Any]:
     if run_id := tracker.find(key):
         return report(run_id, tracker)
     tags = {"model": model, "logical.date": day, **firing.tags}
-    with tracker.job_run("retrain", key, tags, {"model": model, "logical_date": day}) as run_id:
+    about = f"What: whether the data of {day} make a better champion of models:/{model}."
+    shown = Description(f"{model} {day}", about)
+    with tracker.job_run("retrain", key, tags, {"model": model, "logical_date": day}, shown) as run_id:
         known = tracker.client.get_run(run_id).data.tags
         version = tracker.models.version(model, CHAMPION)
         if version and version.tags.get("run") == run_id:
@@ -76,7 +80,9 @@ def retrain(firing: Firing) -> dict[str, Any]:
                     text = hide_secrets(" ".join(str(error).split()))[:1000]
                     tracker._replace(patience=0.0).client.set_tag(run_id, "reason", text)
                 raise
-        return report(run_id, tracker)
+        decided = report(run_id, tracker)
+        shown.results = _results(decided, tracker)
+        return decided
 
 
 def _decide(firing: Firing, run_id: str, version: "Version | None") -> None:
@@ -89,7 +95,7 @@ def _decide(firing: Firing, run_id: str, version: "Version | None") -> None:
     about = describe(data, candidate.facts)
     for line in about:
         firing.say(line)
-    tracker.log_data(run_id, data.name, candidate.facts, about)
+    tracker.log_data(run_id, data_name(data), candidate.facts, about)
     decided = decided_runs(model, tracker)
     if decided and decided[0]["logical.date"] > day:
         later = decided[0]["logical.date"]
@@ -175,8 +181,10 @@ def _compute(firing: Firing, run_id: str, stages: list[Stage]) -> dict[str, Outc
     """Restore or compute stages, log their metrics, keys and run ids in the run `run_id`, and return their outcomes."""
     tracker = firing.tracker
     outcomes = compute(stages, tracker, run_id, firing.resources, firing.say)
-    logged = {"evaluate", "contest", "drift"} & outcomes.keys()
+    logged = {"contest", "drift"} & outcomes.keys()
     metrics = {name: value for stage in logged for name, value in outcomes[stage].metrics.items()}
+    if "evaluate" in outcomes:
+        metrics |= {**job_metrics(outcomes), "train_seconds": train_seconds(outcomes)}
     tags = {f"run.{name}": outcome.run_id for name, outcome in outcomes.items()}
     tags |= {f"key.{stage.name}": stage.key for stage in stages}
     if "evaluate" in outcomes:
@@ -192,8 +200,21 @@ def _compute(firing: Firing, run_id: str, stages: list[Stage]) -> dict[str, Outc
 def _conclude(firing: Firing, run_id: str, decision: Decision, tags: Mapping[str, str] | None = None) -> None:
     firing.say(f"{decision.status}: {decision.reason}")
     firing.tracker.log_summary(run_id, {}, {**(tags or {}), "reason": decision.reason})
-    # last and by itself: a run with this tag is decided, and then has all the others
-    firing.tracker.log_summary(run_id, {}, {"decision": decision.status})
+    # last and by itself: a run with this tag is decided, and then has all the others. The recipe, which may be another
+    # in each firing until one has decided, comes in the same request, since params never change
+    places = {"data": {"root", "path", "exclude"}}
+    config = firing.experiment.model_dump(mode="json", exclude=places)
+    firing.tracker.log_summary(run_id, {}, {"decision": decision.status}, config)
+
+
+def _results(decided: Mapping[str, Any], tracker: "Tracker") -> list[str]:
+    """Say in a few lines what was decided, as MLflow's list of runs shows it; `decided` is the `report`."""
+    lines = [f"Result: **{decided['status']}**: {decided['reason']}."]
+    lines += describe_scores(decided["metrics"], "Challenger")
+    tags = tracker.client.get_run(decided["run_id"]).data.tags
+    if evaluated := tags.get("run.evaluate"):
+        lines.append(f"Figures: {tracker.link(evaluated, 'figures')}.")
+    return lines
 
 
 def plan(
@@ -248,7 +269,8 @@ def rollback(model: str, tracker: "Tracker", tags: Mapping[str, str]) -> dict[st
         # a new key each time: a model may be rolled back more than once
         key = fingerprint("rollback", model, champion.number, previous.number, uuid.uuid4().hex)
         own = {"model": model, "parent.version": champion.number, "model.version": previous.number}
-        with tracker.job_run("rollback", key, own | dict(tags), {"model": model}) as run_id:
+        shown = Description(f"{model} rollback", f"What: {reason}.")
+        with tracker.job_run("rollback", key, own | dict(tags), {"model": model}, shown) as run_id:
             check_lease()
             tracker.models.set_alias(model, CHAMPION, previous.number)
             tracker.models.set_alias(model, PREVIOUS, champion.number)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from mlflow import MlflowClient
@@ -13,6 +14,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipelines.store.patience import PatientClient, wait_for
+from pipelines.store.record import marker
 
 SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -67,11 +69,29 @@ class Store(NamedTuple):
         """Return what `call` returns, tried again while MLflow does not answer; see `patience.wait_for`."""
         return wait_for(call, self.uri, self.patience)
 
+    def log_folder(self, run_id: str, folder: Path, place: str) -> None:
+        """Upload everything in `folder` to `place` among the run's artifacts."""
+        self.client.log_artifacts(run_id, str(folder), place)
+
+    def link(self, run_id: str, place: str) -> str:
+        """Return a link in Markdown, for a description in MLflow, to a folder or file among a run's artifacts."""
+        return f"[{place}](#/experiments/{self.experiment_id}/runs/{run_id}/artifacts/{place})"
+
     def search(self, condition: str = "", limit: int | None = None, client: MlflowClient | None = None) -> list[Run]:
         """Return the runs of the experiment that fulfil a condition in MLflow's syntax, the newest first."""
         size = PAGE_SIZE if limit is None else min(limit, PAGE_SIZE)
         search = partial((client or self.client).search_runs, [self.experiment_id], condition, max_results=size)
         return list(islice(all_pages(search), limit))
+
+    def search_holders(
+        self, key: str, condition: str = "", limit: int | None = None, client: MlflowClient | None = None,
+        place: str = "LIKE '%'",
+    ) -> list[Run]:  # fmt: skip
+        """Return the runs that hold the result of a stage, runs of trials too, and fulfil a further condition."""
+        runs = self.search(f"tags.`{marker(key)}` {place}{condition}", limit, client)
+        if not runs and not self.marked:
+            runs = self.search(f"tags.`stage.key` = '{key}'{condition}", limit, client)
+        return runs
 
 
 def all_pages(search: Callable[..., Any]) -> Iterator[Any]:

@@ -1,12 +1,16 @@
 """What a search tells of a run of a stage or trial; importable without MLflow."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OWN, TRAINED, MEASURED = "1", "trained.safetensors", "measured.safetensors"
 """Where a result lies among the artifacts of its run: in the folder `result`, or in a file with other results."""
 STOPPED = "stopped.epoch"
 """Tag with the epoch after which a scheduler stopped a trial."""
+EPOCH = "epoch/"
+"""Prefix of the metrics of a trial's epochs, which sets them apart from its measures."""
+LOAD = "system/"
+"""Prefix of the metrics of the load of a run's machine."""
 _MARK = "stage.key."
 
 
@@ -23,6 +27,12 @@ class Record(NamedTuple):
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     """The last value of each metric, without the load of the machine and without the epochs of a trial."""
+
+    @classmethod
+    def of(cls, run: Any) -> "Record":
+        """Return what is told of `run`, an `mlflow.entities.Run`."""
+        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith((LOAD, EPOCH))}
+        return cls(run.info.run_id, run.info.status, run.info.artifact_uri or "", run.data.tags, metrics)
 
     @property
     def key(self) -> str:

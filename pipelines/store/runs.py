@@ -6,7 +6,6 @@ too, which bears the keys and holds the results of all its stages that have no r
 that holds its lease works on it. Calls wait out an outage; each call may act twice, since its answer may be lost.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Param, Run
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
+from mlflow.entities import LoggedModelInput, Param, Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 
 from aecore.config.facts import Facts
 from aecore.core.errors import OutageError, TakenOverError
 from aecore.models.storage import Result
+from pipelines.graph.description import Description
 from pipelines.graph.stage import Stage
-from pipelines.host.environment import git_commit, user_name
+from pipelines.host.environment import git_commit
+from pipelines.host.messages import one_line
 from pipelines.host.scratch import all_temporary, me, scratch
 from pipelines.store.client import Store
 from pipelines.store.errors import LostResultError
+from pipelines.store.labels import ORIGIN, dataset_of, job_tags, tags_of
 from pipelines.store.lease import Lease, existing_leases, taken_over
 from pipelines.store.models import Models
 from pipelines.store.patience import CLOSE_SECONDS, HURRY_SECONDS, within
-from pipelines.store.record import MEASURED, OWN, STOPPED, TRAINED, Record, foreign_marks, marker, study_marker
+from pipelines.store.record import EPOCH, MEASURED, OWN, STOPPED, TRAINED, Record, foreign_marks, marker, study_marker
 from pipelines.store.stage_run import (
     FIGURES,
     StageRun,
@@ -37,16 +39,14 @@ from pipelines.store.stage_run import (
     log_batch,
     params_of,
     summary_points,
-    tags_of,
     trial_params,
 )
-from pipelines.store.system_metrics import PREFIX, system_metrics
+from pipelines.store.system_metrics import system_metrics
 
 MARKED = "stage.key.names"
 """Tag of an experiment whose runs all bear their key in a tag's name; experiments of early versions lack it."""
-EPOCH = "epoch/"
-"""Prefix of the metrics of a trial's epochs, which sets them apart from its measures."""
 _LEASE = "lease"
+_DIED = "killed without a word, with its process or its machine; the same command continues it"
 
 
 class Tracker(Store):
@@ -65,15 +65,15 @@ class Tracker(Store):
     def finished(self, key: str) -> tuple[str, dict[str, float]] | None:
         """Return id and metrics of the finished run that holds the result of a stage, or of a job, if there is one. The
         metrics of a stage that has no run of its own lie with its result."""
-        run = next(iter(self._holders(key, " and attributes.status = 'FINISHED'", 1)), None)
+        run = next(iter(self.search_holders(key, " and attributes.status = 'FINISHED'", 1)), None)
         if run is None:
             return None
-        record = _record_of(run)
+        record = Record.of(run)
         return record.run_id, dict(record.metrics) if record.key == key else {}
 
     def holders(self, key: str) -> list[Record]:
         """Return all runs that hold the result of a stage, or will hold it when they are finished."""
-        return [_record_of(run) for run in self._holders(key)]
+        return [Record.of(run) for run in self.search_holders(key)]
 
     def trials_of(self, study: str) -> dict[str, Record]:
         """Return all trials of a study, however they ended, by key; `study` is the id of the study's run.
@@ -86,7 +86,7 @@ class Tracker(Store):
             runs = self.search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study}' and tags.`row` LIKE '%'")
             for run in runs:
                 self.add_to_study(run.info.run_id, study)
-        records = map(_record_of, runs)
+        records = map(Record.of, runs)
         return {record.key: record for record in sorted(records, key=lambda record: record.is_finished)}
 
     def add_to_study(self, run_id: str, study: str) -> None:
@@ -100,7 +100,7 @@ class Tracker(Store):
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """Return the last value of each metric of a run, without the load of its machine and the epochs of a trial."""
-        return _metrics_of(self.client.get_run(run_id))
+        return dict(Record.of(self.client.get_run(run_id)).metrics)
 
     def restore(self, run_id: str, key: str = "") -> Result:
         """Return the result of a finished stage.
@@ -113,7 +113,7 @@ class Tracker(Store):
                 will be computed again.
             OutageError: MLflow does not answer.
         """
-        record = _record_of(self.client.get_run(run_id))
+        record = Record.of(self.client.get_run(run_id))
         return self.results(record, key or record.key)[key or record.key]
 
     def results(self, record: Record, key: str) -> dict[str, Result]:
@@ -146,17 +146,19 @@ class Tracker(Store):
         return {}
 
     def open_run(
-        self, stage: Stage, parent: str, *, tags: Mapping[str, str] | None = None, started_at: int | None = None
-    ) -> StageRun:
+        self, stage: Stage, parent: str, *, job: str = "", tags: Mapping[str, str] | None = None,
+        started_at: int | None = None,
+    ) -> StageRun:  # fmt: skip
         """Open the run of a stage, nested in the job's run: a new run, or the run of earlier attempts.
 
         Each opening of a run counts as an attempt, so that a worker opens the run of its stage only once.
 
         Args:
+            job: The name of the job's run, which becomes part of the name of this run.
             tags: Further tags of the run.
             started_at: When the stage began, Unix time in milliseconds; now by default.
         """
-        own_tags = {**tags_of(stage, parent), **(tags or {})}
+        own_tags = {**tags_of(stage, parent, job), **(tags or {})}
         run, exists = self.find_or_create(stage.key, own_tags, started_at)
         return self._begin(run, exists, own_tags, params_of(stage.spec.model_dump(mode="json")))
 
@@ -177,15 +179,22 @@ class Tracker(Store):
             nonlocal has_tried
             if earlier is not None:
                 return client.get_run(earlier), True
-            made = self._holders(stage.key, client=client) if has_tried else []  # if its answer was lost
+            made = self.search_holders(stage.key, client=client) if has_tried else []  # if its answer was lost
             has_tried = True
             return made[0] if made else client.create_run(self.experiment_id, started_at, own_tags), False
 
         run, exists = self.wait_for(create)
         return self._begin(run, exists, own_tags, trial_params(stage))
 
+    def origin_of(self, run_id: str) -> tuple[str, dict[str, str]]:
+        """Return the name of a job's run, and the tags that the runs which are nested in it have from it."""
+        tags = self.client.get_run(run_id).data.tags
+        return tags.get(MLFLOW_RUN_NAME, ""), {name: tags[name] for name in ORIGIN if name in tags}
+
     @contextmanager
-    def job_run(self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any]) -> Iterator[str]:
+    def job_run(
+        self, job: str, key: str, tags: Mapping[str, str], config: dict[str, Any], shown: Description | None = None
+    ) -> Iterator[str]:
         """Open the run of a job for the block. The run ends FINISHED, FAILED on an error, or KILLED when interrupted.
 
         A job's earlier run is opened again, so that a job is one run however often it was started. If another driver
@@ -193,20 +202,22 @@ class Tracker(Store):
 
         Args:
             config: Logged as params of a new run. It holds only what `key` covers, since params never change.
+            shown: What MLflow's list shows, `job` by default; the block adds results.
 
         Raises:
             TakenOverError: This driver was silent for so long that another has taken the job over.
         """
-        hasty = self._replace(patience=0.0)
+        hasty, shown = self._replace(patience=0.0), shown or Description(job)
         lease = Lease(self, key, job, on_removal=hasty.close_abandoned)
         run_id = None
         lease.take()
         try:
             self.close_abandoned()
-            run_id = self._open_job(job, key, {**tags, _LEASE: lease.name}, config)
+            run_id = self._open_job(key, {"job": job, **tags, _LEASE: lease.name}, config, shown)
             with system_metrics(self.uri, run_id), all_temporary():
                 yield run_id
             lease.check()
+            self.client.set_tag(run_id, MLFLOW_RUN_NOTE, shown.text(shown.status))
             self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
             lease.stop()
@@ -214,11 +225,14 @@ class Tracker(Store):
                 raise TakenOverError(taken_over(job)) from error
             is_interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             status = "KILLED" if is_interrupted else "FAILED"
+            reason = "killed; the same command continues it" if is_interrupted else f"failed: {one_line(error, 500)}"
 
             def close() -> None:
                 if run_id is not None:
                     hasty.close_run(run_id, status)
                 lease.remove()
+                if run_id is not None:  # last: what the person reads may be missing, the status may not
+                    hasty.client.set_tag(run_id, MLFLOW_RUN_NOTE, shown.text(reason))
 
             within(HURRY_SECONDS if is_interrupted or isinstance(error, OutageError) else CLOSE_SECONDS, close)
             raise
@@ -267,10 +281,6 @@ class Tracker(Store):
                 paths[-1].write_bytes(figure.read_bytes())
         return paths
 
-    def log_folder(self, run_id: str, folder: Path, place: str) -> None:
-        """Upload everything in `folder` to `place` among the run's artifacts."""
-        self.client.log_artifacts(run_id, str(folder), place)
-
     def log_data(
         self, run_id: str, name: str, facts: Facts, about: Sequence[str] = (), model_id: str | None = None
     ) -> None:
@@ -282,18 +292,18 @@ class Tracker(Store):
         """
         if (inputs := self.client.get_run(run_id).inputs) and inputs.dataset_inputs:
             return
-        profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes), "read": list(about)}
-        dataset = Dataset(
-            name=name, digest=facts.digest[:36], source_type="local", source=json.dumps({"digest": facts.digest}),
-            profile=json.dumps(profile),
-        )  # fmt: skip
         context, models = ("inference", [LoggedModelInput(model_id)]) if model_id else ("training", None)
-        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])], models)
+        self.client.log_inputs(run_id, [dataset_of(name, facts, about, context)], models)
 
-    def log_summary(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Log final metrics and tags of a job, without values that are logged already and seconds of a rerun."""
-        known = self.client.get_run(run_id).data.metrics if metrics else {}
-        log_batch(self.client, run_id, summary_points(metrics, known), tags=tags)
+    def log_summary(
+        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], config: Mapping[str, Any] = {}
+    ) -> None:
+        """Log final metrics and tags of a job, without values that are logged already and seconds of a rerun; in the
+        same request also a configuration, as params."""
+        known = self.client.get_run(run_id).data if metrics or config else None
+        points = summary_points(metrics, known.metrics if known else {})
+        params = [param for param in params_of(config) if known and param.key not in known.params]
+        log_batch(self.client, run_id, points, params, tags)
 
     def log_last(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Log metrics of a job, each in the place of its last value."""
@@ -331,6 +341,8 @@ class Tracker(Store):
             run = client.get_run(job.info.run_id)  # the run may have ended since, or have a new driver
             if run.info.status == "RUNNING" and run.data.tags[_LEASE] == job.data.tags[_LEASE]:
                 self.close_run(run.info.run_id, "KILLED")
+                note = run.data.tags.get(MLFLOW_RUN_NOTE, "")
+                client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, f"{note}  \nStatus: {_DIED}".strip())
         open_runs = self._open_runs() if open_runs else []
         open_ids = {run.info.run_id for run in open_runs}
         for run in open_runs:
@@ -338,11 +350,9 @@ class Tracker(Store):
             if parent and parent not in open_ids and client.get_run(parent).info.status != "RUNNING":
                 client.set_terminated(run.info.run_id, "KILLED")
 
-    def _open_job(self, job: str, key: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> str:
-        tags = {
-            MLFLOW_RUN_NAME: job, MLFLOW_USER: user_name(), "job": job, "stage.key": key, "git.commit": git_commit(),
-            "driver": me(), **tags,
-        }  # fmt: skip
+    def _open_job(self, key: str, tags: Mapping[str, str], config: Mapping[str, Any], shown: Description) -> str:
+        commit = git_commit()
+        tags = {**job_tags(shown, commit), "stage.key": key, "git.commit": commit, "driver": me(), **tags}
         run, exists = self.find_or_create(key, tags)
         if exists:
             self.client.update_run(run.info.run_id, status="RUNNING")
@@ -380,26 +390,8 @@ class Tracker(Store):
 
     def _run_of(self, key: str, condition: str = "", client: MlflowClient | None = None) -> Run | None:
         """Return the run of this stage or job alone that fulfils a further condition, if there is one."""
-        return next(iter(self._holders(key, condition, 1, client, f"= '{OWN}'")), None)
-
-    def _holders(
-        self, key: str, condition: str = "", limit: int | None = None, client: MlflowClient | None = None,
-        place: str = "LIKE '%'",
-    ) -> list[Run]:  # fmt: skip
-        """Return the runs that hold the result of a stage, runs of trials too, and fulfil a further condition."""
-        runs = self.search(f"tags.`{marker(key)}` {place}{condition}", limit, client)
-        if not runs and not self.marked:
-            runs = self.search(f"tags.`stage.key` = '{key}'{condition}", limit, client)
-        return runs
+        return next(iter(self.search_holders(key, condition, 1, client, f"= '{OWN}'")), None)
 
     def _open_runs(self) -> list[Run]:
         # without a condition on tags: MLflow would go through all tags of a name, those of finished runs too
         return self.search("attributes.status = 'RUNNING'")
-
-
-def _record_of(run: Run) -> Record:
-    return Record(run.info.run_id, run.info.status, run.info.artifact_uri or "", run.data.tags, _metrics_of(run))
-
-
-def _metrics_of(run: Run) -> dict[str, float]:
-    return {name: value for name, value in run.data.metrics.items() if not name.startswith((PREFIX, EPOCH))}

@@ -12,7 +12,6 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from aecore.core.errors import OutageError
 from aecore.models.storage import (
@@ -262,14 +261,6 @@ def trial_params(stage: Stage) -> list[Param]:
         config = {**stack.spec.model_dump(mode="json"), **config}
         config["layers"] = json.dumps(config["layers"])
     return params_of(config)
-
-
-def tags_of(stage: Stage, parent: str) -> dict[str, str]:
-    """Return the tags of the run of a stage or trial, which is nested in the run `parent`."""
-    return {
-        MLFLOW_RUN_NAME: stage.name, MLFLOW_PARENT_RUN_ID: parent, "stage.key": stage.key, "stage.fn": stage.fn,
-        "attempts": "1",
-    }  # fmt: skip
 
 
 def log_batch(

@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from pipelines.store.patience import HURRY_SECONDS
+from pipelines.store.record import LOAD
 
 SAMPLE_SECONDS = 5.0
 """Seconds between two samples, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
-PREFIX = "system/"
 
 
 @contextmanager
@@ -49,10 +49,10 @@ def _log_until(ended: threading.Event, client: MlflowClient, run_id: str) -> Non
             sample |= {f"gpu_{number}_{name}": value for name, value in _gpu(gpu).items()}
         with suppress(Exception):  # whatever fails, a sample is not worth a failed run
             if step is None:  # after the last step of an earlier attempt
-                history = client.get_metric_history(run_id, f"{PREFIX}cpu_utilization_percentage")
+                history = client.get_metric_history(run_id, f"{LOAD}cpu_utilization_percentage")
                 step = max((point.step for point in history), default=-1)
             step, now = step + 1, round(1000 * time.time())
-            client.log_batch(run_id, [Metric(PREFIX + name, value, now, step) for name, value in sample.items()])
+            client.log_batch(run_id, [Metric(LOAD + name, value, now, step) for name, value in sample.items()])
 
 
 def _machine(traffic: Any) -> dict[str, float]:

@@ -50,6 +50,7 @@ class TrialRunner:
         self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
         self.spending = Spending.after(study.budget, tracker.metrics(parent))
+        _, self._origin = tracker.origin_of(parent)
         self.known: dict[str, str] = {}
         """The runs of the finished stages that several trials share, by key."""
 
@@ -163,7 +164,8 @@ class TrialRunner:
         return share_of(self.resources, max(device_memory(stage) or 0 for stage in stages))
 
     def _assign(self, share: Share) -> Assignment:
-        return replace(assign(self.tracker, self.parent, share, self.resources, in_study=True), known=self.known)
+        assignment = assign(self.tracker, self.parent, share, self.resources, in_study=True)
+        return replace(assignment, known=self.known, tags=self._origin)
 
     def _load(self) -> "ObjectRef":
         import ray

@@ -78,7 +78,7 @@ def compute_trial(
             tune.report({"epoch": epoch, "score": score, "chosen": score})
             told_at = time.monotonic()
 
-    assignments = [replace(assignment, tags=plan.tags(), tell=tell) for plan in plans]
+    assignments = [replace(assignment, tags={**assignment.tags, **plan.tags()}, tell=tell) for plan in plans]
     results: Results = {load.key: ray.get(data[0])}
     outcomes = compute_trials([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
     tune.report(_last_report(study, plans, outcomes, results))

@@ -31,7 +31,8 @@ from aecore.models.storage import Result
 from pipelines.graph.stage import Stage
 from pipelines.store.client import Store
 from pipelines.store.connection import connect
-from pipelines.store.runs import EPOCH, Tracker
+from pipelines.store.record import EPOCH
+from pipelines.store.runs import Tracker
 from tests.benchmarks.tables import last, show
 from tests.nodes import mlflow_server
 

@@ -1,0 +1,142 @@
+"""What a person reads of a job in MLflow's list of runs: a name, and a description of a few lines.
+
+The code never finds a run by these words, but by keys and tags.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import PurePosixPath
+
+from aecore.config.experiment import Conv, Data, Experiment, Fit
+from aecore.config.facts import Facts
+from aecore.core.errors import escape_unprintable, hide_secrets
+
+_MOST_CHARACTERS = 4000
+"""Length of a description; MLflow's servers take 5,000 characters or more."""
+_NAME_CHARACTERS, _NAME_END = 120, 30
+"""Length of a run's name, and how many of its last characters are kept where it is longer."""
+
+
+@dataclass
+class Description:
+    """Name and description of a job's run. The job adds what came out of it; the store writes it when the job ends."""
+
+    name: str
+    """Such as `mnist 784-256-32 denoising seed 0`."""
+    about: str = ""
+    """What the job does."""
+    results: list[str] = field(default_factory=list)
+    """What came out, in Markdown, a line each. MLflow's list shows the beginning, so the most important comes first."""
+    status: str = "finished"
+    """How the job ended, where it came to its end."""
+
+    def text(self, status: str = "") -> str:
+        """Return the description in Markdown.
+
+        Args:
+            status: How the job ended; empty while it runs, since MLflow itself shows that.
+        """
+        ending = [f"Status: {status}"] if status else []
+        lines = [*self.results, self.about, *ending]
+        return "  \n".join(_clean(line) for line in lines if line)[:_MOST_CHARACTERS]  # two blanks break a line
+
+
+def run_name(text: str) -> str:
+    """Return text as the name of a run: one line without secrets, which MLflow's databases can hold. A long text loses
+    its middle, since the names of trials and files end with what tells them apart."""
+    text = _clean(text)
+    if len(text) <= _NAME_CHARACTERS:
+        return text
+    return f"{text[: _NAME_CHARACTERS - _NAME_END - 3]}...{text[-_NAME_END:]}"
+
+
+def data_name(data: Data) -> str:
+    """Return the name of a named set, or the last part of the path of Parquet data; of several paths, of the first."""
+    if data.path is None:
+        return data.name
+    first, *others = [data.path] if isinstance(data.path, str) else data.path
+    name = PurePosixPath(hide_secrets(first).partition("?")[0]).name or data.name
+    return run_name(f"{name} and {len(others)} more" if others else name)
+
+
+def experiment_name(experiment: Experiment, facts: Facts) -> str:
+    """Return data, sizes of the layers, variant and seed of an experiment: `mnist 784-256-32 denoising seed 0`.
+
+    The sizes begin with those of the data: the number of features, or of channels before convolutions.
+    """
+    network = experiment.network
+    sizes = [prod(facts.shape), *network.widths]
+    if isinstance(network, Conv):
+        sizes = [facts.shape[0], *network.widths, *network.dense]
+    kind = "conv " if isinstance(network, Conv) else ""
+    layers = kind + "-".join(map(str, sizes))
+    return run_name(f"{data_name(experiment.data)} {layers} {_training(experiment)} seed {experiment.seed}")
+
+
+def describe_experiment(experiment: Experiment) -> str:
+    """Say in a sentence what is trained, and for how long.
+
+    Args:
+        experiment: The experiment, in which every `auto` is resolved.
+    """
+    parts = []
+    if experiment.pretrain is not None:
+        network = experiment.network
+        count = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
+        layers = "1 layer" if count == 1 else f"{count} layers"
+        parts.append(f"{layers} pretrained ({_length(experiment.pretrain)})")
+    if experiment.finetune is not None:
+        goal = f"finetuned to {experiment.finetune.task}" if parts else f"trained to {experiment.finetune.task}"
+        parts.append(f"the whole {goal} ({_length(experiment.finetune)})")
+    limit = f"; {experiment.data.limit:,} training rows" if experiment.data.limit else ""
+    return f"What: {', '.join(parts)}{limit}."
+
+
+def describe_scores(metrics: Mapping[str, float], title: str = "Result") -> list[str]:
+    """Say what the metrics of a job tell of its model, and what pretraining was worth, in a line each.
+
+    Args:
+        title: The first word.
+        metrics: As `pipelines.execution.summary.job_metrics` names them.
+    """
+    scores = []
+    if (accuracy := metrics.get("test/accuracy")) is not None:
+        interval = ""
+        if "test/accuracy_low" in metrics:
+            low, high = _percent(metrics["test/accuracy_low"]), _percent(metrics["test/accuracy_high"])
+            interval = f" (95 % interval {low} to {high})"
+        scores.append(f"**test accuracy {_percent(accuracy)}**{interval}")
+    if (error := metrics.get("test/reconstruction_mse")) is not None:
+        words = f"reconstruction error {error:.4g}"
+        scores.append(f"{words} per feature" if scores else f"**{words}** per feature")
+    lines = [f"{title}: {', '.join(scores)}."] if scores else []
+    if "gain/accuracy" in metrics:
+        control, gain = _percent(metrics["control/accuracy"]), 100 * metrics["gain/accuracy"]
+        lines.append(f"Control, the same network from random weights: {control}; pretraining gains {gain:+.2f} points.")
+    elif "gain/reconstruction_mse" in metrics:
+        control, gain = f"{metrics['control/reconstruction_mse']:.4g}", metrics["gain/reconstruction_mse"]
+        lines.append(
+            f"Control, the same network from random weights: error {control}; pretraining lowers it by {gain:.4g}."
+        )
+    return lines
+
+
+def _training(experiment: Experiment) -> str:
+    """Name the variant, and say so where nothing is pretrained: a classifier then has no variant."""
+    if experiment.pretrain is not None:
+        return experiment.variant.kind
+    assert experiment.finetune is not None, "an experiment trains something"
+    return f"{experiment.variant.kind} end to end" if experiment.finetune.task == "reconstruct" else "supervised"
+
+
+def _length(fit: Fit) -> str:
+    return f"{fit.epochs} epochs, lr {fit.lr:g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _clean(text: str) -> str:
+    return escape_unprintable(hide_secrets(" ".join(text.split())))

@@ -1,0 +1,64 @@
+"""What MLflow's pages show of a run besides its numbers: names, source, user, commit and data."""
+
+import json
+from collections.abc import Sequence
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, SourceType
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
+
+from aecore.config.facts import Facts
+from pipelines.graph.description import Description, run_name
+from pipelines.graph.stage import Stage
+from pipelines.host.environment import program_name, user_name
+
+ORIGIN = (MLFLOW_USER, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_GIT_COMMIT)
+"""Tags that the runs in a job's run have from it: who started the job, what program, and its commit."""
+
+
+def job_tags(description: Description, commit: str) -> dict[str, str]:
+    """Return the tags by which MLflow's list shows a job.
+
+    Args:
+        commit: The commit of the code, or "unknown".
+    """
+    tags = {
+        MLFLOW_RUN_NAME: run_name(description.name), MLFLOW_RUN_NOTE: description.text(), MLFLOW_USER: user_name(),
+        MLFLOW_SOURCE_NAME: program_name(), MLFLOW_SOURCE_TYPE: SourceType.to_string(SourceType.LOCAL),
+    }  # fmt: skip
+    return tags if commit == "unknown" else {**tags, MLFLOW_GIT_COMMIT: commit}
+
+
+def tags_of(stage: Stage, parent: str, job: str = "") -> dict[str, str]:
+    """Return the tags of the run of a stage or trial, which is nested in the run `parent`.
+
+    Args:
+        job: The name of the job that the stage belongs to, to be part of the run's name; a trial's name says enough.
+    """
+    return {
+        MLFLOW_RUN_NAME: run_name(f"{stage.name} ({job})" if job else stage.name), MLFLOW_PARENT_RUN_ID: parent,
+        "stage.name": stage.name, "stage.key": stage.key, "stage.fn": stage.fn, "attempts": "1",
+    }  # fmt: skip
+
+
+def dataset_of(name: str, facts: Facts, about: Sequence[str], context: str) -> DatasetInput:
+    """Return the data that a run read, as MLflow shows them.
+
+    Args:
+        about: What was read of them, see `aecore.data.dataset.describe`.
+        context: What for: training or inference.
+    """
+    profile = {"rows": facts.rows, "shape": facts.shape, "classes": len(facts.classes), "read": list(about)}
+    dataset = Dataset(
+        name=name, digest=facts.digest[:36], source_type="local", source=json.dumps({"digest": facts.digest}),
+        profile=json.dumps(profile),
+    )  # fmt: skip
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
