@@ -296,11 +296,11 @@ LABELS: dict[str, tuple[list[str], str | None, tuple[str, ...], str]] = {
     "numbers": (["label=10", "label=9", "label=0"], "auto", ("0", "9", "10"), ""),
     "numbers with zeros": (["label=01", "label=1"], "auto", ("01", "1"), ""),
     "encoded": (["label=New%20York", "label=a%3Db"], "auto", ("New York", "a=b"), ""),
-    "below another key": (["day=1/label=b", "day=2/label=a"], "auto", ("a", "b"), "key day is not read (only split"),
+    "below another key": (["day=1/label=b", "day=2/label=a"], "auto", ("a", "b"), "key day is not read"),
     "named": (["animal=dog", "animal=cat"], "animal", ("cat", "dog"), "key animal gives the classes"),
     "named in another case": (["Animal=dog", "Animal=cat"], "animal", ("cat", "dog"), ""),
     "ignored": (["label=dog", "label=cat"], None, (), "key label is not read (data.labels null)"),
-    "not read": (["animal=dog", "animal=cat"], "auto", (), "key animal is not read (only split and the labels are)"),
+    "not read": (["animal=dog", "animal=cat"], "auto", (), "key animal is not read"),
 }
 
 
@@ -467,8 +467,8 @@ def test_what_is_told_about_files(tmp_path: Path) -> None:
     assert describe_files(of(tmp_path)) == [
         "4 files, year=2024/day=0/train-0.parquet to year=2024/day=3/test.parquet; left out: 2 hidden (_SUCCESS, a/.b),"
         " 1 not .parquet (n.md)",
-        "names of files and folders give the splits (files: train 3, test 1); the folders' key year is not read (only "
-        "split and the labels are); the folders' key day is not read (only split and the labels are)",
+        "splits come from the names of files and folders (files: train 3, test 1); the folders' key year is not read; "
+        "the folders' key day is not read",
     ]
     assert describe_files(of(tmp_path / "year=2024/day=3/test.parquet")) == ["1 file, test.parquet"]
 

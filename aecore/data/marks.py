@@ -56,8 +56,8 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
         splits, problem, notes = (), "", ["column split gives the splits, not the names of files and folders"]
     elif splits:
         counts = [f"{split} {splits.count(split):,}" for split in SPLITS if split in splits]
-        origin = f"the folders' key {split_key}" if split_key else "names of files and folders"
-        notes.append(f"{origin} give the splits (files: {join_names(counts)})")
+        origin = f"the folders' key {split_key}" if split_key else "the names of files and folders"
+        notes.append(f"splits come from {origin} (files: {join_names(counts)})")
     if label_key:
         notes.append(f"the folders' key {label_key} gives the classes")
     for key in keys:
@@ -66,7 +66,7 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
         elif data.labels is None and key.casefold() in LABEL_NAMES:
             notes.append(f"the folders' key {key} is not read (data.labels null)")
         elif key not in (label_key, split_key):
-            notes.append(f"the folders' key {key} is not read (only split and the labels are)")
+            notes.append(f"the folders' key {key} is not read")
     return Marks(splits, labels, label_key, problem, tuple(notes))
 
 
