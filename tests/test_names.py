@@ -19,14 +19,15 @@ import pytest
 
 from aecore.config.experiment import Data, Dense, Experiment, Finetune
 from aecore.config.facts import TableColumns
-from aecore.config.specs import Numerics
+from aecore.config.specs import FinetuneSpec, Numerics
 from aecore.core.errors import InputError
-from aecore.data.dataset import identify, inspect, load_rows
+from aecore.data.dataset import identify, inspect, load, load_rows
 from aecore.evaluation.drift import drift_table, summary
 from aecore.models.storage import Result, save_weights
 from aecore.serving.model import Model, _load_pyfunc
 from aecore.serving.table import read_array, read_table, write_table
 from aecore.stages import finetune as finetuning
+from aecore.stages.context import Context
 from jobs import cli
 from jobs.retrain import Retrain, run
 from pipelines.graph.recipe import build
@@ -288,6 +289,25 @@ def test_numbers_are_read_as_they_were_read_for_the_model(tmp_path: Path) -> Non
     assert identify(data, later).columns.offsets == (first + 9, 0)
 
 
+def test_a_model_gives_back_what_was_subtracted(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    seconds, size = 1_700_000_000 + random.permutation(90), random.normal(size=90)
+    pd.DataFrame({"time": seconds, "size": size}).to_parquet(tmp_path / "own.parquet")
+    data = Data(name="parquet", path=str(tmp_path / "own.parquet"))
+    facts = inspect(data)
+    recipe = Experiment(data=data, network=Dense(widths=(4,)), pretrain=None, finetune=Finetune(epochs=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an overcomplete layer
+        stage = build(recipe, facts, Numerics()).finetune
+    assert stage is not None and isinstance(stage.spec, FinetuneSpec)
+    model = Model(finetuning.finetune(stage.spec, Context(), data=load(data, facts)))
+    x = load_rows(data, facts).x
+    restored = model.decode(model.measure(x)["code"])
+    assert restored.dtype == np.float64 and abs(np.median(restored[:, 0]) - 1.7e9) < 200
+    served = model.predict(pd.DataFrame({"size": size, "time": seconds}))
+    np.testing.assert_array_equal(np.stack(list(served["code"])), model.measure(x)["code"])
+
+
 def test_rows_of_images_and_vectors_need_numbers_too() -> None:
     pixels = np.zeros((3, 1, 2, 2), np.uint8)
     assert read_array(pixels) is pixels and len(read_array(np.zeros((0, 4), np.float32))) == 0
@@ -467,7 +487,8 @@ def test_data_with_other_columns_than_the_champions_are_refused(
     change, message = UNFIT[case]
     with pytest.raises(InputError, match=message):
         nights(*day(2, tmp_path, *more(change)))
-    line = [*day(2, tmp_path, *more(change)), "--data.name", "parquet", "--data.split", "content", "--plan"]
+    line = [*day(2, tmp_path, *more(change)), "--data.name", "parquet", "--data.path", "digits"]
+    line += ["--data.split", "content", "--plan"]
     with pytest.raises(InputError, match=message):
         run(cli.parse(Retrain, "python -m jobs.retrain", line))
     version = store(tmp_path).models.version("night", "champion")

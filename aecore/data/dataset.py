@@ -40,7 +40,7 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
             raise InputError(f"data.{field}: {size:g} rows requested, but there are only {facts.rows}; request fewer")
     labels = hashes = None
     if data.name == "parquet":
-        survey = parquet.survey(data, facts)
+        survey = parquet.survey(data, facts, strict=like is None or bool(like.features))
         if survey is None:
             return facts
         hashes, labels, marks = survey

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aecore.core.errors import InputError
 from aecore.data.values import shifted
 
 _ROUNDING = 2.0**-24
@@ -67,8 +66,8 @@ class Spread:
         """Whether all rows have the same value, for each feature (*shape,)."""
         return np.asarray(self.low == self.high)
 
-    def refuse_lost(self, names: Sequence[str]) -> None:
-        """Raise an InputError if float32 does not tell apart the values of a feature.
+    def lost(self, names: Sequence[str]) -> str | None:
+        """Say which feature has values that float32 does not tell apart, if there is one, and what to do.
 
         Args:
             names: the names of the columns; one for all features, or one for each.
@@ -76,11 +75,11 @@ class Spread:
         spread = np.sqrt(self._squares / max(1, self._count))
         lost = np.atleast_1d((self.error > _TOLERANCE * spread) & ~self.constant).ravel()
         if not lost.any():
-            return
+            return None
         first = int(lost.argmax())
         feature = names[first] if len(names) > 1 else f"{names[0]}{f', number {first}' if lost.size > 1 else ''}"
         mean, deviation = (float(np.atleast_1d(values).ravel()[first]) for values in (self._mean, spread))
-        raise InputError(
+        return (
             f"data.path: the values of {feature} differ by about {deviation:.2g} around {mean:.6g}, which 32 bits do "
             "not tell apart; subtract a number near them before you write the file, or scale them"
         )

@@ -203,8 +203,11 @@ def load(data: Data, facts: Facts) -> Rows:
     return rows
 
 
-def survey(data: Data, facts: Facts) -> Rows | None:
+def survey(data: Data, facts: Facts, strict: bool = True) -> Rows | None:
     """Check all values, as `load` does, in one pass that holds no features in memory.
+
+    Args:
+        strict: refuse columns whose values float32 does not tell apart; else a warning names the first.
 
     Returns:
         All rows, with their `content_hashes` (rows,) in place of x. None if the set is remote or too large to be read
@@ -223,7 +226,10 @@ def survey(data: Data, facts: Facts) -> Rows | None:
         batches.append(batch._replace(x=content_hashes(batch.x)))
     names = source.columns.features
     _refuse_equal_rows(spread, facts.rows)
-    spread.refuse_lost(names)
+    if lost := spread.lost(names):
+        if strict:
+            raise InputError(lost)
+        warnings.warn(lost, stacklevel=2)
     constant = spread.constant
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
         first = int(constant.argmax())

@@ -67,13 +67,18 @@ class Model:
         shape = self.autoencoder.code_shape
         with torch.inference_mode():
             parts = torch.tensor(code, device=self.device).view(-1, *shape).split(self.batch)
-            return torch.cat([self.prepare.inverse(self.autoencoder.mean(part)) for part in parts]).cpu().numpy()
+            return self._raw(torch.cat([self.autoencoder.mean(part) for part in parts]))
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
         """Return raw rows (count, *shape) drawn from the prior of a variational autoencoder."""
         assert self.classifier is None and self.autoencoder is not None
         with torch.inference_mode():
-            return self.prepare.inverse(generation.samples(self.autoencoder, count, seed)).cpu().numpy()
+            return self._raw(generation.samples(self.autoencoder, count, seed))
+
+    def _raw(self, x: Tensor) -> np.ndarray:
+        """Return rows that the first layer reads as the data set holds them; float64 where a number was subtracted."""
+        raw = self.prepare.inverse(x).cpu().numpy()
+        return raw.astype(np.float64) + np.array(self.columns.offsets, np.float64) if self.columns.offsets else raw
 
     def as_served(self, rows: np.ndarray) -> Any:
         """Return rows (rows, *shape) as `predict` is asked for them: a frame with names for a model of a table."""
