@@ -32,6 +32,7 @@ from aecore.core.errors import (
     hide_secrets,
     join_names,
     short_repr,
+    shorten,
 )
 from pipelines.host.environment import submission_id
 from pipelines.host.messages import say
@@ -187,7 +188,7 @@ def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
         message += "; remove the cause and run the same command again, it continues from what is stored"
     elif not isinstance(cause, DeviceError | OutageError | TakenOverError):
         traceback.print_exception(error)
-        reason = f"{type(cause).__name__}: {reason[:300]}"
+        reason = f"{type(cause).__name__}: {shorten(reason, 300)}"
         message = f"error: {reason}"
     return _Ending(code, {"status": "failed", **({"reason": reason} if with_reason else {})}, message)
 

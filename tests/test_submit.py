@@ -250,8 +250,8 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
     ([*REMOTE, "--env", "NOT_SET", *GOOD], {}, "--env NOT_SET: not set in this environment"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI: not set; name a server"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "sqlite:////shared/mlflow.db"}, "sqlite:////shared/mlflow.db: a file"),
-    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "file:///shared/mlruns"}, "a file that the job cannot reach"),
-    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "./mlruns"}, "./mlruns: a file that the job cannot reach"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "file:///shared/mlruns"}, "file:///shared/mlruns is a folder"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "./mlruns"}, "./mlruns is a folder, and MLflow keeps"),
     (["--address", "http://localhost:8265", *GOOD], {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, "a file that the"),
 ]
 

@@ -7,11 +7,14 @@ from math import prod
 import numpy as np
 import pyarrow as pa
 
+from aecore.core.errors import shorten
 from aecore.data.files import short_reason
 
 Decoder = Callable[[pa.Array, str | None], np.ndarray]
 """Turns a column into an array (rows, *shape). The second argument is the mode to which encoded images are converted,
 grey ("L") or colour ("RGB"); None takes the mode of the first image."""
+_LONGEST_TYPE = 60
+"""Most characters of a type's name in a message."""
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that Pillow may try; for some other formats Pillow starts programs."""
 
@@ -60,7 +63,12 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def short_type(kind: pa.DataType) -> str:
-    return f"{kind!s:.60}"
+    """Return Arrow's name of a type; of a long one with many parts, the first ones."""
+    name = str(kind)
+    if len(name) <= _LONGEST_TYPE:
+        return name
+    parts, _, _ = name[:_LONGEST_TYPE].rpartition(", ")
+    return f"{parts}, ...{'>' * (parts.count('<') - parts.count('>'))}" if parts else shorten(name, _LONGEST_TYPE)
 
 
 def _is_list(kind: pa.DataType) -> bool:

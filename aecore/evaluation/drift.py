@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from aecore.core.errors import escape_unprintable
+from aecore.core.errors import escape_unprintable, shorten
 from aecore.evaluation.statistics import LEVEL, holm
 from aecore.models.storage import Weights
 
@@ -71,7 +71,8 @@ def summary(drifted: Sequence[Comparison], rows: int) -> str:
 
 def title(row: Comparison) -> str:
     """Return the name of a comparison for people: its quantity and, if it has one, its class."""
-    return row["quantity"] if row["class"] == "all" else f"{row['quantity']} of {escape_unprintable(row['class'])[:40]}"
+    name = shorten(escape_unprintable(row["class"]), 40)
+    return row["quantity"] if name == "all" else f"{row['quantity']} of {name}"
 
 
 def as_csv(table: Sequence[Comparison]) -> str:
