@@ -20,7 +20,7 @@ _SCHEMES = "s3://, gs://, abfs://, hdfs:// or file:///"
 """What a URI may begin with."""
 _BETTER_SCHEMES = {
     "s3a": "s3://BUCKET/...", "s3n": "s3://BUCKET/...", "dbfs": "/dbfs/..., where Databricks mounts it",
-    **dict.fromkeys(("az", "adl", "wasb", "wasbs"), "abfs://ACCOUNT.dfs.core.windows.net/CONTAINER/..."),
+    **dict.fromkeys(("az", "adl", "wasb", "wasbs"), "abfs://ACCOUNT.blob.core.windows.net/CONTAINER/..."),
     **dict.fromkeys(("http", "https", "ftp"), f"the folder into which you have downloaded it, or {_SCHEMES}"),
 }  # fmt: skip
 """What to write instead of a scheme that others use."""

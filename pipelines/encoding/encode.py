@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -71,4 +72,5 @@ def write_files(
 
 def absolute_path(path: str) -> str:
     """Return a path that means the same place to workers, which run in other folders; a URI stays as it is."""
-    return path if scheme_of(path) or not path.strip() else os.path.abspath(os.path.expanduser(path))
+    is_own = scheme_of(path) or not path.strip() or re.match(r"[A-Za-z]:[\\/]", path)  # `filesystem_of` judges these
+    return path if is_own else os.path.abspath(os.path.expanduser(path))

@@ -34,7 +34,7 @@ def head_address(text: str) -> str | None:
         )
     if re.fullmatch(_HOST, text):
         raise InputError(f"RAY_ADDRESS: {text} has no port; {RAY_REMEDY}, such as {text}:6379")
-    if re.fullmatch(r"[\da-fA-F:]+", text):
+    if re.fullmatch(r"[\da-fA-F]*:[\da-fA-F:]*:[\da-fA-F]*", text):
         raise InputError(f"RAY_ADDRESS: {text} is an IPv6 address without brackets; write [ADDRESS]:PORT")
     if not re.fullmatch(f"{_HOST}:{_PORT}", text) or int(text.rpartition(":")[2]) > 65535:
         raise InputError(f"RAY_ADDRESS: {text} is not HOST:PORT; {RAY_REMEDY}")
