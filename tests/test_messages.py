@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from aecore.core.errors import InputError, short_repr, shorten
 from aecore.data.cells import short_type
-from jobs.cli import parse
+from jobs.cli import options_of, parse
 from jobs.compare import Compare
 from jobs.encode import Encode
 from jobs.retrain import Retrain
@@ -115,6 +115,7 @@ def test_the_options_of_the_jobs_are_found() -> None:
     assert {"__data.labels", "__finetune.lr", "__variant.level", "__plan"} <= options_of_job("train")
     assert {"__once", "__env"} <= options_of_job("submit") and "__cron" in options_of_job("schedule")
     assert "__pretrain.lr" not in options_of_job("encode")
+    assert options_of("compare", "set --data.labels null, --figures x") == "set --base.data.labels null, --figures x"
     assert unknown_options("set --data.labels null or `--addres X`; see `ray start --head --hed` and --shape") == {
         "--addres", "ray start --head --hed", " and --shape",
     }  # fmt: skip
@@ -123,6 +124,15 @@ def test_the_options_of_the_jobs_are_found() -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_a_message_names_only_options_that_exist(file: Path) -> None:
     assert set().union(*map(unknown_options, sentences(file)), set()) == set()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_a_study_names_the_options_of_an_experiment_as_its_own(file: Path) -> None:
+    for text in sentences(file):
+        options = re.findall(OPTION, options_of("compare", text))
+        own = {option.replace("-", "_") for option in options if option.startswith("--base.")}
+        assert own <= options_of_job("compare")
+        assert options_of("train", text) == text
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "jobs").glob("*.md"))]
