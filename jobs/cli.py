@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin
@@ -32,6 +33,7 @@ from aecore.core.errors import (
     hide_secrets,
     join_names,
     short_repr,
+    shorten,
 )
 from pipelines.host.environment import submission_id
 from pipelines.host.messages import say
@@ -149,13 +151,13 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
             input makes a report too.
     """
     began = time.monotonic()
-    warnings.showwarning = _show_warning
+    warnings.showwarning = partial(_show_warning, job)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         report = run()
         ending = _Ending(_CODES.get((report or {}).get("status", ""), 0), report)
     except (KeyboardInterrupt, Exception) as error:
-        ending = _ending_of(error, with_reason=addresses is not None)
+        ending = _ending_of(error, job, with_reason=addresses is not None)
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()  # workers print their last lines now, before the message below
     if ending.message:
@@ -171,13 +173,18 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
     os._exit(ending.code)
 
 
-def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
+def options_of(job: str, text: str) -> str:
+    """Return a message with the options as a command has them: in a study an experiment's are those of its `base`."""
+    return re.sub(r"--(?=(data|network|variant|pretrain|finetune)\b)", "--base.", text) if job == "compare" else text
+
+
+def _ending_of(error: BaseException, job: str, with_reason: bool) -> _Ending:
     """Return exit code, report and message for the exception that ended a command. `with_reason` also puts the message
     into the report, and makes a report for bad input."""
     if isinstance(error, KeyboardInterrupt):
         return _Ending(130, {"status": "killed"}, "interrupted")
     cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task
-    reason = escape_unprintable(hide_secrets(" ".join(str(cause).split())))
+    reason = options_of(job, escape_unprintable(hide_secrets(" ".join(str(cause).split()))))
     code, message = 1, f"error: {reason}"
     if isinstance(cause, InputError):
         code = 2
@@ -187,7 +194,7 @@ def _ending_of(error: BaseException, with_reason: bool) -> _Ending:
         message += "; remove the cause and run the same command again, it continues from what is stored"
     elif not isinstance(cause, DeviceError | OutageError | TakenOverError):
         traceback.print_exception(error)
-        reason = f"{type(cause).__name__}: {reason[:300]}"
+        reason = f"{type(cause).__name__}: {shorten(reason, 300)}"
         message = f"error: {reason}"
     return _Ending(code, {"status": "failed", **({"reason": reason} if with_reason else {})}, message)
 
@@ -236,8 +243,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(escape_unprintable(hide_secrets(f"warning: {' '.join(str(message).split())}")))
+def _show_warning(job: str, message: Warning | str, *_: Any, **__: Any) -> None:
+    say(options_of(job, escape_unprintable(hide_secrets(f"warning: {' '.join(str(message).split())}"))))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def encode(settings: Encode) -> dict[str, Any]:
     """Run the job and return the report for the last line of stdout."""
     if settings.model is None:
         raise InputError("model: missing; name one, --model models:/NAME@champion")
-    if settings.output is None:
+    if not settings.output:
         raise InputError("output: missing; name a folder, --output codes")
     if settings.decode is not None and settings.sample is not None:
         raise InputError("sample: excludes decode; leave one of them out")

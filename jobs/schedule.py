@@ -19,11 +19,14 @@ from typing import NoReturn
 
 from aecore.core.errors import InputError, hide_secrets
 from jobs.cli import NAME
+from pipelines.host.addresses import dashboard_address
 from pipelines.host.messages import say
 from pipelines.retraining.cron import Cron, parse_cron
 
 _SAMPLE = Path(__file__).parent / "kuberay" / "raycronjob.yaml"
-_ENVIRONMENT = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+_ENVIRONMENT = (
+    "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH",
+)  # fmt: skip
 """Variables that a job needs and that cron does not pass on."""
 _LONGEST_NAME = 40
 """Most characters of a model in a name: Kubernetes lengthens the name of a RayCronJob, to at most 63 characters."""
@@ -148,8 +151,7 @@ def render(args: list[str]) -> str:
     if options.recipe and not Path(options.recipe).is_file():
         raise InputError(f"recipe {options.recipe}: does not exist here; name a YAML file in this folder")
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    if not address.startswith(("http://", "https://")):
-        raise InputError(f"address {address}: name the dashboard, --address http://HEAD:8265")
+    address = dashboard_address(address)
     schedule = Schedule(recipe=options.recipe, model=options.model, cron=cron, address=address, folder=Path.cwd())
     return _FORMATS[options.format](schedule)
 

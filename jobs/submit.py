@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,15 +23,19 @@ from urllib.parse import urlsplit
 
 from aecore.core.errors import InputError
 from jobs.cli import ENVIRONMENT
+from pipelines.host.addresses import dashboard_address, store_address
 from pipelines.host.environment import SUBMISSION_ID
 from pipelines.host.messages import one_line, say
 
-_SHIPPED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S")
+_SHIPPED = (
+    "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S",
+)  # fmt: skip
 """Variables of this environment that the job gets, besides the settings in `DIABOLO__*`."""
 _STOP_SECONDS = "60"  # Ray's default is 3, after which it kills a stopped driver before its MLflow runs are closed
 _LARGE_FOLDER = 50 * 10**6  # bytes that are worth a warning; Ray refuses 512 MiB
 _SILENCE_SECONDS = 60.0  # without a new line for so long, the log stream may be dead and is opened anew
 _RETRY_SECONDS = 2.0  # between two attempts to reach the cluster
+_AGENT_SECONDS = 60.0  # for which the cluster's head may still start the agent that runs jobs
 _MOST_FAILURES = 150  # attempts in a row, after which the cluster is given up
 _MOST_LOG_FAILURES = 5  # attempts in a row, after which the rest of an ended job's log is given up
 
@@ -54,9 +59,8 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
     if not command or not Path(command[0].replace(".", "/") + ".py").is_file():
         name = command[0] if command else "no command"
         raise InputError(f"{name}: not a command of this folder; write -- jobs.train RECIPE.yaml")
-    address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
-    if not address.startswith(("http://", "https://")):
-        raise InputError(f"address {address or 'missing'}: name the dashboard, --address http://HEAD:8265")
+    variables = (os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"))
+    address = dashboard_address(next(filter(str.strip, (options.address or "", *variables)), ""))
     environment = _environment(options.env, address)
     recipes = [Path(arg) for arg in command[1:] if arg.endswith((".yaml", ".yml"))]
     _check_shipped(recipes)
@@ -67,17 +71,40 @@ def submit(args: list[str], connect: Callable[[str], Any] = _connect) -> int:
     client = _ask(address, lambda: connect(address))
     jobs = {job.submission_id: job.status for job in _ask(address, client.list_jobs)}
     name = _free_id(name, jobs, options.once)
-    runtime_env = {"working_dir": ".", "env_vars": {**environment, SUBMISSION_ID: name}}
-    try:
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-m", *command]), submission_id=name, runtime_env=runtime_env
-        )
-    except RuntimeError as error:
-        if "already exists" in str(error):
-            raise InputError(f"{name}: submitted by somebody else just now; see `ray job logs -f {name}`") from None
-        raise
+    _hand_in(client, address, name, command, {**environment, SUBMISSION_ID: name})
     say(f"{name}: submitted; `ray job stop {name}` stops it")
     return _exit_code(name, asyncio.run(_follow(client, name)))
+
+
+def _hand_in(client: Any, address: str, name: str, command: list[str], environment: dict[str, str]) -> None:
+    """Submit the job, and wait for the agent of the head, which runs jobs, where it has not started yet.
+
+    Raises:
+        InputError: the agent does not start, or somebody else has submitted a job of this name.
+    """
+    deadline, waiting = time.monotonic() + _AGENT_SECONDS, False
+    runtime_env = {"working_dir": ".", "env_vars": environment}
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(["python", "-m", *command]), submission_id=name, runtime_env=runtime_env
+            )
+            return
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                raise InputError(f"{name}: submitted by somebody else just now; see `ray job logs -f {name}`") from None
+            if "No available agent" not in str(error):
+                raise
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{address}: the agent that runs jobs has not started on the head, maybe because another Ray of that "
+                "machine has its port, 52365; restart the head with a free one, `ray start --head "
+                "--dashboard-agent-listen-port PORT`"
+            )
+        if not waiting:
+            say(f"{name}: waiting for the agent of the head, which runs jobs, {_AGENT_SECONDS:g} s at most")
+            waiting = True
+        time.sleep(_RETRY_SECONDS)
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -100,12 +127,11 @@ def _environment(keys: list[str], address: str) -> dict[str, str]:
         if key not in os.environ:
             raise InputError(f"--env {key}: not set in this environment; export it")
     variables = {k: v for k, v in os.environ.items() if k in (*keys, *_SHIPPED) or k.startswith(ENVIRONMENT)}
-    uri = variables.get("MLFLOW_TRACKING_URI")
+    uri = variables.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
         raise InputError("MLFLOW_TRACKING_URI: not set; name a server, since a submitted job's own folder is deleted")
-    parts = urlsplit(uri)
-    if parts.scheme in ("sqlite", "file", "") and not uri.startswith("databricks"):
-        absolute = parts.path.startswith("//" if parts.scheme == "sqlite" else "/")
+    if store_address(uri).startswith(("sqlite:", "file:")):
+        absolute = uri.lower().startswith(("sqlite:////", "file:///"))
         if not absolute or urlsplit(address).hostname not in ("localhost", "127.0.0.1", "::1"):
             raise InputError(f"MLFLOW_TRACKING_URI {uri}: a file that the job cannot reach; name a server, http://...")
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

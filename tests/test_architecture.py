@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data", "aecore.training",
         "aecore.evaluation", "aecore.serving",
     },
-    "pipelines.host": set(),
+    "pipelines.host": {"aecore.core"},
     "pipelines.graph": {"aecore.core", "aecore.models", "aecore.config"},
     "pipelines.store": {"aecore.core", "aecore.models", "aecore.config", "pipelines.host", "pipelines.graph"},
     "pipelines.cluster": {"aecore.core", "aecore.config", "aecore.data", "pipelines.host"},

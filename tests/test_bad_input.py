@@ -109,11 +109,22 @@ TABLE: dict[str, Row] = {
         {"a.parquet": GOOD, "b.parquet": table(x=VECTORS)},
     ),
     "address": settings(
-        "data.path: cannot open nowhere://x ... check the address", "--data.name parquet --data.path nowhere://x"
+        "data.path: nowhere://x has an unknown scheme; write s3://, gs://",
+        "--data.name parquet --data.path nowhere://x",
     ),
     "secrets in an address": settings(
-        "data.path: cannot open nowhere://***@x?*** (",
+        "data.path: nowhere://***@x?*** has an unknown scheme; write s3://",
         "--data.name parquet --data.path nowhere://me:secret@x?token=abc",
+    ),
+    "a dashboard for Ray": Row(
+        "RAY_ADDRESS: http://head:8265 is a dashboard, which takes ... or unset it for a Ray of this job's own",
+        "",
+        environment={"RAY_ADDRESS": "http://head:8265"},
+    ),
+    "no scheme for MLflow": Row(
+        "MLFLOW_TRACKING_URI: localhost:5000 has no scheme; write http://localhost:5000",
+        "",
+        environment={"MLFLOW_TRACKING_URI": "localhost:5000"},
     ),
     "line end in a path": Row(r"data.path: a\nb does not exist", "--data.name parquet --data.path a\nb"),
     # the columns
@@ -530,7 +541,10 @@ def test_bad_input_is_reported_in_one_line_before_ray_starts(
     assert sorted(tmp_path.iterdir()) == before
 
 
-AS_COMMANDS = ["infinite", "undecodable", "escapes in a name", "typo", "not YAML", "GPUs of trials", "data of a study"]
+AS_COMMANDS = [
+    "infinite", "undecodable", "escapes in a name", "typo", "not YAML", "GPUs of trials", "data of a study",
+    "a dashboard for Ray", "no scheme for MLflow",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", AS_COMMANDS)

@@ -168,7 +168,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         def __getattr__(self, name: str) -> Any:
             raise OSError("no network")
 
-    monkeypatch.setattr("aecore.training.checkpoint.filesystem_of", lambda place: (Broken(), "stage"))
+    monkeypatch.setattr("aecore.training.checkpoint.filesystem_of", lambda *_: (Broken(), "stage"))
     with pytest.warns(UserWarning, match=r"checkpoints stay in .*stage \(no network\): they may be deleted"):
         place.clear()
 

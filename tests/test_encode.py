@@ -199,6 +199,45 @@ def test_codes_are_decoded(here: Here, models: dict[str, Result], images: list[s
     assert np.allclose(errors, direct["reconstruction_mse"], atol=1e-5)
 
 
+ODD_NAMES = ["a b", "a?b", "a#b", "100%", "a%20b", "été/ß", "run:1", "C:x", "a&b=c'd", "-x"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_output_folder_may_have_any_name(here: Here, name: str, tmp_path: Path) -> None:
+    here.folder = tmp_path / name
+    report = here("--model", "models:/vae/1", "--sample", "20")
+    files = {file.name for file in here.folder.iterdir()}
+    assert report["output"] == str(here.folder) and files == {"part-000000.parquet", MANIFEST}
+    assert here.table().num_rows == 20 and sorted(path.name for path in tmp_path.iterdir()) == [Path(name).parts[0]]
+    assert here("--model", "models:/vae/1", "--sample", "20")["rows"]["made"] == 0
+
+
+def test_an_output_may_be_a_uri_or_lie_in_the_home_folder(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    sample = ["--model", "models:/vae/1", "--sample", "20"]
+    for output, folder in ((f"file://{tmp_path}/a b%20c", "a b c"), ("~/codes", "home/codes")):
+        encode(cli.parse(Encode, "test", [*sample, "--output", output]))
+        assert pq.read_table(tmp_path / folder).num_rows == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b c", "home"]
+
+
+UNWRITABLE = {
+    "": "output: missing; name a folder", " ": "output: empty; name a folder",
+    "C:\\codes": "output: .* is a path of Windows", "nowhere://x": "output: nowhere://x has an unknown scheme; write",
+    "az://c/x": "output: az://c/x .* write abfs://", "file://x": "output: file://x needs three slashes",
+    "s3://b/x?y=1": r"output: cannot open s3://b/x\?\*\*\* \(Unexpected", "file:///a?b": "output: .* write %23 for",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("output", UNWRITABLE)
+def test_where_nothing_can_be_written_is_told_in_one_line(here: Here, output: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=UNWRITABLE[output]) as error:
+        encode(cli.parse(Encode, "test", ["--model", "models:/vae/1", "--sample", "20", "--output", output]))
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
 def test_samples_of_a_variational_model(here: Here) -> None:
     report = here("--model", "models:/vae/1", "--sample", "3000", "--batch_size", "500")
     x = vectors(here.table()["sample"])

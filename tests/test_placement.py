@@ -319,19 +319,23 @@ def test_a_folder_that_another_node_does_not_see_is_named(
     check_reach("http://store:5000", str(tmp_path / "checkpoints"))
 
 
-def test_an_embedded_ray_has_no_idle_servers() -> None:
+def test_an_embedded_ray_has_no_idle_servers_and_takes_free_ports() -> None:
     code = """
 import json, psutil
 from ray._private.node import Node
+from ray._private import parameter
 from pipelines.cluster.connection import start_ray
 
-before = Node.start_monitor, Node.start_api_server
+before = Node.start_monitor, Node.start_api_server, parameter.RayParams
 start_ray()
 lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-print(json.dumps([lines, before == (Node.start_monitor, Node.start_api_server)]))
+print(json.dumps([lines, before == (Node.start_monitor, Node.start_api_server, parameter.RayParams)]))
 """
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     lines, put_back = json.loads(done.stdout.splitlines()[-1])
     assert put_back and any("log_monitor.py" in line for line in lines)  # which brings what workers print
     assert not any("/monitor.py" in line or "dashboard/dashboard.py" in line for line in lines), lines
+    # the agent of a head on this machine needs its port, 52365
+    (raylet,) = [line for line in lines if "/raylet " in line]
+    assert "--listen-port=0" in raylet and "52365" not in raylet

@@ -84,7 +84,7 @@ def run(cluster: Fake, *args: str) -> int:
 
 
 def test_the_job_gets_the_command_the_folder_and_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_PROFILE", "SECRET", "DIABOLO__SEED", "MLFLOW_EXPERIMENT_NAME"):
+    for name in ("AWS_PROFILE", "SECRET", "DIABOLO__SEED", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.setenv(name, name.lower())
     cluster = Fake()
     assert run(cluster, "--env", "AWS_PROFILE") == 0
@@ -95,7 +95,8 @@ def test_the_job_gets_the_command_the_folder_and_its_environment(monkeypatch: py
     assert variables.pop("GIT_COMMIT") == (head.stdout.strip() or "unknown")
     assert variables == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment_name",
-        "AWS_PROFILE": "aws_profile", "DIABOLO__SEED": "diabolo__seed", "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "MLFLOW_EXPERIMENT_ID": "mlflow_experiment_id", "AWS_PROFILE": "aws_profile",
+        "DIABOLO__SEED": "diabolo__seed", "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "DIABOLO_SUBMISSION_ID": cluster.submitted["submission_id"],
     }  # fmt: skip
 
@@ -174,6 +175,50 @@ def test_a_duplicate_in_the_same_moment_is_refused(monkeypatch: pytest.MonkeyPat
         run(cluster, "--name", "n")
 
 
+@pytest.mark.parametrize(("refusals", "starts"), [(3, True), (10**6, False)], ids=["late", "never"])
+def test_an_agent_that_has_not_started_is_waited_for(
+    refusals: int, starts: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster, tries = Fake(), 0
+
+    def submit_job(**job: Any) -> str:
+        nonlocal tries
+        tries += 1
+        if tries <= refusals:
+            raise RuntimeError("failed with status code 500: No available agent to submit job, please try again later.")
+        return Fake.submit_job(cluster, **job)
+
+    monkeypatch.setattr(cluster, "submit_job", submit_job)
+    monkeypatch.setattr(module, "_AGENT_SECONDS", 60.0 if starts else 0.05)
+    if starts:
+        assert run(cluster, "--name", "n") == 0 and tries == 4
+    else:
+        with pytest.raises(InputError, match=r"the agent that runs jobs has not started on the head, .* 52365"):
+            run(cluster, "--name", "n")
+        assert not cluster.submitted
+    assert capsys.readouterr().err.count("n: waiting for the agent of the head") == 1
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://head:8265/", " http://head:8265 ", "HTTP://head:8265", "http://head:8265/#/jobs", "http://head:8265"],
+)
+@pytest.mark.parametrize("variable", ["--address", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_an_address_of_a_dashboard_is_taken_as_people_copy_it(
+    variable: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def connect(address: str) -> Fake:
+        asked.append(address)
+        return Fake()
+
+    if variable != "--address":
+        monkeypatch.setenv(variable, address)
+    own = ["--address", address] if variable == "--address" else []
+    assert submit([*own, *GOOD], connect) == 0 and asked == ["http://head:8265"]
+
+
 STREAMS: dict[str, tuple[tuple[int, Any], ...]] = {
     "whole": ((len(LOG), "end"),),
     "ends early": ((100, "end"), (130, "end"), (len(LOG), "end")),
@@ -246,12 +291,19 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
     (GOOD, {}, "address missing: name the dashboard"),
     (["--address", "head:6379", *GOOD], {}, "address head:6379: name the dashboard"),
     (GOOD, {"RAY_ADDRESS": "ray://head:10001"}, "address ray://head:10001: name the dashboard"),
+    (GOOD, {"RAY_ADDRESS": "auto"}, "address auto: name the dashboard"),
+    (GOOD, {"RAY_API_SERVER_ADDRESS": " "}, "address missing: name the dashboard"),
+    (["--address", "http://", *GOOD], {}, "address http://: name the dashboard"),
+    (["--address", "http://head:99999", *GOOD], {}, "address http://head:99999: name the dashboard"),
+    (["--address", "http:/head:8265", *GOOD], {}, "address http:/head:8265: name the dashboard"),
     ([*REMOTE, "--name", "a b", *GOOD], {}, "--name a b: use letters"),
     ([*REMOTE, "--env", "NOT_SET", *GOOD], {}, "--env NOT_SET: not set in this environment"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI: not set; name a server"),
     ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "sqlite:////shared/mlflow.db"}, "sqlite:////shared/mlflow.db: a file"),
-    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "file:///shared/mlruns"}, "a file that the job cannot reach"),
-    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "./mlruns"}, "./mlruns: a file that the job cannot reach"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "file:///shared/mlruns"}, "file:///shared/mlruns is a folder"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": " "}, "MLFLOW_TRACKING_URI: not set; name a server, since"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "m:5000"}, "m:5000 has no scheme; write http://m:5000"),
+    ([*REMOTE, *GOOD], {"MLFLOW_TRACKING_URI": "./mlruns"}, "./mlruns is a folder, and MLflow keeps"),
     (["--address", "http://localhost:8265", *GOOD], {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, "a file that the"),
 ]
 

@@ -52,10 +52,19 @@ def hide_secrets(text: str) -> str:
     return re.sub(r"(://[^\s?]*\?)[^\s'\"]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
+def shorten(text: str, most: int = 160) -> str:
+    """Return `text` without secrets on one line; what is longer than `most` characters ends after a word, with three
+    dots."""
+    text = " ".join(hide_secrets(text).split())  # first, since half an address may no longer look like one
+    if len(text) <= most:
+        return text
+    whole_words, _, _ = text[: most - 2].rpartition(" ")
+    return f"{whole_words.rstrip(' ,;:(') or text[: most - 3]}..."
+
+
 def short_repr(value: object, most: int = 80) -> str:
-    """Return `repr(value)` without secrets, cut to at most `most` characters."""
-    text = hide_secrets(repr(value))
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """Return `repr(value)` without secrets, shortened to at most `most` characters."""
+    return shorten(repr(value), most)
 
 
 def join_names(names: Sequence[str], most: int = 12) -> str:

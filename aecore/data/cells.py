@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from aecore.core.errors import shorten
+
 Decoder = Callable[[pa.Array, int | None], np.ndarray]
 """Turns a column into an array (rows, *shape). The second argument is the mode to which encoded images are converted,
 grey ("L") or colour ("RGB"); None takes the mode of the first image."""
@@ -14,8 +16,6 @@ _CHANNEL_NAMES = ("c", "channel", "channels", "band", "bands")
 """Names of a tensor's axis, in lower case, that mark it as the channels."""
 _MAX_COLOURS = 4
 """Most channels that are taken for those of a picture, not for its height or width, whatever its shape."""
-
-
 _TYPE_LENGTH = 60
 """Most characters of a type's name in a message."""
 
@@ -88,9 +88,12 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def short_type(kind: pa.DataType) -> str:
-    """Return the name of a type, for a message; the fields of a long one are left out."""
-    text = str(kind)
-    return text if len(text) <= _TYPE_LENGTH else f"{text.split('<', 1)[0]}<...>"
+    """Return Arrow's name of a type; of a long one with many parts, the first ones."""
+    name = str(kind)
+    if len(name) <= _TYPE_LENGTH:
+        return name
+    parts, _, _ = name[:_TYPE_LENGTH].rpartition(", ")
+    return f"{parts}, ...{'>' * (parts.count('<') - parts.count('>'))}" if parts else shorten(name, _TYPE_LENGTH)
 
 
 def _is_list(kind: pa.DataType) -> bool:

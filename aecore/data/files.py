@@ -4,14 +4,28 @@ Functions raise an InputError that names the file if it is missing, unreadable o
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from aecore.core.errors import InputError, hide_secrets
+from aecore.core.errors import InputError, shorten
+
+_SCHEMES = "s3://, gs://, abfs://, hdfs:// or file:///"
+"""What a URI may begin with."""
+_BETTER_SCHEMES = {
+    "s3a": "s3://BUCKET/...", "s3n": "s3://BUCKET/...", "dbfs": "/dbfs/..., where Databricks mounts it",
+    **dict.fromkeys(("az", "adl", "wasb", "wasbs"), "abfs://ACCOUNT.blob.core.windows.net/CONTAINER/..."),
+    **dict.fromkeys(("http", "https", "ftp"), f"the folder into which you have downloaded it, or {_SCHEMES}"),
+}  # fmt: skip
+"""What to write instead of a scheme that others use."""
+_GCS_SECONDS = 30
+"""Seconds for which a request to Google's store is tried again; its own limit is a quarter of an hour."""
 
 _MANY_VALUES = 2**20
 """A file of more values than this is decoded by several threads."""
@@ -30,9 +44,61 @@ class Batch(NamedTuple):
         return f"{self.file} column {column} row {self.first_row + offset}"
 
 
-def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem on which a path or URI lies, and its path there."""
-    return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path)
+def filesystem_of(path: str, setting: str = "data.path") -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem on which a path or URI lies, and its path there.
+
+    Args:
+        setting: What names the path, for the message.
+
+    Raises:
+        InputError: The path or URI cannot be one, or its filesystem cannot be reached from here.
+    """
+    scheme = scheme_of(path)
+    if not path.strip():
+        raise InputError(f"{setting}: empty; name a folder, a file or a URI")
+    if not scheme and os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", path):
+        raise InputError(f"{setting}: {path} is a path of Windows; write it as this machine has it")
+    if not scheme:
+        return pafs.LocalFileSystem(), os.path.abspath(path) if ":" in path else path  # Arrow takes `a:b` for a URI
+    uri = _checked_uri(path, scheme, setting)
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except ImportError as error:
+        package = (re.findall(r"(?:Install |No module named ')([\w-]+)", str(error)) or [scheme])[0]
+        raise InputError(f"{setting}: {path} needs the package {package}; add it, `uv run --with {package}`") from error
+    except (pa.ArrowException, OSError) as error:
+        if "Unrecognized filesystem" in str(error):
+            raise InputError(f"{setting}: {path} has an unknown scheme; write {_SCHEMES}, or a folder") from error
+        if "libjvm" in str(error) or "libhdfs" in str(error):
+            remedy = "install Java and Hadoop's client, and set JAVA_HOME, HADOOP_HOME and CLASSPATH"
+            raise InputError(f"{setting}: {path} needs Hadoop's library, which is not here; {remedy}") from error
+        raise InputError(f"{setting}: cannot open {path} ({short_reason(error)}); check the address") from error
+
+
+def scheme_of(path: str) -> str:
+    """Return the scheme of a URI in lower case; nothing for a path, even if it has a colon."""
+    scheme, colon, rest = path.partition(":")
+    is_uri = colon and (rest.startswith("//") or (scheme.lower() in ("file", "dbfs") and rest.startswith("/")))
+    return scheme.lower() if is_uri and re.fullmatch(r"[A-Za-z][\w+.-]+", scheme) else ""
+
+
+def _checked_uri(path: str, scheme: str, setting: str) -> str:
+    """Return a URI as Arrow reads it, or raise an InputError that says what to write instead."""
+    if better := _BETTER_SCHEMES.get(scheme):
+        raise InputError(f"{setting}: {path} has a scheme that cannot be read; write {better}")
+    if "#" in path or (scheme == "file" and "?" in path):
+        raise InputError(f"{setting}: {path} ends for a URI at its `#` or `?`; write %23 for `#` and %3F for `?`")
+    place, inner = re.fullmatch(r"([^/]*(?://[^/]*)?)(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+    if scheme == "file" and not re.fullmatch(r"\w+:(//)?", place):
+        raise InputError(f"{setting}: {path} needs three slashes; write file:///FOLDER, or the path alone")
+    if scheme in ("s3", "gs", "gcs") and place.endswith("/"):
+        raise InputError(f"{setting}: {path} names no bucket; write {scheme}://BUCKET/FOLDER")
+    # a URI has no blanks, and no letters but those of ASCII; where they stand, they can be meant in one way only
+    inner = re.sub(r"%(?![\da-fA-F]{2})", "%25", inner)
+    uri = scheme + place[len(scheme) :] + quote(inner, safe="/:@?=&%+,;!$'()*~")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_SECONDS}"
+    return uri
 
 
 def open_file(filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
@@ -88,5 +154,5 @@ def read_batches(
 
 
 def short_reason(error: Exception) -> str:
-    """Return an error's message on one line, without secrets, cut to 120 characters."""
-    return hide_secrets(" ".join(str(error).split()))[:120]
+    """Return an error's message on one line, without secrets, shortened to 120 characters."""
+    return shorten(str(error), 120)

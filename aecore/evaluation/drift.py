@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from aecore.core.errors import escape_unprintable
+from aecore.core.errors import escape_unprintable, shorten
 from aecore.evaluation.statistics import LEVEL, holm
 from aecore.models.storage import Weights
 
@@ -78,7 +78,7 @@ def summary(drifted: Sequence[Comparison], rows: int) -> str:
 
 def title(row: Comparison) -> str:
     """Return the name of a comparison for people: its quantity and, if it has one, its class."""
-    quantity, group = (escape_unprintable(row[column])[:40] for column in ("quantity", "class"))
+    quantity, group = (shorten(escape_unprintable(row[column]), 40) for column in ("quantity", "class"))
     return quantity if row["class"] == "all" else f"{quantity} of {group}"
 
 

@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, has_no_names, nameless
-from aecore.core.errors import InputError
+from aecore.core.errors import InputError, shorten
 from aecore.core.types import Shape, describe_shape
 from aecore.data import parquet
 from aecore.data.dataset import load_rows
@@ -125,13 +125,13 @@ def check_codes(data: Data, facts: Facts, last: LayerSpec, model: str, model_dig
 
 def find_finished(work: Work) -> set[int]:
     """Return the numbers of the pieces whose files are complete; remove the unfinished files of killed attempts."""
-    filesystem, folder = filesystem_of(work.output)
+    filesystem, folder = filesystem_of(work.output, "output")
     pieces = work.pieces()
     finished: set[int] = set()
     try:
         filesystem.create_dir(folder, recursive=True)
         entries = filesystem.get_file_info(pafs.FileSelector(folder))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise InputError(
             f"output: cannot write to {work.output} ({short_reason(error)}); name a folder that can be written to"
         ) from error
@@ -154,7 +154,9 @@ def find_finished(work: Work) -> set[int]:
 def _check_identity(file: str, metadata: dict[str, str], work: Work) -> None:
     for key, value in work.identity.items():
         if metadata.get(key) != value:
-            reason = f"{key} {metadata[key][:40]}, not {value[:40]}" if key in metadata else "not made by this command"
+            reason = "not made by this command"
+            if key in metadata:
+                reason = f"{key} {shorten(metadata[key], 40)}, not {shorten(value, 40)}"
             raise InputError(f"output: {file} is of another job ({reason}); name another --output")
 
 
@@ -173,7 +175,7 @@ class Worker:
 
         self.work, self.pieces, self.model = work, work.pieces(), Model(result, device)
         self.model.batch = work.batch_size or self.model.batch
-        self.filesystem, self.folder = filesystem_of(work.output)
+        self.filesystem, self.folder = filesystem_of(work.output, "output")
 
     def __call__(self, number: int) -> int:
         """Write the file of a piece and return its number of rows."""

@@ -30,7 +30,7 @@ class Checkpoints(NamedTuple):
 
     def load(self) -> tuple[dict[str, Any], Tensors] | None:
         """Return state and tensors of the newest complete checkpoint, or None; warn of damaged ones, and skip them."""
-        files, path = filesystem_of(self.place)
+        files, path = filesystem_of(self.place, "resources.storage_path")
         for number in sorted(self._numbers(), reverse=True):
             try:
                 with files.open_input_stream(f"{path}/{number:06}.json") as stream:
@@ -48,7 +48,7 @@ class Checkpoints(NamedTuple):
     def save(self, number: int, state: Mapping[str, Any], tensors: Tensors) -> None:
         """Write checkpoint `number` and remove the older ones; warn if it cannot be written, so that training goes
         on."""
-        files, path = filesystem_of(self.place)
+        files, path = filesystem_of(self.place, "resources.storage_path")
         data = save({name: np.asarray(value, order="C") for name, value in tensors.items()})
         try:
             files.create_dir(path, recursive=True)
@@ -66,7 +66,7 @@ class Checkpoints(NamedTuple):
 
     def clear(self) -> None:
         """Remove all checkpoints, since the stage is finished; warn if they cannot be removed."""
-        files, path = filesystem_of(self.place)
+        files, path = filesystem_of(self.place, "resources.storage_path")
         try:
             if files.get_file_info(path).type != fs.FileType.NotFound:
                 files.delete_dir(path)
@@ -83,6 +83,6 @@ class Checkpoints(NamedTuple):
             yield due
 
     def _numbers(self) -> list[int]:
-        files, path = filesystem_of(self.place)
+        files, path = filesystem_of(self.place, "resources.storage_path")
         infos = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return [int(info.base_name[:-5]) for info in infos if info.extension == "json"]

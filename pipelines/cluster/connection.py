@@ -1,21 +1,29 @@
 """Connecting to a Ray cluster, or starting an embedded one."""
 
 import importlib
+import inspect
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from aecore.core.errors import InputError
 from aecore.core.imports import fast_imports
 from pipelines.cluster.nodes import Node, possible_nodes
 from pipelines.cluster.share import has_cluster, this_machine
+from pipelines.host.addresses import RAY_REMEDY
+from pipelines.host.environment import has_embedded_ray, ray_address
+from pipelines.host.messages import one_line
 
 _ADDRESS_SECONDS = 10.0
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""Request that every Ray head answers, and only to those who know its token."""
+_TOKEN_REMEDY = "export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token"
 
 
 def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = None) -> None:
@@ -27,22 +35,28 @@ def start_ray(warm_up: tuple[Callable[..., None], *tuple[Any, ...]] | None = Non
             other things. Useless for Ray Tune, which starts its own workers.
 
     Raises:
-        InputError: No cluster answers at RAY_ADDRESS.
+        InputError: No cluster answers at RAY_ADDRESS, or it does not let this job in.
     """
+    address = ray_address()
     import_ray()
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
     if address:
-        _check_address(address)
-    else:
-        options = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
+        options = {"address": address}
+        os.environ["RAY_ADDRESS"] = address  # Ray reads it, too, but not with blanks or capitals
+        _check_head(_find_head() if address == "auto" else address)
     handler = signal.getsignal(signal.SIGTERM)
-    with nullcontext() if address else _without_idle_servers():
-        ray.init(logging_level=logging.WARNING, **options)
+    with nullcontext() if address else _embedding():
+        try:
+            ray.init(logging_level=logging.WARNING, **options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            if not address:
+                raise
+            remedy = _TOKEN_REMEDY if isinstance(error, ray.exceptions.AuthenticationError) else RAY_REMEDY
+            raise InputError(f"RAY_ADDRESS: cannot join {address} ({one_line(error)}); {remedy}") from error
     signal.signal(signal.SIGTERM, handler)  # Ray installs a handler that exits without closing the job's runs
     if warm_up and len(nodes := possible_nodes()) == 1:
         cpus, gpus = nodes[0].cpus, nodes[0].gpus
@@ -63,7 +77,7 @@ def nodes_at_hand() -> list[Node]:
 
 def import_ray() -> None:
     """Import Ray with the settings that it reads from the environment at its import."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if has_embedded_ray():
         # an embedded Ray shares this environment; by default each worker would get a new one built for it
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -80,13 +94,22 @@ def import_ray() -> None:
 
 
 @contextmanager
-def _without_idle_servers() -> Iterator[None]:
-    """Let Ray start without the autoscaler's monitor and the dashboard's server while the block runs.
+def _embedding() -> Iterator[None]:
+    """Let Ray start as a guest of this machine while the block runs: without idle servers, and on free ports only.
 
-    Both have nothing to do on one machine, and each imports Ray. Without them the README's first command takes 2.4 s
-    less (2 cores, Ray 2.60). Ray has no public option for this; `ray.init(include_dashboard=False)` starts both all the
-    same. A public option would replace this function. If a later Ray lacks the methods, both servers start.
+    The autoscaler's monitor and the dashboard's server have nothing to do on one machine, and each imports Ray. Without
+    them the README's first command takes 2.4 s less (2 cores, Ray 2.60). Ray has no public option for this;
+    `ray.init(include_dashboard=False)` starts both all the same. If a later Ray lacks the methods, both servers start.
+
+    All ports of `ray.init` are free ones but that of the agent, 52365, which `ray start` can change and `ray.init`
+    cannot: the agent of a head that starts meanwhile on this machine would not get it, and without its agent the head
+    takes no jobs. If a later Ray lacks the parameter, the agent has its fixed port.
     """
+    # private: an option of `ray.init` for the agent's port would replace it
+    parameter: Any = importlib.import_module("ray._private.parameter")
+    parameters = parameter.RayParams
+    if "dashboard_agent_listen_port" in inspect.signature(parameters).parameters:
+        parameter.RayParams = partial(parameters, dashboard_agent_listen_port=0)
     # private: saves 2.4 s per command (Ray 2.60); an option of `ray.init` to leave both servers out would replace it
     node: Any = importlib.import_module("ray._private.node").Node
     # private, for the same reason: the two methods of a node that start these servers
@@ -96,18 +119,64 @@ def _without_idle_servers() -> Iterator[None]:
     try:
         yield
     finally:
+        parameter.RayParams = parameters
         for name, method in methods.items():
             setattr(node, name, method)
 
 
-def _check_address(address: str) -> None:
-    """Raise an InputError where nobody listens at `address`; Ray itself would try for minutes and then say little."""
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
+def _find_head() -> str:
+    """Return HOST:PORT of the Ray that runs on this machine, as RAY_ADDRESS=auto means it."""
+    # private: `ray.init` finds it the same way, but where nothing listens any more it would try for minutes, and then
+    # end this process
+    services: Any = importlib.import_module("ray._private.services")
     try:
-        if parts.port and parts.hostname:
-            socket.create_connection((parts.hostname, parts.port), timeout=_ADDRESS_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"RAY_ADDRESS: no answer from {address} ({error}); name HOST:PORT of a Ray head, or unset it for a Ray of "
-            "this job's own"
-        ) from error
+        return str(services.canonicalize_bootstrap_address("auto"))
+    except ConnectionError as error:
+        raise InputError(f"RAY_ADDRESS: auto, but no Ray runs on this machine; {RAY_REMEDY}") from error
+
+
+def _check_head(address: str) -> None:
+    """Raise an InputError unless a Ray head answers at HOST:PORT and lets this process in.
+
+    Ray itself would try for minutes, say little, and end the process where another server has the port.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ADDRESS_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"RAY_ADDRESS: no answer from {address} ({error}); {RAY_REMEDY}") from error
+    if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+        return  # the request below would have to know the certificates
+    import grpc
+
+    token = _token()
+    headers = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=_ADDRESS_SECONDS, metadata=headers)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                refusal = "does not know this token" if token else "asks for a token"
+                raise InputError(f"RAY_ADDRESS: {address} {refusal}; {_TOKEN_REMEDY}") from None
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise InputError(
+                    f"RAY_ADDRESS: what answers at {address} is not a Ray head, whose port is 6379 where no other was "
+                    f"chosen; {RAY_REMEDY}"
+                ) from None
+
+
+def _token() -> str | None:
+    """Return the token that Ray will show to the cluster, from the places in which Ray looks for it; None without one.
+
+    Ray shows one where RAY_AUTH_MODE is token, and to a Ray of this machine that it was told to find.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode != "token" and (mode or ray_address() != "auto"):
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from aecore.core.errors import InputError
+from aecore.data.files import filesystem_of, scheme_of
 from pipelines.host.environment import has_embedded_ray
 from pipelines.host.scratch import scratch
 
@@ -121,10 +122,13 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
         field: The setting that names `storage_path`, for the message.
 
     Raises:
-        InputError: The store or the folder lies on a single machine, and the cluster has several nodes.
+        InputError: The store or the folder lies on a single machine, and the cluster has several nodes; or the folder
+            cannot be reached.
     """
     import ray
 
+    if storage_path is not None:
+        filesystem_of(storage_path, field)
     alive = [node for node in ray.nodes() if node["Alive"]]
     if max(len(alive), sum(node.count for node in possible_nodes())) == 1:
         return
@@ -133,7 +137,7 @@ def check_reach(store: str, storage_path: str | None, field: str = "resources.st
             f"MLFLOW_TRACKING_URI: {store} is a file of one machine and the cluster has several nodes; start "
             "`mlflow server` where all of them reach it and name that, http://HOST:5000"
         )
-    if storage_path is None or "://" in storage_path:
+    if storage_path is None or scheme_of(storage_path):
         return
     folder = Path(storage_path).absolute()
     try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from aecore.core.errors import InputError, join_names
 from pipelines.cluster.nodes import Node, possible_nodes
 from pipelines.cluster.resources import Resources
+from pipelines.host.environment import has_embedded_ray
 
 _MOST_DEFAULT_CPUS = 8
 """Most CPUs of a stage by default; layers of usual size gain nothing from more threads."""
@@ -139,7 +140,7 @@ def check_this_machine(resources: Resources) -> None:
 
 def has_cluster() -> bool:
     """Return whether a cluster is named or Ray runs already."""
-    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+    return not has_embedded_ray() or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
 
 
 def this_machine() -> Node:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from aecore.data.files import filesystem_of
+from aecore.data.files import filesystem_of, scheme_of
 from aecore.models.storage import Result
 from aecore.serving.encoding import Work, Worker, find_finished
 from pipelines.cluster.connection import start_ray
@@ -62,7 +63,7 @@ def write_files(
                 say(f"{computed:,} rows of {total:,}")
     rows, lost = sum(piece.rows for piece in pieces), len(pieces) - len(find_finished(work))
     assert not lost and rows == work.rows, f"{lost} files are missing"
-    filesystem, folder = filesystem_of(work.output)
+    filesystem, folder = filesystem_of(work.output, "output")
     manifest = json.dumps({**work.identity, "rows": rows, "files": len(pieces)}, indent=2) + "\n"
     with filesystem.open_output_stream(f"{folder}/{MANIFEST}") as stream:
         stream.write(manifest.encode())
@@ -71,4 +72,5 @@ def write_files(
 
 def absolute_path(path: str) -> str:
     """Return a path that means the same place to workers, which run in other folders; a URI stays as it is."""
-    return path if "://" in path else os.path.abspath(path)
+    is_own = scheme_of(path) or not path.strip() or re.match(r"[A-Za-z]:[\\/]", path)  # `filesystem_of` judges these
+    return path if is_own else os.path.abspath(os.path.expanduser(path))

@@ -11,7 +11,7 @@ from aecore.core.imports import fast_imports
 from pipelines.cluster.connection import import_ray, start_ray
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine
-from pipelines.host.environment import store_is_empty, store_uri, submission_id
+from pipelines.host.environment import has_embedded_ray, store_is_empty, store_uri, submission_id
 
 if TYPE_CHECKING:
     from pipelines.store.runs import Tracker
@@ -35,7 +35,7 @@ def open_store(
         InputError: The store cannot be reached, or lies in a folder that is thrown away; or an embedded Ray is about to
             start on a machine without what `resources` ask for.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if submission_id() and (not uri or (uri.startswith("sqlite:") and not uri.startswith("sqlite:////"))):
         raise InputError(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "
@@ -44,7 +44,7 @@ def open_store(
     warm_up = (_warm_up, store_uri()) if warm else None
     new = store_is_empty()
     connecting = None
-    if create and ready and os.environ.get("RAY_ADDRESS"):
+    if create and ready and not has_embedded_ray():
         try:
             start_ray(warm_up)  # takes no time, and a worker does its imports while MLflow is imported here
         except Exception:

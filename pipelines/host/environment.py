@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.host.addresses import head_address, store_address
+
 SUBMISSION_ID = "DIABOLO_SUBMISSION_ID"
 """Environment variable in which `jobs.submit` gives a job its own submission id."""
 
@@ -24,14 +26,29 @@ def submission_id() -> str | None:
     return os.environ.get(SUBMISSION_ID) or config.get("metadata", {}).get("job_submission_id")
 
 
+def ray_address() -> str | None:
+    """Return what RAY_ADDRESS names; see `head_address`.
+
+    Raises:
+        InputError: It is no address of a Ray head.
+    """
+    return head_address(os.environ.get("RAY_ADDRESS", ""))
+
+
 def has_embedded_ray() -> bool:
     """Return whether this process starts a Ray of its own, because RAY_ADDRESS names no cluster."""
-    return not os.environ.get("RAY_ADDRESS")
+    return ray_address() is None
 
 
 def store_uri() -> str:
-    """Return the address of the MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    """Return the address of the MLflow store: MLFLOW_TRACKING_URI, else SQLite in the working directory.
+
+    The path of a file is absolute, since tasks run in other folders.
+
+    Raises:
+        InputError: MLFLOW_TRACKING_URI is no address of a store.
+    """
+    return store_address(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
 def store_is_empty() -> bool:

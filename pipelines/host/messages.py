@@ -2,6 +2,8 @@
 
 import sys
 
+from aecore.core.errors import shorten
+
 
 def say(line: str) -> None:
     """Print a line of progress or a warning to stderr; stdout is for results."""
@@ -9,5 +11,5 @@ def say(line: str) -> None:
 
 
 def one_line(error: object, limit: int = 160) -> str:
-    """Return the text of an error on one line, cut to `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    """Return the text of an error without secrets on one line, shortened to `limit` characters."""
+    return shorten(str(error), limit)

@@ -12,7 +12,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from aecore.config.experiment import Experiment
-from aecore.core.errors import InputError, OutageError, hide_secrets, join_names
+from aecore.core.errors import InputError, OutageError, join_names, shorten
 from aecore.core.fingerprint import fingerprint
 from aecore.core.types import describe_shape
 from aecore.data.dataset import describe
@@ -77,8 +77,7 @@ def retrain(firing: Firing) -> dict[str, Any]:
                 _decide(firing, run_id, version)
             except Exception as error:
                 with suppress(OutageError):
-                    text = hide_secrets(" ".join(str(error).split()))[:1000]
-                    tracker._replace(patience=0.0).client.set_tag(run_id, "reason", text)
+                    tracker._replace(patience=0.0).client.set_tag(run_id, "reason", shorten(str(error), 1000))
                 raise
         decided = report(run_id, tracker)
         shown.results = _results(decided, tracker)

@@ -32,6 +32,7 @@ for _name, _value in SETTINGS.items():
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # its lines would mix with Diabolo's progress on stderr
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its errors are raised as well
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # environments that uv makes have no pip
+logging.getLogger("mlflow.utils.databricks_utils").setLevel(logging.ERROR)  # what is wrong is raised as well
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 PAGE_SIZE = 1000

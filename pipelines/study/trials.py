@@ -24,6 +24,7 @@ from pipelines.execution.compute import load_rows
 from pipelines.graph.needs import device_memory
 from pipelines.graph.stage import Stage
 from pipelines.host.environment import has_embedded_ray
+from pipelines.host.messages import one_line
 from pipelines.host.scratch import scratch
 from pipelines.study.agenda import LATE, Agenda
 from pipelines.study.desk import Desk, Room
@@ -247,6 +248,6 @@ def _callback(desk: Desk, runner: TrialRunner) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.told.add(trial.trial_id)
             lines = str(trial.get_error() or "its worker was lost").strip().splitlines()
-            desk.take_lost(trial.trial_id, trial.config, lines[-1][:300])
+            desk.take_lost(trial.trial_id, trial.config, one_line(lines[-1], 300))
 
     return Telling()
