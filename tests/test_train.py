@@ -209,6 +209,13 @@ def test_a_cluster_that_is_gone_is_told_and_what_is_kept_needs_none(first: tuple
     assert done.code == 0 and done.report["stages"] == {"computed": 0, "restored": 7}
 
 
+def test_a_cluster_that_asks_for_a_token_is_told(tmp_path: Path, head: dict[str, str]) -> None:
+    done = train(tmp_path, *QUICK, **head | {"RAY_AUTH_MODE": "disabled"})
+    (line,) = done.err.splitlines()
+    assert done.code == 2 and "export RAY_AUTH_MODE=token" in line
+    assert line.startswith(f"error: RAY_ADDRESS: {head['RAY_ADDRESS']} asks for a token")
+
+
 def test_a_changed_finetuning_runs_alone_on_restored_layers(first: tuple[Path, Done], head: dict[str, str]) -> None:
     folder, before = first
     done = train(folder, *QUICK, "--finetune.lr", "5e-4", "--control", "false", **head)
