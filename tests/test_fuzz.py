@@ -23,7 +23,8 @@ from pydantic import BaseModel
 from aecore.config.experiment import Data, Experiment
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
-from aecore.data.dataset import inspect, load
+from aecore.data.dataset import identify, inspect, load, load_rows
+from aecore.serving.table import read_table
 from jobs.cli import parse
 from jobs.compare import Compare
 from jobs.train import Train
@@ -179,13 +180,13 @@ NUMBERS = [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float16(), pa.floa
 FLAT = [
     *NUMBERS, pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.binary(3), pa.null(), pa.date32(),
     pa.timestamp("us"), pa.time64("us"), pa.decimal128(5, 2), pa.dictionary(pa.int32(), pa.string()),
-    pa.dictionary(pa.int8(), pa.int64()), pa.duration("s"),
+    pa.dictionary(pa.int8(), pa.int64()), pa.duration("s"), pa.string_view(), pa.binary_view(), pa.decimal256(50, 2),
 ]  # fmt: skip
 FIELDS = ["bytes", "path", "a", ""]
 TYPES = st.recursive(
     st.sampled_from(FLAT),
     lambda inner: st.one_of(
-        inner.map(pa.list_), inner.map(pa.large_list),
+        inner.map(pa.list_), inner.map(pa.large_list), inner.map(pa.list_view), inner.map(pa.large_list_view),
         st.builds(pa.list_, inner, st.integers(1, 3)),  # of size 0 Arrow aborts in writing
         st.dictionaries(st.sampled_from(FIELDS), inner, min_size=1, max_size=2).map(lambda f: pa.struct([*f.items()])),
         st.builds(pa.map_, st.just(pa.string()), inner),
@@ -213,11 +214,11 @@ def values(kind: pa.DataType, missing: bool) -> st.SearchStrategy[Any]:
     elif pa.types.is_floating(kind):
         strategy = st.floats(0, 1, width=16) | st.floats(width=kind.bit_width)
         strategy = strategy.map(np.float16) if pa.types.is_float16(kind) else strategy
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         strategy = st.sampled_from(WORDS)
     elif pa.types.is_fixed_size_binary(kind):
         strategy = st.just(b"abc")
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         strategy = st.sampled_from(IMAGES)
     elif pa.types.is_decimal(kind):
         strategy = st.decimals(-9, 9, places=2)
@@ -235,7 +236,7 @@ def values(kind: pa.DataType, missing: bool) -> st.SearchStrategy[Any]:
         strategy = st.fixed_dictionaries({field.name: values(field.type, missing) for field in kind})
     elif pa.types.is_fixed_size_list(kind):
         strategy = st.lists(values(kind.value_type, missing), min_size=kind.list_size, max_size=kind.list_size)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    elif hasattr(kind, "value_type"):  # a list or a view of one
         strategy = st.lists(values(kind.value_type, missing), min_size=2, max_size=2 + missing)
     else:
         strategy = st.none()
@@ -251,7 +252,26 @@ def columns(draw: st.DrawFn, rows: int) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, array) if kind is not stored else array
 
 
-NAMES = st.sampled_from(["image", "x", "label", "y", "split", "a.b", "a", "", "\n", "\x1b[31m", "__index_level_0__"])
+NAMES = st.sampled_from(
+    [
+        "image",
+        "x",
+        "label",
+        "y",
+        "split",
+        "a.b",
+        "a",
+        "",
+        "\n",
+        "\x1b[31m",
+        "__index_level_0__",
+        "Class",
+        "Y",
+        "X",
+        "Split",
+        "Unnamed: 0",
+    ]
+)
 
 
 @st.composite
@@ -270,6 +290,7 @@ CHOICES = st.fixed_dictionaries(
     optional={
         "column": NAMES,
         "labels": st.none() | NAMES,
+        "exclude": st.lists(NAMES, max_size=2),
         "validation": st.sampled_from([1, 3, 40, 0.9]),
         "test": st.sampled_from([1, 30]),
         "limit": st.integers(1, 40),
@@ -303,6 +324,50 @@ def test_parquet(table: pa.Table, choices: dict[str, Any], folder: Path) -> None
     except (pa.ArrowException, ValueError):
         assume(False)
     read(file, choices)
+
+
+TABLE_TYPES = [
+    pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.float32(), pa.float64(), pa.bool_(),
+    pa.decimal128(30, 6), pa.dictionary(pa.int32(), pa.int64()),
+]  # fmt: skip
+
+
+def as_type(numbers: np.ndarray, kind: pa.DataType) -> pa.Array:
+    array = pa.array(numbers)
+    return array.dictionary_encode() if pa.types.is_dictionary(kind) else array.cast(kind)
+
+
+@st.composite
+def named_numbers(draw: st.DrawFn) -> tuple[pa.Table, pa.Table]:
+    """Draw a table of numbers, and the same numbers in other columns: moved, of other types, beside text."""
+    names = draw(st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=6, unique_by=str.casefold))
+    large = draw(st.sampled_from([0, 10**6, 10**12]))
+    random = np.random.default_rng(draw(st.integers(0, 99)))
+    numbers = {name: random.integers(0, 100, 20) for name in names}
+    wide = draw(st.sampled_from(names))
+    numbers[wide] = numbers[wide] + large
+    tables = []
+    for _ in range(2):
+        small = {name: draw(st.sampled_from(TABLE_TYPES[:-3] + TABLE_TYPES[-2:])) for name in names}
+        kinds = small | {wide: draw(st.sampled_from([pa.int64(), pa.float64(), pa.decimal128(30, 6)]))}
+        arrays = {name: as_type(numbers[name], kinds[name]) for name in draw(st.permutations(names))}
+        tables.append(pa.table(arrays).append_column(" a note", pa.array(["text"] * 20)))
+    return tables[0], tables[1]
+
+
+@given(tables=named_numbers())
+def test_names_are_what_counts(tables: tuple[pa.Table, pa.Table], folder: Path) -> None:
+    files = [folder / f"{number}.parquet" for number in range(2)]
+    for table, file in zip(tables, files, strict=True):
+        pq.write_table(table, file, row_group_size=16)
+    first, second = (Data(name="parquet", path=str(file), labels=None) for file in files)
+    facts = survives(lambda: identify(first))
+    if facts is None:
+        return
+    rows = load_rows(first, facts).x
+    np.testing.assert_array_equal(load_rows(second, identify(second, facts.columns)).x, rows)
+    table = tables[1].select(list(facts.columns.features)).to_pandas()
+    np.testing.assert_array_equal(read_table(table[table.columns[::-1]], facts.columns), rows)
 
 
 PLACES = st.lists(
