@@ -210,10 +210,11 @@ def test_lists_of_all_kinds_are_vectors(kind: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_rows(data, inspect(data)).x, values.astype(np.float32))
 
 
-@pytest.mark.parametrize("label", ["float", "truth", "decimal"])
+@pytest.mark.parametrize("label", ["float", "half", "truth", "decimal"])
 def test_labels_of_all_kinds_are_classes(label: str, tmp_path: Path) -> None:
     kinds = {
         "float": np.array(CLASSES, float),
+        "half": np.array(CLASSES, np.float16),
         "truth": [one > 0 for one in CLASSES],
         "decimal": list(map(Decimal, CLASSES)),
     }

@@ -61,11 +61,13 @@ def encoded_images(array: pa.Array) -> list[bytes | None]:
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
     """Return the type as which single values of a type are read: without dictionary or view, decimal numbers as
-    double."""
+    double and half floats as float."""
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if pa.types.is_string_view(kind):
         return pa.large_string()
+    if pa.types.is_float16(kind):  # for which Arrow lacks many functions
+        return pa.float32()
     return pa.float64() if pa.types.is_decimal(kind) else kind
 
 
