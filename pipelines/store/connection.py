@@ -12,6 +12,7 @@ from aecore.core.errors import InputError
 from pipelines.host.environment import store_uri
 from pipelines.host.messages import one_line
 from pipelines.host.scratch import scratch
+from pipelines.store.labels import SAVED_VIEW
 from pipelines.store.patience import ignoring
 from pipelines.store.runs import MARKED, Tracker
 
@@ -57,7 +58,7 @@ def _open_experiment(uri: str, name: str, path: Path | None, create: bool) -> Tr
     if experiment is None:
         artifacts = (path.parent / "mlruns" / name).as_uri() if path is not None else None
         with ignoring("RESOURCE_ALREADY_EXISTS"):  # another driver has made it just now
-            return Tracker(uri, client.create_experiment(name, artifacts, {MARKED: "yes"}), marked=True)
+            return Tracker(uri, client.create_experiment(name, artifacts, {MARKED: "yes", **SAVED_VIEW}), marked=True)
         return _open_experiment(uri, name, path, create)
     if experiment.lifecycle_stage != "active":
         raise InputError(
