@@ -111,7 +111,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         tracker.log_summary(run_id, metrics, {"status": status})
         tracker.log_last(run_id, {"train_seconds": sum(trial.seconds for trial in ended.trials)})
         link = tracker.link(run_id, "report/report.html")
-        shown.results = [f"Result: **{report.answer}**", f"All verdicts and figures: {link}."]
+        shown.results = [report.answer, f"All verdicts and figures: {link}."]
         shown.status = ": ".join(filter(None, [status, "; ".join(_failures(ended.trials))]))
     if status == "failed":
         tracker.client.set_terminated(run_id, "FAILED")

@@ -97,7 +97,7 @@ def encode(settings: Encode) -> dict[str, Any]:
             metrics |= {"encode_seconds": written.seconds, "rows_per_second": rate}
         tracker.log_summary(run_id, metrics, {})
         files = "1 file" if written.files == 1 else f"{written.files} files"
-        shown.results = [f"Result: **{written.rows:,} rows** in {files}."]
+        shown.results = [f"{written.rows:,} rows in {files}."]
     print(f"{written.rows:,} rows in {written.files} files, {written.computed:,} of them computed now, by {model.uri}")
     return {
         "status": "finished",

@@ -87,8 +87,11 @@ def test_mlflow_shows_the_study_and_its_trials(first: tuple[Path, Done]) -> None
     top = store(folder).client.get_run(done.report["run_id"])
     assert top.info.run_name == "A small study" and top.data.tags["mlflow.source.name"] == "jobs.compare"
     result, report, about, status = top.data.tags["mlflow.note.content"].split("  \n")
-    assert result.startswith("Result: **") and f"/runs/{top.info.run_id}/artifacts/report/report.html)" in report
-    assert about == "What: compares stacked, plain on digits (1,797 rows), seeds 0; 8 epochs per trial."
+    assert (
+        result == done.out.partition("Which should I use? ")[2].partition("\n")[0]
+        and f"/runs/{top.info.run_id}/artifacts/report/report.html)" in report
+    )
+    assert about == "What: compares plain, stacked on digits (1,797 rows), seeds 0; 8 epochs per trial."
     assert status == "Status: finished" and top.data.metrics["train_seconds"] > 0
     children = {run.info.run_name: run.data.tags for run in runs(folder)}
     rates = [f"stacked finetune.lr={rate} seed=0" for rate in (0.001, 0.002, 0.004)]
@@ -162,7 +165,7 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path, head: dict[
     failed = [run for run in runs(tmp_path) if run.data.tags.get("row") == "diverging"]
     assert {run.info.status for run in failed} == {"FAILED"} and "DivergenceError" in failed[0].data.tags["error"]
     note = store(tmp_path).client.get_run(done.report["run_id"]).data.tags["mlflow.note.content"]
-    assert "Status: partial: diverging seed=0, diverging seed=1 failed: " in note
+    assert note.startswith("Status: partial: diverging seed=0, diverging seed=1 failed: ")
 
 
 def test_optuna_chooses_by_the_finetuned_classifier_and_searches_the_control(

@@ -1,5 +1,6 @@
 """What MLflow's list of runs shows a person: names, source, user, commit and description."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +88,19 @@ def outcome(**metrics: float) -> Outcome:
         (
             {"test__accuracy": 0.95, "test__reconstruction_mse": 0.5}, {"test__accuracy": 0.9}, {"gain/accuracy": 0.05},
             [
-                "Result: **test accuracy 95.00 %**, reconstruction error 0.5 per feature.",
-                "Control, the same network from random weights: 90.00 %; pretraining gains +5.00 points.",
+                "Test accuracy 95.00 %, control 90.00 %, pretraining gains +5.00 points.",
+                "Reconstruction error per feature 0.5.",
+                "Control: the same network, finetuned from random weights.",
             ],
         ),
         (
             {"test__reconstruction_mse": 0.5}, {"test__reconstruction_mse": 0.75}, {"gain/reconstruction_mse": 0.25},
             [
-                "Result: **reconstruction error 0.5** per feature.",
-                "Control, the same network from random weights: error 0.75; pretraining lowers it by 0.25.",
+                "Reconstruction error per feature 0.5, control 0.75, pretraining lowers it by 0.25.",
+                "Control: the same network, finetuned from random weights.",
             ],
         ),
-        ({"test__accuracy": 0.95}, None, {}, ["Result: **test accuracy 95.00 %**."]),
+        ({"test__accuracy": 0.95}, None, {}, ["Test accuracy 95.00 %."]),
         ({}, None, {}, []),
     ],
     ids=["classifier", "autoencoder", "no control", "nothing"],
@@ -118,10 +120,11 @@ def test_a_job_has_the_metrics_by_which_people_compare(
 
 
 def test_a_description_holds_no_secret_and_begins_with_the_result() -> None:
-    shown = Description("name", "What: reads s3://me:secret@bucket/x", ["Result: **1**", "See http://h/x?token=secret"])
+    shown = Description("name", "What: reads s3://me:secret@bucket/x", ["Error 1.", "See http://h/x?token=secret"])
     text = shown.text("failed: no route to http://me:secret@host\nand more")
-    assert "secret" not in text and text.startswith("Result: **1**  \n")
-    assert text.endswith("Status: failed: no route to http://***@host and more")
+    assert "secret" not in text
+    assert text.startswith("Status: failed: no route to http://***@host and more  \nError 1.  \n")
+    assert shown.text("finished").startswith("Error 1.  \n") and shown.text("finished").endswith("Status: finished")
     assert "Status" not in shown.text() and len(Description("n", "x" * 9000).text()) == 4000
 
 
@@ -143,14 +146,16 @@ def test_a_job_says_what_it_is_and_how_it_ended(tracker: Tracker, error: BaseExc
     try:
         with tracker.job_run("train", f"says {status}", {}, {}, shown) as run_id:
             assert tags_of(tracker, run_id)["mlflow.note.content"] == "What: a test."
-            shown.results = ["Result: **0.5**."]
+            shown.results = ["Error 0.5."]
             if error:
                 raise error
     except (InputError, KeyboardInterrupt):
         pass
     tags = tags_of(tracker, run_id)
     assert tags["mlflow.runName"] == shown.name and tags["job"] == "train"
-    assert tags["mlflow.note.content"] == f"Result: **0.5**.  \nWhat: a test.  \nStatus: {status}"
+    lines = ["Error 0.5.", "What: a test."]
+    lines.insert(0 if error else 2, f"Status: {status}")
+    assert tags["mlflow.note.content"] == "  \n".join(lines)
     assert tags["mlflow.user"] == user_name() and tags["mlflow.source.type"] == "LOCAL"
     assert tags["mlflow.source.name"].startswith("pytest")
     assert tags.get("mlflow.source.git.commit", "unknown") == tags["git.commit"]
@@ -178,9 +183,16 @@ def test_a_run_of_an_earlier_version_is_found_and_named(tracker: Tracker) -> Non
     assert tags_of(tracker, old)["mlflow.runName"] == "digits 64-8 plain seed 0"
 
 
+def test_mlflow_offers_a_view_with_the_results(tracker: Tracker) -> None:
+    tags = tracker.client.get_experiment(tracker.experiment_id).tags
+    view = json.loads(tags["mlflow.sharedViewState.diabolo"])
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert view["name"] == "Results" and {"attributes.`Description`", "metrics.`gain/accuracy`"} <= set(columns)
+
+
 def test_a_driver_that_was_lost_is_told_by_the_next_one(tracker: Tracker) -> None:
     lost = {"mlflow.runName": "lost", "job": "train", "lease": "0" * 32, "mlflow.note.content": "What: a test."}
     run_id = tracker.client.create_run(tracker.experiment_id, tags=lost).info.run_id
     tracker.close_abandoned()
     assert tracker.client.get_run(run_id).info.status == "KILLED"
-    assert tags_of(tracker, run_id)["mlflow.note.content"].startswith("What: a test.  \nStatus: killed without a word")
+    assert tags_of(tracker, run_id)["mlflow.note.content"].startswith("Status: killed without a word")

@@ -152,7 +152,7 @@ def test_each_row_is_encoded_once_by_the_model(here: Here, models: dict[str, Res
     assert run.data.tags["model"] == "models:/classifier/1" and run.data.metrics["rows"] == 1797
     assert run.info.run_name == "classifier/1: 1,797 rows of digits"
     result, about, status = run.data.tags["mlflow.note.content"].split("  \n")
-    assert result == "Result: **1,797 rows** in 6 files." and status == "Status: finished"
+    assert result == "1,797 rows in 6 files." and status == "Status: finished"
     assert about == f"What: encode with models:/classifier/1, into {here.folder}."
     assert run.info.status == "FINISHED" and run.inputs is not None
     (data,), (model,) = run.inputs.dataset_inputs, run.inputs.model_inputs

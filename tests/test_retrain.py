@@ -184,11 +184,11 @@ def test_a_week(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shown = {run.info.run_name: run.data for run in [*decided, *tracker.runs({"job": "rollback"}), failed]}
     assert {f"digits 2026-11-0{number}" for number in (1, 2, 3, 4, 5, 6, 8)} | {"digits rollback"} == shown.keys()
     notes = {name: data.tags["mlflow.note.content"].split("  \n") for name, data in shown.items()}
-    assert notes["digits 2026-11-04"][0] == f"Result: **promoted**: {better['reason']}."
-    assert notes["digits 2026-11-04"][1] == "Challenger: **test accuracy 50.00 %**."
+    assert notes["digits 2026-11-04"][0] == f"Promoted: {better['reason']}."
+    assert notes["digits 2026-11-04"][1] == "Challenger: Test accuracy 50.00 %."
     assert f"/runs/{tags['run.evaluate']}/artifacts/figures" in notes["digits 2026-11-04"][2]
-    assert notes["digits 2026-11-02"][0] == f"Result: **unchanged**: {same['reason']}."
-    assert "is not a readable Parquet file" in notes["digits 2026-11-05"][-1]
+    assert notes["digits 2026-11-02"][0] == f"Unchanged: {same['reason']}."
+    assert "is not a readable Parquet file" in notes["digits 2026-11-05"][0]
     assert notes["digits rollback"] == [f"What: {back['reason']}.", "Status: finished"]
     for name in ("digits 2026-11-02", "digits 2026-11-04"):
         assert shown[name].params["network.widths"] == "[32, 16]" and shown[name].params["variant.kind"] == "plain"

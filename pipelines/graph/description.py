@@ -27,18 +27,21 @@ class Description:
     about: str = ""
     """What the job does."""
     results: list[str] = field(default_factory=list)
-    """What came out, in Markdown, a line each. MLflow's list shows the beginning, so the most important comes first."""
+    """What came out, in Markdown, a line each; the most important number begins the first line."""
     status: str = "finished"
     """How the job ended, where it came to its end."""
 
     def text(self, status: str = "") -> str:
         """Return the description in Markdown.
 
+        MLflow's list shows the first 40 characters as they are. So these are what came out, or what went wrong.
+
         Args:
             status: How the job ended; empty while it runs, since MLflow itself shows that.
         """
-        ending = [f"Status: {status}"] if status else []
-        lines = [*self.results, self.about, *ending]
+        lines = [*self.results, self.about]
+        if status:
+            lines.insert(len(lines) if status == "finished" else 0, f"Status: {status}")
         return "  \n".join(_clean(line) for line in lines if line)[:_MOST_CHARACTERS]  # two blanks break a line
 
 
@@ -93,32 +96,30 @@ def describe_experiment(experiment: Experiment) -> str:
     return f"What: {', '.join(parts)}{limit}."
 
 
-def describe_scores(metrics: Mapping[str, float], title: str = "Result") -> list[str]:
+def describe_scores(metrics: Mapping[str, float]) -> list[str]:
     """Say what the metrics of a job tell of its model, and what pretraining was worth, in a line each.
 
     Args:
-        title: The first word.
         metrics: As `pipelines.execution.summary.job_metrics` names them.
     """
-    scores = []
+    lines = []
     if (accuracy := metrics.get("test/accuracy")) is not None:
-        interval = ""
-        if "test/accuracy_low" in metrics:
-            low, high = _percent(metrics["test/accuracy_low"]), _percent(metrics["test/accuracy_high"])
-            interval = f" (95 % interval {low} to {high})"
-        scores.append(f"**test accuracy {_percent(accuracy)}**{interval}")
+        control = ""
+        if "gain/accuracy" in metrics:
+            gain = 100 * metrics["gain/accuracy"]
+            control = f", control {_percent(metrics['control/accuracy'])}, pretraining gains {gain:+.2f} points"
+        lines.append(f"Test accuracy {_percent(accuracy)}{control}.")
     if (error := metrics.get("test/reconstruction_mse")) is not None:
-        words = f"reconstruction error {error:.4g}"
-        scores.append(f"{words} per feature" if scores else f"**{words}** per feature")
-    lines = [f"{title}: {', '.join(scores)}."] if scores else []
-    if "gain/accuracy" in metrics:
-        control, gain = _percent(metrics["control/accuracy"]), 100 * metrics["gain/accuracy"]
-        lines.append(f"Control, the same network from random weights: {control}; pretraining gains {gain:+.2f} points.")
-    elif "gain/reconstruction_mse" in metrics:
-        control, gain = f"{metrics['control/reconstruction_mse']:.4g}", metrics["gain/reconstruction_mse"]
-        lines.append(
-            f"Control, the same network from random weights: error {control}; pretraining lowers it by {gain:.4g}."
-        )
+        control = ""
+        if "gain/reconstruction_mse" in metrics:
+            gain = metrics["gain/reconstruction_mse"]
+            control = f", control {metrics['control/reconstruction_mse']:.4g}, pretraining lowers it by {gain:.4g}"
+        lines.append(f"Reconstruction error per feature {error:.4g}{control}.")
+    if "test/accuracy_low" in metrics:
+        low, high = _percent(metrics["test/accuracy_low"]), _percent(metrics["test/accuracy_high"])
+        lines.append(f"95 % interval of the accuracy: {low} to {high}.")
+    if any(name.startswith("control/") for name in metrics):
+        lines.append("Control: the same network, finetuned from random weights.")
     return lines
 
 

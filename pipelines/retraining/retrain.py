@@ -208,8 +208,9 @@ def _conclude(firing: Firing, run_id: str, decision: Decision, tags: Mapping[str
 
 def _results(decided: Mapping[str, Any], tracker: "Tracker") -> list[str]:
     """Say in a few lines what was decided, as MLflow's list of runs shows it; `decided` is the `report`."""
-    lines = [f"Result: **{decided['status']}**: {decided['reason']}."]
-    lines += describe_scores(decided["metrics"], "Challenger")
+    lines = [f"{decided['status'].capitalize()}: {decided['reason']}."]
+    if scores := describe_scores(decided["metrics"]):
+        lines.append(f"Challenger: {' '.join(scores)}")
     tags = tracker.client.get_run(decided["run_id"]).data.tags
     if evaluated := tags.get("run.evaluate"):
         lines.append(f"Figures: {tracker.link(evaluated, 'figures')}.")

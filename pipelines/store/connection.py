@@ -18,6 +18,7 @@ from pipelines.host.addresses import STORE_REMEDY, store_address
 from pipelines.host.environment import store_uri
 from pipelines.host.messages import one_line
 from pipelines.host.scratch import scratch
+from pipelines.store.labels import SAVED_VIEW
 from pipelines.store.patience import ignoring
 from pipelines.store.runs import MARKED, Tracker
 
@@ -71,7 +72,7 @@ def _open_experiment(uri: str, name: str | None, path: Path | None, create: bool
         assert name is not None
         artifacts = (path.parent / "mlruns" / _folder_name(name)).as_uri() if path is not None else None
         with ignoring("RESOURCE_ALREADY_EXISTS"):  # another driver has made it just now
-            return Tracker(uri, client.create_experiment(name, artifacts, {MARKED: "yes"}), marked=True)
+            return Tracker(uri, client.create_experiment(name, artifacts, {MARKED: "yes", **SAVED_VIEW}), marked=True)
         return _open_experiment(uri, name, path, create)
     if experiment.lifecycle_stage != "active":
         raise InputError(

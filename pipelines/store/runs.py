@@ -342,7 +342,7 @@ class Tracker(Store):
             if run.info.status == "RUNNING" and run.data.tags[_LEASE] == job.data.tags[_LEASE]:
                 self.close_run(run.info.run_id, "KILLED")
                 note = run.data.tags.get(MLFLOW_RUN_NOTE, "")
-                client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, f"{note}  \nStatus: {_DIED}".strip())
+                client.set_tag(run.info.run_id, MLFLOW_RUN_NOTE, f"Status: {_DIED}  \n{note}")
         open_runs = self._open_runs() if open_runs else []
         open_ids = {run.info.run_id for run in open_runs}
         for run in open_runs:
