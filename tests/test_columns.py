@@ -1,6 +1,7 @@
 """Which columns of a table are features, labels and split marks, and how their numbers are read."""
 
 import json
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 from aecore.config.experiment import Data
 from aecore.config.facts import TableColumns
 from aecore.core.errors import InputError
-from aecore.data.columns import find_columns
+from aecore.data.columns import described, find_columns
 from aecore.data.dataset import describe, inspect, load, load_rows
+from aecore.data.parts import Part, check_part
 
 ROWS = 60
 rng = np.random.default_rng(0)
@@ -280,3 +282,13 @@ def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
         "columns: a, b; labels: Class (3 classes); split: drawn",
         "left out: customer (data.exclude), name (string)",
     ]
+
+
+def test_the_rules_take_time_in_proportion_to_the_columns() -> None:
+    schema = pa.schema([(f"gene {number}", pa.float32()) for number in range(30_000)])
+    data = Data(name="parquet", path="x")
+    began = time.perf_counter()
+    columns = find_columns(data, schema)
+    like = described(columns, schema, (), None)
+    check_part(Part("b", schema), Part("a", schema), find_columns(data, schema, like), data, like)
+    assert time.perf_counter() - began < 10, "a square of so many columns takes minutes"

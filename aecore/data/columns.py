@@ -45,8 +45,9 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
         like: the columns that a model was trained on, empty if it knows no names. Features are then returned in its
             order, whatever the order in the file; an InputError names a column that is missing or was not there.
     """
-    if len(set(schema.names)) < len(schema.names):
-        double = next(name for name in schema.names if schema.names.count(name) > 1)
+    names = schema.names
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
     known = like or TableColumns()
     split = _find_split(schema)
@@ -61,13 +62,16 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
             raise InputError(f"data.column: {column} holds the {content}; name the column of images or vectors")
         features: tuple[str, ...] = (column,)
     else:
-        rest = [field for field in schema if field.name not in {labels, split, *left_out}]
+        others = {labels, split, *left_out}
+        rest = [field for field in schema if field.name not in others]
         features = _matched(rest, schema, known) if known.features else _find_features(rest, schema.names)
-    reasons = {name: reason for name, reason in left_out.items() if name not in features}
-    for field in schema:
-        if field.name not in {*features, labels, split, *reasons}:
-            reasons[field.name] = _why_not_read(field.type, features, schema)
-    return Columns(features, labels, split, tuple((name, reasons[name]) for name in schema.names if name in reasons))
+    read = {*features, labels, split}
+    reasons = [
+        (field.name, left_out.get(field.name) or _why_not_read(field.type, features, schema))
+        for field in schema
+        if field.name not in read
+    ]
+    return Columns(features, labels, split, tuple(reasons))
 
 
 def described(
@@ -195,8 +199,9 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
 def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
     """Return the features in the order of `like`, the columns that a model was trained on."""
     numbers = {field.name for field in fields if is_number(field.type)}
+    names = {*schema.names}
     for name, kind in zip(like.features, like.types, strict=True):
-        if name not in schema.names:
+        if name not in names:
             raise InputError(
                 f"data.path: there is no column {name}, which the model was trained on; the columns are "
                 f"{join_names(schema.names)}"
@@ -206,7 +211,8 @@ def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) 
                 f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained on "
                 f"{kind}; write it as numbers"
             )
-    if extra := [field.name for field in fields if field.name in numbers - {*like.features}]:
+    unknown = numbers - {*like.features}
+    if extra := [field.name for field in fields if field.name in unknown]:
         shown = ",".join(extra[:_MAX_CANDIDATES]) + (",..." if len(extra) > _MAX_CANDIDATES else "")
         raise InputError(
             f"data.path: the model was not trained on {join_names(extra)}; leave out what it does not know with "

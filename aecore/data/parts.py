@@ -1,5 +1,6 @@
 """Compares the schemas of the files of one data set: only what is read must be alike, and mean the same."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -23,8 +24,9 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
 
     Order, nullability, metadata and columns that are not read may differ, and types may differ in width or encoding.
     """
+    counts, read = Counter(part.schema.names), {*columns.names}
     for name in columns.names:
-        if (count := part.schema.names.count(name)) > 1:
+        if (count := counts[name]) > 1:
             raise InputError(f"data.path: {part.file} has {count} columns called {name}; give each a name of its own")
         if not count:
             raise _missing(name, part, first)
@@ -36,14 +38,14 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
     unread = {name for name, _ in columns.left_out if is_number(first.schema.field(name).type)}
     if columns.labels or data.labels is None:
         unread |= {name for name in part.schema.names if name.casefold() in LABEL_NAMES}
-    fields = [field for field in part.schema if field.name in columns.names or field.name not in unread]
+    fields = [field for field in part.schema if field.name in read or field.name not in unread]
     exclude = tuple(name for name in data.exclude if find_name(name, [field.name for field in fields]))
     try:
         schema = pa.schema(fields, metadata=part.schema.metadata)
         own_columns = find_columns(data.model_copy(update={"exclude": exclude}), schema, like)
     except InputError as error:
         raise InputError(f"{error} (in {part.file}, unlike {first.file})") from error
-    for name in sorted(set(own_columns.names) - set(columns.names)):
+    for name in sorted(set(own_columns.names) - read):
         raise _retyped(name, part, first) if name in first.schema.names else _missing(name, first, part)
 
 
