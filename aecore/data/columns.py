@@ -62,8 +62,8 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
             raise InputError(f"data.column: {column} holds the {content}; name the column of images or vectors")
         features: tuple[str, ...] = (column,)
     else:
-        others = {labels, split, *left_out}
-        rest = [field for field in schema if field.name not in others]
+        unread = {labels, split, *left_out}
+        rest = [field for field in schema if field.name not in unread]
         features = _matched(rest, schema, known) if known.features else _find_features(rest, schema.names)
     read = {*features, labels, split}
     reasons = [
