@@ -156,12 +156,22 @@ def tuning(data: Arrays, classes: tuple[str, ...], variant: Any, task: str, labe
     )  # fmt: skip
 
 
+FEW = [
+    pytest.param(
+        case, variant, id=f"{case}-{variant.kind}",
+        marks=[] if variant.kind == "plain" or "of test" in case else pytest.mark.long,
+    )
+    for case in EVALUATIONS
+    for variant in (Plain(), Variational())
+]  # fmt: skip
+"""Each case with both kinds of variants. Of test rows a variational one needs more than others do."""
+
+
 def classes_of(data: Arrays) -> tuple[str, ...]:
     return tuple("abc"[: 1 + max(split.y.max() for split in data[:3] if split.y is not None)])
 
 
-@pytest.mark.parametrize("case", EVALUATIONS)
-@pytest.mark.parametrize("variant", [Plain(), Variational()], ids=["plain", "variational"])
+@pytest.mark.parametrize(("case", "variant"), FEW)
 def test_what_cannot_be_evaluated_is_left_out_and_said(case: str, variant: Any) -> None:
     data, missing, words = EVALUATIONS[case]
     classes = classes_of(data)
@@ -181,8 +191,12 @@ def test_what_cannot_be_evaluated_is_left_out_and_said(case: str, variant: Any) 
         assert words in " ".join(describe(found.config["notes"]))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.__name__)
+@pytest.mark.parametrize("rows", [1, 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "variant",
+    [one if one in (Plain, Variational) else pytest.param(one, marks=pytest.mark.long) for one in VARIANTS],
+    ids=lambda one: one.__name__,
+)
 def test_few_images_are_drawn(rows: int, variant: Any, digits: tuple[Facts, Arrays]) -> None:
     facts, data = digits
     data = data._replace(test=data.test.take(np.arange(rows)))
@@ -195,8 +209,7 @@ def test_few_images_are_drawn(rows: int, variant: Any, digits: tuple[Facts, Arra
     assert 0 <= found.metrics["probe/accuracy"] <= 1
 
 
-@pytest.mark.parametrize("case", EVALUATIONS)
-@pytest.mark.parametrize("variant", [Plain(), Variational()], ids=["plain", "variational"])
+@pytest.mark.parametrize(("case", "variant"), FEW)
 def test_what_cannot_be_measured_is_left_out_and_said(case: str, variant: Any) -> None:
     data, missing, words = EVALUATIONS[case]
     classes = classes_of(data)

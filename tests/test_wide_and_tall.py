@@ -126,9 +126,9 @@ def test_references_take_memory_in_proportion_to_the_data(rows: int, features: i
     ("rows", "features", "variant"),
     [
         (80, 20_000, Plain()),
-        (80, 20_000, Contractive()),
-        (80, 20_000, Variational()),
-        (20, 100_000, Plain()),
+        pytest.param(80, 20_000, Contractive(), marks=pytest.mark.long),
+        pytest.param(80, 20_000, Variational(), marks=pytest.mark.long),
+        pytest.param(20, 100_000, Plain(), marks=pytest.mark.long),
         (6000, 10, Plain()),
     ],
 )
