@@ -26,6 +26,7 @@ import pandas as pd
 import psutil
 
 from pipelines.store.connection import connect
+from pipelines.store.labels import ORIGIN
 from pipelines.store.lease import existing_leases
 from pipelines.store.runs import Tracker
 from tests.nodes import Nodes, free_port, mlflow_server, ray_nodes
@@ -304,7 +305,8 @@ def rest_of(tracker: Tracker, run: Any) -> Any:
         for item in tracker.client.list_artifacts(run.info.run_id, path):
             yield from below(item.path) if item.is_dir else [item.path]
 
-    return run.data.params, sorted(set(run.data.tags) - {"ray.node_id"}), sorted(below(None))
+    tags = set(run.data.tags) - {"ray.node_id", *ORIGIN}  # who started the job, from which commit
+    return run.data.params, sorted(tags), sorted(below(None))
 
 
 def without_system(steps: dict[str, list[int]]) -> dict[str, list[int]]:
