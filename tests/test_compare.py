@@ -168,6 +168,7 @@ def test_optuna_chooses_and_one_failure_ends_nothing(tmp_path: Path, head: dict[
     assert note.startswith("Status: partial: diverging seed=0, diverging seed=1 failed: ")
 
 
+@pytest.mark.long
 def test_optuna_chooses_by_the_finetuned_classifier_and_searches_the_control(
     tmp_path: Path, head: dict[str, str]
 ) -> None:
@@ -196,6 +197,7 @@ def test_optuna_chooses_by_the_finetuned_classifier_and_searches_the_control(
     assert again.report["stages"]["computed"] == 0 and again.report["metrics"] == done.report["metrics"]
 
 
+@pytest.mark.long
 def test_asha_spends_less_and_keeps_the_winner(tmp_path: Path, head: dict[str, str]) -> None:
     rates = [round(10 ** (-5 + step * 4 / 7), 9) for step in (3, 1, 6, 0, 7, 4, 2, 5)]
     study = {**SHARING, "variants": {"plain": {}}, "settings": {"finetune.lr": rates}, "budget": {"epochs": 16}}

