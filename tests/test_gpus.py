@@ -165,7 +165,7 @@ with tracker.job_run("test", "trials", {}, {}) as top:
 """
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_four_trials_with_a_quarter_run_at_once_on_each_gpu(gpus: int, tmp_path: Path) -> None:
     """Under ASHA, where each trial is one of Tune's."""
     python(START.format(cpus=8, gpus=gpus) + TRIALS, str(4 * gpus), cwd=tmp_path)
@@ -183,7 +183,7 @@ labels: {{counts: [], fit: {{epochs: 1}}}}
 """
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha"])
+@pytest.mark.parametrize("scheduler", ["none", pytest.param("asha", marks=pytest.mark.long)])
 def test_trials_are_measured_without_a_gpu(scheduler: str, tmp_path: Path) -> None:
     """Trials of a study train on the GPU; tasks on CPUs measure them, in other processes."""
     (tmp_path / "study.yaml").write_text(STUDY.format(scheduler=scheduler))
