@@ -104,7 +104,8 @@ TABLE: dict[str, Row] = {
     "folder without files": Row("no .parquet file in .; name the folder", "--data.name parquet --data.path ."),
     "no rows": Row("data.path: data.parquet has no rows; name data that have some", files=GOOD[:0]),
     "other columns": Row(
-        "b.parquet has no column label, but ... a.parquet has; its columns are x; give all files the same columns",
+        "b.parquet has no column label, but ... a.parquet has; its columns are x; name in data.path only files "
+        "that have labels, or set --data.labels null",
         "--data.name parquet --data.path .",
         {"a.parquet": GOOD, "b.parquet": table(x=VECTORS)},
     ),

@@ -16,6 +16,8 @@ from aecore.data.cells import find_decoder, is_number, is_text, plain_type, shor
 
 LABEL_NAMES = ("label", "labels", "target", "class", "y")
 """Usual names of a column of labels, in lower case; the first one that a table has is taken."""
+LABELS_ARE_NULL = "its name is one of labels, and data.labels is null"
+"""Why a column with such a name is left out where no labels are read."""
 SPLIT_NAME = "split"
 _ROW_NUMBERS = ("__index_level_", "Unnamed: 0")
 """How names of columns begin in which pandas keeps the numbers of rows."""
@@ -96,7 +98,8 @@ def _named(name: str, schema: pa.Schema, field: str) -> str:
     """Return the column that a config field names."""
     found = find_name(name, schema.names)
     if found is None:
-        raise InputError(f"{field}: there is no column {name}; the columns are {join_names(schema.names)}")
+        null = "; null reads no labels" if field == "data.labels" else ""
+        raise InputError(f"{field}: there is no column {name}; the columns are {join_names(schema.names)}{null}")
     return found
 
 
@@ -120,8 +123,7 @@ def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str
     measured = _beside_x(usual, schema)
     likely: list[str] = [name for name in usual if name != measured or name == like.label]
     if data.labels is None:
-        why = "its name is one of labels, and data.labels is null"
-        return None, {name: "the labels of the model" if name == like.label else why for name in likely}
+        return None, {name: "the labels of the model" if name == like.label else LABELS_ARE_NULL for name in likely}
     if data.labels != "auto":
         labels: str | None = _named(data.labels, schema, "data.labels")
     elif like.features and like.label is None:

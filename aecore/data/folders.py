@@ -130,6 +130,7 @@ def _find(path: str) -> tuple[str, Listing]:
         return posixpath.dirname(inner), Listing(filesystem, (File(inner, ""),), named=True)
     if kind == pafs.FileType.NotFound:
         several = f", or several as [{path}]" if "," in path else ""
+        several = ", or several as [a.parquet,b.parquet] in place of braces" if "{" in path else several
         raise InputError(f"data.path: {path} does not exist; name a Parquet file, folder or URI{several}")
     if kind != pafs.FileType.Directory:
         raise InputError(f"data.path: {path} is neither a file nor a folder; name a Parquet file, folder or URI")
@@ -261,7 +262,8 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
                         folders.append(entry.path)
                     elif entry.is_file():
                         paths.append(entry.path)
-                        seen.add(f"{real.rstrip('/')}/{entry.name}")
+                        if _is_parquet(entry.name):  # Hugging Face's cache links to files without an ending
+                            seen.add(f"{real.rstrip('/')}/{entry.name}")
         elif os.path.isfile(path):
             seen.add(real)
             paths.append(path)

@@ -70,6 +70,11 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     return Marks(splits, labels, label_key, problem, tuple(notes))
 
 
+def may_be_years(key: str, classes: Sequence[str]) -> bool:
+    """Say whether the folders of a key `y` rather hold years than classes, as in y=2024/m=1/d=31."""
+    return key.casefold() == "y" and all(re.fullmatch(r"(19|20)\d\d", name) for name in classes)
+
+
 def classes_of_folders(labels: set[str | None], key: str) -> tuple[str, ...]:
     """Return the names of the classes, in the order of their labels: of numbers if all are whole numbers, else of
     text."""
