@@ -23,7 +23,9 @@ from aecore.data.folders import find_files
 from pipelines.cluster import connection
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path
+from pipelines.execution.store import open_store
 from pipelines.host.addresses import head_address, store_address
 from pipelines.host.environment import has_embedded_ray, store_is_empty
 from pipelines.store.connection import connect
@@ -121,6 +123,15 @@ def test_what_the_tracking_uri_names(text: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_TRACKING_URI", text)
     if not isinstance(expected, Refused):
         assert store_is_empty() == (expected.startswith("sqlite:"))
+
+
+@pytest.mark.parametrize("text", ["", " ", '""', "sqlite:///m.db", " sqlite:///m.db", '"sqlite:///m.db"'])
+def test_a_submitted_job_keeps_its_results_in_no_folder_that_is_thrown_away(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIABOLO_SUBMISSION_ID", "train-1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", text)
+    judge(lambda: open_store(Resources(), create=False), Refused("would be thrown away ... http://HOST:5000"))
 
 
 def test_a_folder_is_taken_where_mlflow_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

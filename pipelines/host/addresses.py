@@ -18,7 +18,7 @@ def head_address(text: str) -> str | None:
     Raises:
         InputError: The value is no address of a Ray head.
     """
-    text = _bare(text).rstrip("/")
+    text = bare(text).rstrip("/")
     word = text.lower()
     if word in ("", "local", "auto"):
         return word if word == "auto" else None
@@ -62,7 +62,7 @@ def store_address(text: str) -> str:
     Raises:
         InputError: The text is no address of a store.
     """
-    text = _bare(text) or "sqlite:///mlflow.db"
+    text = bare(text) or "sqlite:///mlflow.db"
     scheme, colon, rest = text.partition(":")
     scheme = scheme.lower()
     if re.fullmatch(rf"([^\s/]+@)?{_HOST}:\d+(/.*)?", text):
@@ -81,7 +81,7 @@ def store_address(text: str) -> str:
     return f"{scheme}:{rest}" if colon else text
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
     """Return a value without the blanks and quotes around it, which `docker run --env-file` keeps."""
     return text.strip().strip("\"'").strip()
 
