@@ -293,7 +293,7 @@ TABLE: dict[str, Row] = {
         split=replaced(["train"] * ROWS, 3, None),
     ),
     "nothing to train on": rows(
-        "data.path: no row of column split is marked train; mark some", x=VECTORS, split=["test"] * ROWS
+        "data.path: no row is marked train, by column split or by names; mark some", x=VECTORS, split=["test"] * ROWS
     ),
     "everything for validation": rows(
         "data.validation: 32 of 32 rows leaves a split empty; choose another size", "--data.validation 32", x=VECTORS

@@ -63,7 +63,7 @@ COMPETITIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any
     ),
     "not recognised": (
         {"Survived": NUMBERS}, {},
-        "has no column Survived, .*; give all files the same columns, or leave it out with --data.exclude Survived$",
+        "has no column Survived, .*; name in data.path only files that have it, or .* --data.exclude Survived$",
         {"exclude": ("survived",)},
     ),
 }  # fmt: skip
@@ -94,11 +94,59 @@ def test_a_column_that_only_some_files_have_can_be_excluded(last: bool, tmp_path
     """Before: only if the first file had it; else there was `no column c`."""
     files = [table(0), table(1, c=FLOATS)]
     write(tmp_path, {"1.parquet": files[last], "2.parquet": files[not last]})
-    refused(
-        of(tmp_path), r"has no column c, .*; give all files the same columns, or leave it out with --data.exclude c"
-    )
+    refused(of(tmp_path), "has no column c, .*; name in data.path only files that have it, or .* --data.exclude c$")
     assert inspect(of(tmp_path, exclude=("c",))).columns.features == ("a", "b")
     refused(of(tmp_path, exclude=("c", "d")), "data.exclude: there is no column d; the columns are a, b")
+
+
+EXCLUDED: dict[str, tuple[dict[str, Any], str]] = {
+    # refused before, although they were excluded
+    "folds": ({"split": list(range(ROWS)), "label": TEXT}, "split"),
+    "other marks": ({"Split": TEXT, "label": TEXT}, "Split"),
+    # read as the labels before
+    "labels": ({"label": TEXT}, "label"),
+}
+
+
+@pytest.mark.parametrize("case", EXCLUDED)
+def test_what_is_excluded_is_neither_labels_nor_split(case: str, tmp_path: Path) -> None:
+    columns, name = EXCLUDED[case]
+    write(tmp_path, {"1.parquet": table(0, **columns), "2.parquet": table(1, **columns)})
+    if name != "label":
+        refused(of(tmp_path), f"use train, validation (and|or) test, or leave it out with --data.exclude {name}$")
+    data = of(tmp_path, exclude=(name,))
+    facts = inspect(data)
+    assert facts.columns.features == ("a", "b") and facts.classes == (() if name == "label" else ("u", "v"))
+    assert describe(data, facts)[-1] == f"left out: {name} (data.exclude)"
+
+
+def test_a_column_that_is_excluded_does_not_decide_over_names(tmp_path: Path) -> None:
+    write(tmp_path, {"train.parquet": table(0, split=["test"] * ROWS), "test.parquet": table(1)})
+    refused(of(tmp_path), "test.parquet has no column split, but .*train.parquet has")
+    data = of(tmp_path, exclude=("split",))
+    assert [{int(a // 100) for a in split.x[:, 0]} for split in load(data, inspect(data))[:3]] == [{0}, {0}, {1}]
+
+
+def test_a_training_file_without_rows(tmp_path: Path) -> None:
+    """Before: `no row of column split is marked train`, though there is no such column."""
+    write(tmp_path, {"train.parquet": table(0)[:0], "test.parquet": table(1)})
+    refused(
+        of(tmp_path), "no row is marked train, by column split or by names; .* rename the files, so that splits are"
+    )
+
+
+@pytest.mark.parametrize("paths", ["*/x.parquet", "**/x.parquet", "?*", ("real/x.parquet", "link"), ("link", "real")])
+def test_a_pattern_or_list_reads_no_file_twice(
+    paths: str | tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: links that a pattern or a list led through gave all rows twice."""
+    write(tmp_path, {"real/x.parquet": table(0)})
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    data = of(paths)
+    facts = inspect(data)
+    assert facts.rows == ROWS and facts == inspect(of("real/x.parquet"))
+    assert (paths == "**/x.parquet") or "1 linked twice" in " ".join(describe(data, facts))
 
 
 def test_the_cache_of_hugging_face(tmp_path: Path) -> None:

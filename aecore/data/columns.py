@@ -52,10 +52,11 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
         double = next(name for name in names if names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
     known = like or TableColumns()
-    split = _find_split(schema)
-    labels, others = _find_labels(data, schema, known)
-    left_out = {name: reason for name, reason in others.items() if name not in known.features}
-    left_out |= _excluded(data, schema)
+    excluded = _excluded(data, schema)
+    rest = pa.schema([field for field in schema if field.name not in excluded])
+    split = _find_split(rest)
+    labels, others = _find_labels(data, rest if data.labels == "auto" else schema, known)
+    left_out = {name: reason for name, reason in others.items() if name not in known.features} | excluded
     left_out |= {name: "pandas' index" for name in _index_of(schema) if name not in (*known.features, labels)}
     if data.column is not None:
         column = _named(data.column, schema, "data.column")
@@ -65,8 +66,8 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
         features: tuple[str, ...] = (column,)
     else:
         unread = {labels, split, *left_out}
-        rest = [field for field in schema if field.name not in unread]
-        features = _matched(rest, schema, known) if known.features else _find_features(rest, schema.names)
+        fields = [field for field in schema if field.name not in unread]
+        features = _matched(fields, schema, known) if known.features else _find_features(fields, schema.names)
     read = {*features, labels, split}
     reasons = [
         (field.name, left_out.get(field.name) or _why_not_read(field.type, features, schema))
@@ -108,7 +109,8 @@ def _find_split(schema: pa.Schema) -> str | None:
     split = find_name(SPLIT_NAME, schema.names)
     if split and not is_text(kind := schema.field(split).type):
         raise InputError(
-            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or rename the column"
+            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or leave it out with "
+            f"--data.exclude {split}"
         )
     return split
 

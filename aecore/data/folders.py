@@ -109,11 +109,18 @@ def _join(filesystem: pafs.FileSystem, roots: Sequence[str], listings: Sequence[
         for file in listing.files:
             whole = posixpath.join(place, file.path[len(root) :].lstrip("/"))
             files.setdefault(whole, file._replace(name=whole[len(common) :].lstrip("/")))
-    ordered = tuple(files[place] for place in sorted(files))
+    ordered, copies = [files[place] for place in sorted(files)], list[str]()
+    if _is_local(filesystem) and len(files) > 1:  # several paths, or a pattern, may lead to one file through links
+        unique: dict[str, File] = {}
+        for file in ordered:
+            if unique.setdefault(os.path.realpath(file.path), file) is not file:
+                copies.append(file.name)
+        ordered = list(unique.values())
     hidden = _together(listing.hidden for listing in listings)
     others = _together(listing.others for listing in listings)
-    copies = _together(listing.copies for listing in listings)
-    return Listing(filesystem, ordered, hidden, others, copies, len(listings) == 1 and listings[0].named)
+    copies = list(_together([*(listing.copies for listing in listings), tuple(copies)]))
+    named = len(listings) == 1 and listings[0].named
+    return Listing(filesystem, tuple(ordered), hidden, others, tuple(copies), named)
 
 
 def _together(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     """
     files = listing.files
     keys = _common_keys(files)
-    known = {column.casefold() for column in columns}
+    known = {column.casefold() for column in columns} - {name.casefold() for name in data.exclude}
     label_key = _label_key(data, keys, known)
     labels = tuple(file.keys[label_key] for file in files) if label_key else ()
     split_key = next((key for key in keys if key.casefold() == SPLIT_NAME), None)

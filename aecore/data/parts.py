@@ -72,7 +72,7 @@ def _way_out(name: str, columns: Columns, like: TableColumns | None) -> str:
         exclude = "" if name.casefold() in LABEL_NAMES else f" --data.exclude {name}"
         return f"name in data.path only files that have labels, or set --data.labels null{exclude}"
     if name in columns.features and len(columns.features) > 1 and not (like and like.features):
-        return f"give all files the same columns, or leave it out with --data.exclude {name}"
+        return f"name in data.path only files that have it, or leave it out with --data.exclude {name}"
     return "give all files the same columns"
 
 
