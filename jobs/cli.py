@@ -82,7 +82,7 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
     both = type(settings.__name__, (settings, _Sources), {"__doc__": inspect.cleandoc(settings.__doc__ or "")})
     try:
         command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
-        environment = EnvSettingsSource(both)()
+        environment = EnvSettingsSource(both, env_ignore_empty=True)()
     except SettingsError as error:
         raise InputError(_option_error(settings, str(error))) from None
     for name in os.environ:
@@ -247,7 +247,13 @@ def _show_warning(job: str, message: Warning | str, *_: Any, **__: Any) -> None:
     say(options_of(job, escape_unprintable(hide_secrets(f"warning: {' '.join(str(message).split())}"))))
 
 
+_QUOTES = "put a pattern in quotes, and write several values of an option as [a,b]"
+"""What to do about words behind an option: a shell has put the names of files in the place of a pattern."""
+
+
 def _read_recipe(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() in (".parquet", ".parq", ".pq"):
+        raise InputError(f"recipe {path}: is data, and a recipe is a YAML file; {_QUOTES}")
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -295,6 +301,8 @@ def _option_error(settings: type[BaseModel], text: str) -> str:
     if match := re.match('error parsing value for field "(.*)" from source "(Cli|Env)', text):
         name = f"--{match[1]}" if match[2] == "Cli" else f"{ENVIRONMENT}{match[1].upper()}"
         return f"{name}: has several fields; set them one by one, or write all of them as JSON"
+    if text.startswith("unrecognized arguments: "):
+        return f"{text}; {_QUOTES}"
     return f"{text}; see --help"
 
 

@@ -23,7 +23,9 @@ from aecore.data.folders import find_files
 from pipelines.cluster import connection
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
+from pipelines.cluster.resources import Resources
 from pipelines.encoding.encode import absolute_path
+from pipelines.execution.store import open_store
 from pipelines.host.addresses import head_address, store_address
 from pipelines.host.environment import has_embedded_ray, store_is_empty
 from pipelines.store.connection import connect
@@ -55,7 +57,8 @@ HEADS: dict[str, Any] = {
     "HTTPS://head": Refused("is a dashboard ... " + OWN_RAY),
     "ray://head:10001": Refused("an address of Ray Client, through which no command runs here; ... --address http://"),
     "RAY://head:10001": Refused("an address of Ray Client"),
-    "head": Refused(f"head has no port; name {OWN_RAY}, such as head:6379"),
+    "head": Refused("head has no port; write head:6379, or unset it for a Ray of this job's own"),
+    '"head:6379"': "head:6379", "'auto' ": "auto", '""': None,
     "::1:6379": Refused("is an IPv6 address without brackets; write [ADDRESS]:PORT"),
     "head:x": Refused("head:x is not HOST:PORT; name"), "head:": Refused("head: is not HOST:PORT"),
     ":6379": Refused(":6379 is not HOST:PORT"), "head:0": Refused("is not HOST:PORT"),
@@ -80,6 +83,9 @@ STORES: dict[str, Any] = {
     " sqlite:///a/b.db ": "sqlite:///{cwd}/a/b.db", "sqlite:////a/b.db": "sqlite:////a/b.db",
     "SQLite:///b.db": "sqlite:///{cwd}/b.db", "sqlite:///~/b.db": "sqlite:///{home}/b.db",
     "sqlite:///a b#é%.db": "sqlite:///{cwd}/a b#é%.db",
+    '"sqlite:///b.db"': "sqlite:///{cwd}/b.db", "''": "sqlite:///{cwd}/mlflow.db",
+    "b.db": Refused("b.db has no scheme; write sqlite:///b.db"), "./b.db": Refused("write sqlite:///./b.db"),
+    "/a/b.db": Refused("/a/b.db has no scheme; write sqlite:////a/b.db"), "~/b.sqlite": Refused("sqlite:///~/b.sqlite"),
     "sqlite://b.db": Refused("sqlite://b.db names no file; write sqlite:///mlflow.db, or with four slashes"),
     "sqlite:b.db": Refused("names no file"), "sqlite://": Refused("names no file"),
     "sqlite:///": Refused("names no file"), "sqlite:///:memory:": Refused("names no file"),
@@ -117,6 +123,15 @@ def test_what_the_tracking_uri_names(text: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_TRACKING_URI", text)
     if not isinstance(expected, Refused):
         assert store_is_empty() == (expected.startswith("sqlite:"))
+
+
+@pytest.mark.parametrize("text", ["", " ", '""', "sqlite:///m.db", " sqlite:///m.db", '"sqlite:///m.db"'])
+def test_a_submitted_job_keeps_its_results_in_no_folder_that_is_thrown_away(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIABOLO_SUBMISSION_ID", "train-1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", text)
+    judge(lambda: open_store(Resources(), create=False), Refused("would be thrown away ... http://HOST:5000"))
 
 
 def test_a_folder_is_taken_where_mlflow_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,8 @@ TABLE: dict[str, Row] = {
     "folder without files": Row("no .parquet file in .; name the folder", "--data.name parquet --data.path ."),
     "no rows": Row("data.path: data.parquet has no rows; name data that have some", files=GOOD[:0]),
     "other columns": Row(
-        "b.parquet has no column label, but ... a.parquet has; its columns are x; give all files the same columns",
+        "b.parquet has no column label, but ... a.parquet has; its columns are x; name in data.path only files "
+        "that have labels, or set --data.labels null",
         "--data.name parquet --data.path .",
         {"a.parquet": GOOD, "b.parquet": table(x=VECTORS)},
     ),
@@ -292,7 +293,7 @@ TABLE: dict[str, Row] = {
         split=replaced(["train"] * ROWS, 3, None),
     ),
     "nothing to train on": rows(
-        "data.path: no row of column split is marked train; mark some", x=VECTORS, split=["test"] * ROWS
+        "data.path: no row is marked train, by column split or by names; mark some", x=VECTORS, split=["test"] * ROWS
     ),
     "everything for validation": rows(
         "data.validation: 32 of 32 rows leaves a split empty; choose another size", "--data.validation 32", x=VECTORS

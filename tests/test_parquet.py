@@ -194,7 +194,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "column a row 39: the value is not finite",
     ),
     "strange split": ({"a": VECTOR_COLUMN, "split": ["new"] * ROWS}, {}, "column split row 0: the mark is 'new'"),
-    "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row of column split is marked train"),
+    "no training rows": ({"a": VECTOR_COLUMN, "split": ["test"] * ROWS}, {}, "no row is marked train, by column"),
     "beyond [0, 1]": ({"a": VECTOR_COLUMN}, {"likelihood": "bernoulli"}, r"bernoulli needs values in \[0, 1\]"),
 }
 

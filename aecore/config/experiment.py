@@ -53,7 +53,8 @@ def _read_paths(value: Any) -> Any:
         return value and _at_home(value)
     if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
         raise ValueError(
-            f"data.path: name a file or folder, or several as [a.parquet, b.parquet], not {short_repr(value)}"
+            "data.path: name a file or folder, or several as [a.parquet, b.parquet], numbers and dates in quotes, not "
+            f"{short_repr(value)}"
         )
     paths = tuple(_at_home(path) for path in value if path)
     return paths if len(paths) > 1 else next(iter(paths), None)

@@ -51,6 +51,7 @@ def is_encoded(kind: pa.DataType) -> bool:
     """Say whether a column of this type holds encoded images: bytes, or a struct with a field `bytes`."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
+    kind = plain_type(kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 

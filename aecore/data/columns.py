@@ -16,6 +16,8 @@ from aecore.data.cells import find_decoder, is_number, is_text, plain_type, shor
 
 LABEL_NAMES = ("label", "labels", "target", "class", "y")
 """Usual names of a column of labels, in lower case; the first one that a table has is taken."""
+LABELS_ARE_NULL = "its name is one of labels, and data.labels is null"
+"""Why a column with such a name is left out where no labels are read."""
 SPLIT_NAME = "split"
 _ROW_NUMBERS = ("__index_level_", "Unnamed: 0")
 """How names of columns begin in which pandas keeps the numbers of rows."""
@@ -50,10 +52,11 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
         double = next(name for name in names if names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
     known = like or TableColumns()
-    split = _find_split(schema)
-    labels, others = _find_labels(data, schema, known)
-    left_out = {name: reason for name, reason in others.items() if name not in known.features}
-    left_out |= _excluded(data, schema)
+    excluded = _excluded(data, schema)
+    rest = pa.schema([field for field in schema if field.name not in excluded])
+    split = _find_split(rest)
+    labels, others = _find_labels(data, rest if data.labels == "auto" else schema, known)
+    left_out = {name: reason for name, reason in others.items() if name not in known.features} | excluded
     left_out |= {name: "pandas' index" for name in _index_of(schema) if name not in (*known.features, labels)}
     if data.column is not None:
         column = _named(data.column, schema, "data.column")
@@ -63,8 +66,8 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
         features: tuple[str, ...] = (column,)
     else:
         unread = {labels, split, *left_out}
-        rest = [field for field in schema if field.name not in unread]
-        features = _matched(rest, schema, known) if known.features else _find_features(rest, schema.names)
+        fields = [field for field in schema if field.name not in unread]
+        features = _matched(fields, schema, known) if known.features else _find_features(fields, schema.names)
     read = {*features, labels, split}
     reasons = [
         (field.name, left_out.get(field.name) or _why_not_read(field.type, features, schema))
@@ -96,7 +99,8 @@ def _named(name: str, schema: pa.Schema, field: str) -> str:
     """Return the column that a config field names."""
     found = find_name(name, schema.names)
     if found is None:
-        raise InputError(f"{field}: there is no column {name}; the columns are {join_names(schema.names)}")
+        null = "; null reads no labels" if field == "data.labels" else ""
+        raise InputError(f"{field}: there is no column {name}; the columns are {join_names(schema.names)}{null}")
     return found
 
 
@@ -105,7 +109,8 @@ def _find_split(schema: pa.Schema) -> str | None:
     split = find_name(SPLIT_NAME, schema.names)
     if split and not is_text(kind := schema.field(split).type):
         raise InputError(
-            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or rename the column"
+            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or leave it out with "
+            f"--data.exclude {split}"
         )
     return split
 
@@ -120,8 +125,7 @@ def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str
     measured = _beside_x(usual, schema)
     likely: list[str] = [name for name in usual if name != measured or name == like.label]
     if data.labels is None:
-        why = "its name is one of labels, and data.labels is null"
-        return None, {name: "the labels of the model" if name == like.label else why for name in likely}
+        return None, {name: "the labels of the model" if name == like.label else LABELS_ARE_NULL for name in likely}
     if data.labels != "auto":
         labels: str | None = _named(data.labels, schema, "data.labels")
     elif like.features and like.label is None:

@@ -27,6 +27,13 @@ _BETTER_SCHEMES = {
 _GCS_SECONDS = 30
 """Seconds for which a request to Google's store is tried again; its own limit is a quarter of an hour."""
 
+_OTHER_FILES = {
+    b"PK\3\4": "is a ZIP archive; unpack it", b"\x1f\x8b": "is packed with gzip; unpack it",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it, `git lfs pull`",
+    b"ARROW1": "is an Arrow or Feather file; write it as Parquet", b"<": "is a web page; download the file itself",
+    b"PARE": "is encrypted; write it without encryption",
+}  # fmt: skip
+"""What files are that are taken for Parquet, by their first bytes, and what to do."""
 _MANY_VALUES = 2**20
 """A file of more values than this is decoded by several threads."""
 
@@ -110,16 +117,30 @@ def open_file(filesystem: pafs.FileSystem, file: str) -> pq.ParquetFile:
         _ = parquet_file.schema_arrow.names  # Arrow decodes names when they are first used, and may fail then
         return parquet_file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"data.path: {file} is not a readable Parquet file ({short_reason(error)}); write it again"
-        ) from error
+        if isinstance(error, PermissionError):
+            raise InputError(f"data.path: cannot read {file}; check its permissions") from error
+        problem = _other_file(filesystem, file) or (
+            f"is not a readable Parquet file ({short_reason(error)}); write it again"
+        )
+        raise InputError(f"data.path: {file} {problem}") from error
+
+
+def _other_file(filesystem: pafs.FileSystem, file: str) -> str | None:
+    """Say what a file is that is no Parquet file, and what to do; None if that is not known."""
+    try:
+        with filesystem.open_input_stream(file, compression=None) as stream:
+            first = stream.read(max(map(len, _OTHER_FILES)))
+    except (pa.ArrowException, OSError):
+        return None
+    return next((problem for magic, problem in _OTHER_FILES.items() if first.startswith(magic)), None)
 
 
 def file_digest(filesystem: pafs.FileSystem, file: str) -> bytes:
     """Return the SHA-256 digest of a file's bytes."""
     digest = hashlib.sha256()
     try:
-        with filesystem.open_input_stream(file) as stream:
+        # without `compression`, Arrow would unpack a file whose name ends in .gz
+        with filesystem.open_input_stream(file, compression=None) as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     except (pa.ArrowException, OSError) as error:
@@ -148,9 +169,8 @@ def read_batches(
                 yield Batch(file, first_row, pa.Table.from_batches([batch]))
             first_row += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file} row {first_row}: cannot be read ({short_reason(error)}); write the file again"
-        ) from error
+        way_out = "write the file without encryption" if "decrypt" in str(error) else "write the file again"
+        raise InputError(f"{file} row {first_row}: cannot be read ({short_reason(error)}); {way_out}") from error
 
 
 def short_reason(error: Exception) -> str:

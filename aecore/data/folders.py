@@ -109,11 +109,18 @@ def _join(filesystem: pafs.FileSystem, roots: Sequence[str], listings: Sequence[
         for file in listing.files:
             whole = posixpath.join(place, file.path[len(root) :].lstrip("/"))
             files.setdefault(whole, file._replace(name=whole[len(common) :].lstrip("/")))
-    ordered = tuple(files[place] for place in sorted(files))
+    ordered, copies = [files[place] for place in sorted(files)], list[str]()
+    if _is_local(filesystem) and len(files) > 1:  # several paths, or a pattern, may lead to one file through links
+        unique: dict[str, File] = {}
+        for file in ordered:
+            if unique.setdefault(os.path.realpath(file.path), file) is not file:
+                copies.append(file.name)
+        ordered = list(unique.values())
     hidden = _together(listing.hidden for listing in listings)
     others = _together(listing.others for listing in listings)
-    copies = _together(listing.copies for listing in listings)
-    return Listing(filesystem, ordered, hidden, others, copies, len(listings) == 1 and listings[0].named)
+    copies = list(_together([*(listing.copies for listing in listings), tuple(copies)]))
+    named = len(listings) == 1 and listings[0].named
+    return Listing(filesystem, tuple(ordered), hidden, others, tuple(copies), named)
 
 
 def _together(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
@@ -130,6 +137,7 @@ def _find(path: str) -> tuple[str, Listing]:
         return posixpath.dirname(inner), Listing(filesystem, (File(inner, ""),), named=True)
     if kind == pafs.FileType.NotFound:
         several = f", or several as [{path}]" if "," in path else ""
+        several = ", or several as [a.parquet,b.parquet] in place of braces" if "{" in path else several
         raise InputError(f"data.path: {path} does not exist; name a Parquet file, folder or URI{several}")
     if kind != pafs.FileType.Directory:
         raise InputError(f"data.path: {path} is neither a file nor a folder; name a Parquet file, folder or URI")
@@ -261,7 +269,8 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
                         folders.append(entry.path)
                     elif entry.is_file():
                         paths.append(entry.path)
-                        seen.add(f"{real.rstrip('/')}/{entry.name}")
+                        if _is_parquet(entry.name):  # Hugging Face's cache links to files without an ending
+                            seen.add(f"{real.rstrip('/')}/{entry.name}")
         elif os.path.isfile(path):
             seen.add(real)
             paths.append(path)

@@ -88,6 +88,8 @@ def decode(raw: bytes | None, channels: int | None) -> np.ndarray:
     except ImageError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises almost anything
+        if isinstance(error, Image.DecompressionBombError):
+            raise ImageError("the image has more pixels than are read, 179 million; scale it down or cut it") from error
         unknown = isinstance(error, UnidentifiedImageError)
         reason = f"formats are {', '.join(_FORMATS)}" if unknown else short_reason(error)
         raise ImageError(f"not a readable image ({reason}); replace it") from error

@@ -42,7 +42,7 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     """
     files = listing.files
     keys = _common_keys(files)
-    known = {column.casefold() for column in columns}
+    known = {column.casefold() for column in columns} - {name.casefold() for name in data.exclude}
     label_key = _label_key(data, keys, known)
     labels = tuple(file.keys[label_key] for file in files) if label_key else ()
     split_key = next((key for key in keys if key.casefold() == SPLIT_NAME), None)
@@ -68,6 +68,11 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
         elif key not in (label_key, split_key):
             notes.append(f"the folders' key {key} is not read")
     return Marks(splits, labels, label_key, problem, tuple(notes))
+
+
+def may_be_years(key: str, classes: Sequence[str]) -> bool:
+    """Say whether the folders of a key `y` rather hold years than classes, as in y=2024/m=1/d=31."""
+    return key.casefold() == "y" and all(re.fullmatch(r"(19|20)\d\d", name) for name in classes)
 
 
 def classes_of_folders(labels: set[str | None], key: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ names the value's file, column and row.
 
 import ctypes
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -25,7 +26,7 @@ from aecore.data.cells import encoded_images, is_encoded, is_number
 from aecore.data.columns import Columns, described
 from aecore.data.files import Batch, file_digest, open_file, read_batches
 from aecore.data.folders import filesystem_at, join_paths
-from aecore.data.marks import classes_of_folders, describe_listing
+from aecore.data.marks import classes_of_folders, describe_listing, may_be_years
 from aecore.data.numbers import Spread, find_offsets
 from aecore.data.parts import Part
 from aecore.data.sets import ParquetSet, Piece, Source, divide, open_set
@@ -78,6 +79,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     classes: tuple[str, ...] = ()
     if source.marks.label_key:
         classes = classes_of_folders(labels, source.marks.label_key)
+        _check_key(data, source.marks.label_key, classes, rows)
     elif column_of_labels:
         classes = _find_classes(data, column_of_labels, labels, rows)
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
@@ -184,6 +186,18 @@ def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple
             f"rather than a label; write --data.labels {column}, or --data.labels null"
         )
     return classes
+
+
+def _check_key(data: Data, key: str, classes: Sequence[str], rows: int) -> None:
+    """Raise an InputError if the values of a folders' key, which nobody named, are rather measured or years."""
+    whole = [int(name) for name in classes if re.fullmatch(r"-?\d+", name)]
+    is_doubtful = _is_doubtful(whole if len(whole) == len(classes) else [], len(classes), rows)
+    if data.labels == "auto" and (is_doubtful or may_be_years(key, classes)):
+        raise InputError(
+            f"data.labels: the folders' key {key} has {len(classes)} different values in {rows} rows, {classes[0]} to "
+            f"{classes[-1]}, so it may be measured or a year rather than a label; write --data.labels {key}, or "
+            "--data.labels null"
+        )
 
 
 def _is_doubtful(numbers_of: Sequence[int], classes: int, rows: int) -> bool:

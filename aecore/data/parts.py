@@ -29,7 +29,7 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
         if (count := counts[name]) > 1:
             raise InputError(f"data.path: {part.file} has {count} columns called {name}; give each a name of its own")
         if not count:
-            raise _missing(name, part, first)
+            raise _missing(name, part, first, _way_out(name, columns, like))
         kinds = [each.schema.field(name).type for each in (part, first)]
         meanings = [_meaning(kind, name == columns.labels) for kind in kinds]
         if meanings[0] != meanings[1]:
@@ -46,7 +46,9 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
     except InputError as error:
         raise InputError(f"{error} (in {part.file}, unlike {first.file})") from error
     for name in sorted(set(own_columns.names) - read):
-        raise _retyped(name, part, first) if name in first.schema.names else _missing(name, first, part)
+        if name in first.schema.names:
+            raise _retyped(name, part, first)
+        raise _missing(name, first, part, _way_out(name, own_columns, like))
 
 
 def _retyped(name: str, part: Part, first: Part) -> InputError:
@@ -57,11 +59,21 @@ def _retyped(name: str, part: Part, first: Part) -> InputError:
     )
 
 
-def _missing(name: str, part: Part, other: Part) -> InputError:
+def _missing(name: str, part: Part, other: Part, way_out: str) -> InputError:
     return InputError(
         f"data.path: {part.file} has no column {name}, but {other.file} has; its columns are "
-        f"{join_names(part.schema.names)}; give all files the same columns"
+        f"{join_names(part.schema.names)}; {way_out}"
     )
+
+
+def _way_out(name: str, columns: Columns, like: TableColumns | None) -> str:
+    """Say what to do about a column that some files lack, given the columns of a file that has it."""
+    if name == columns.labels:  # as files for testing of a competition do
+        exclude = "" if name.casefold() in LABEL_NAMES else f" --data.exclude {name}"
+        return f"name in data.path only files that have labels, or set --data.labels null{exclude}"
+    if name in columns.features and len(columns.features) > 1 and not (like and like.features):
+        return f"name in data.path only files that have it, or leave it out with --data.exclude {name}"
+    return "give all files the same columns"
 
 
 def _meaning(kind: pa.DataType, is_label: bool) -> str:

@@ -12,9 +12,9 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.core.errors import InputError
-from aecore.data.columns import Columns, find_columns
+from aecore.data.columns import LABELS_ARE_NULL, Columns, find_columns, find_name
 from aecore.data.files import Batch, open_file, read_batches
-from aecore.data.folders import Listing, find_files, join_paths
+from aecore.data.folders import File, Listing, find_files, join_paths
 from aecore.data.marks import Marks, read_marks_of_names
 from aecore.data.parts import Part, check_part
 
@@ -59,7 +59,7 @@ class ParquetSet(NamedTuple):
 
     listing: Listing
     first: Part
-    """The first file that has rows, which decides the columns."""
+    """The first file that has rows, of those for training if names tell them, which decides the columns."""
     columns: Columns
     marks: Marks
 
@@ -78,8 +78,12 @@ class ParquetSet(NamedTuple):
 
     def check(self, part: Part, data: Data, like: TableColumns | None) -> None:
         """Raise an InputError if a file does not hold the columns that are read, or its values mean something else."""
-        if not part.schema.equals(self.first.schema):
+        if part.schema.equals(self.first.schema):
+            return
+        try:
             check_part(part, self.first, self.columns, _for_columns(data, self.marks), like)
+        except InputError as error:  # files whose names do not fit together often have other columns as well
+            raise InputError(self.marks.problem or str(error)) from error
 
     def source(self, number: int) -> Source:
         """Return what is known of the rows of a file, given the file's number."""
@@ -93,20 +97,47 @@ def open_set(data: Data, like: TableColumns | None = None) -> ParquetSet:
     `like` see `find_columns`."""
     assert data.path is not None
     listing = find_files(data.path)
-    for file in listing.files:  # files without rows may have no types either
-        opened = open_file(listing.filesystem, file.path)
-        first = Part(file.path, opened.schema_arrow)
-        if opened.metadata.num_rows:
-            break
-    else:
+    first = _first_part(listing, listing.files)
+    if first is None:
         raise InputError(f"data.path: {join_paths(data.path)} has no rows; name data that have some")
     marks = read_marks_of_names(data, listing, first.schema.names)
-    return ParquetSet(listing, first, find_columns(_for_columns(data, marks), first.schema, like), marks)
+    if marks.splits:  # what is learnt is in the training files; files for testing often lack the labels
+        training = [file for file, split in zip(listing.files, marks.splits, strict=True) if split == "train"]
+        first = _first_part(listing, training) or first
+    wanted = _without_absent(_for_columns(data, marks), listing, first)
+    columns = find_columns(wanted, first.schema, like)
+    if marks.label_key:
+        reason = f"its name is one of labels, and the folders' key {marks.label_key} gives them"
+        left_out = [(name, reason if why == LABELS_ARE_NULL else why) for name, why in columns.left_out]
+        columns = columns._replace(left_out=tuple(left_out))
+    return ParquetSet(listing, first, columns, marks)
+
+
+def _first_part(listing: Listing, files: Sequence[File]) -> Part | None:
+    """Return the first of some files that has rows; files without rows may have no types either."""
+    for file in files:
+        opened = open_file(listing.filesystem, file.path)
+        if opened.metadata.num_rows:
+            return Part(file.path, opened.schema_arrow)
+    return None
 
 
 def _for_columns(data: Data, marks: Marks) -> Data:
     """Return the config by which columns are found: without labels where the names of folders give them."""
     return data.model_copy(update={"labels": None}) if marks.label_key else data
+
+
+def _without_absent(data: Data, listing: Listing, first: Part) -> Data:
+    """Return the config without the exclusions of columns that the set's first file lacks, if other files have them."""
+    absent = [name for name in data.exclude if not find_name(name, first.schema.names)]
+    unknown = absent
+    for file in listing.files:
+        if not unknown:
+            break
+        names = open_file(listing.filesystem, file.path).schema_arrow.names
+        unknown = [name for name in unknown if not find_name(name, names)]
+    present = tuple(name for name in data.exclude if name not in absent or name in unknown)
+    return data.model_copy(update={"exclude": present})
 
 
 def divide(data: Data, facts: Facts, size: int | None = None) -> tuple[Piece, ...]:

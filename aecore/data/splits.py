@@ -76,8 +76,8 @@ def split_rows(
     """
     if marks is not None and not (marks == "train").any():
         raise InputError(
-            "data.path: no row of column split is marked train; mark some rows train, or drop the column so that "
-            "data.test and data.validation set rows aside"
+            "data.path: no row is marked train, by column split or by names; mark some rows train, or leave out the "
+            "column with --data.exclude split, or rename the files, so that splits are drawn"
         )
     if data.split == "content":
         assert hashes is not None

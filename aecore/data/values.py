@@ -115,7 +115,8 @@ def read_marks(batch: Batch, column: str) -> np.ndarray:
     for index, mark in enumerate(marks):
         if (mark or "").casefold() not in SPLIT_OF_MARK:
             place = batch.place(column, int((indices == index).argmax()))
-            raise InputError(f"{place}: the mark is {short_repr(mark)}; use train, validation or test")
+            way_out = f"use train, validation or test, or leave it out with --data.exclude {column}"
+            raise InputError(f"{place}: the mark is {short_repr(mark)}; {way_out}")
     return np.array([SPLIT_OF_MARK[mark.casefold()] for mark in marks], "<U10")[indices]
 
 

@@ -11,6 +11,7 @@ from aecore.core.imports import fast_imports
 from pipelines.cluster.connection import import_ray, start_ray
 from pipelines.cluster.resources import Resources
 from pipelines.cluster.share import check_this_machine
+from pipelines.host.addresses import bare
 from pipelines.host.environment import has_embedded_ray, store_is_empty, store_uri, submission_id
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def open_store(
         InputError: The store cannot be reached, or lies in a folder that is thrown away; or an embedded Ray is about to
             start on a machine without what `resources` ask for.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    uri = bare(os.environ.get("MLFLOW_TRACKING_URI", ""))
     if submission_id() and (not uri or (uri.startswith("sqlite:") and not uri.startswith("sqlite:////"))):
         raise InputError(
             f"MLFLOW_TRACKING_URI: {uri or 'not set'}, so the results would be thrown away with the submitted job's "

@@ -18,7 +18,7 @@ def head_address(text: str) -> str | None:
     Raises:
         InputError: The value is no address of a Ray head.
     """
-    text = text.strip().rstrip("/")
+    text = bare(text).rstrip("/")
     word = text.lower()
     if word in ("", "local", "auto"):
         return word if word == "auto" else None
@@ -33,7 +33,7 @@ def head_address(text: str) -> str | None:
             "submit to the dashboard, `python -m jobs.submit --address http://HOST:8265 -- jobs.train`"
         )
     if re.fullmatch(_HOST, text):
-        raise InputError(f"RAY_ADDRESS: {text} has no port; {RAY_REMEDY}, such as {text}:6379")
+        raise InputError(f"RAY_ADDRESS: {text} has no port; write {text}:6379, or unset it for a Ray of this job's own")
     if re.fullmatch(r"[\da-fA-F]*:[\da-fA-F:]*:[\da-fA-F]*", text):
         raise InputError(f"RAY_ADDRESS: {text} is an IPv6 address without brackets; write [ADDRESS]:PORT")
     if not re.fullmatch(f"{_HOST}:{_PORT}", text) or int(text.rpartition(":")[2]) > 65535:
@@ -62,7 +62,7 @@ def store_address(text: str) -> str:
     Raises:
         InputError: The text is no address of a store.
     """
-    text = text.strip() or "sqlite:///mlflow.db"
+    text = bare(text) or "sqlite:///mlflow.db"
     scheme, colon, rest = text.partition(":")
     scheme = scheme.lower()
     if re.fullmatch(rf"([^\s/]+@)?{_HOST}:\d+(/.*)?", text):
@@ -79,6 +79,11 @@ def store_address(text: str) -> str:
     if scheme == "file" or not re.match(r"[a-zA-Z][\w+.-]+:|databricks", text):
         return _folder_address(text)
     return f"{scheme}:{rest}" if colon else text
+
+
+def bare(text: str) -> str:
+    """Return a value without the blanks and quotes around it, which `docker run --env-file` keeps."""
+    return text.strip().strip("\"'").strip()
 
 
 def _web_address(text: str) -> str | None:
@@ -115,6 +120,8 @@ def _folder_address(text: str) -> str:
     path = Path(text.removeprefix("file:").removeprefix("//") or "mlruns").expanduser().absolute()
     if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
         return path.as_uri()
+    if re.fullmatch(r"[^:]+\.(db|sqlite3?)", text):
+        raise InputError(f"MLFLOW_TRACKING_URI: {text} has no scheme; write sqlite:///{text}")
     raise InputError(
         f"MLFLOW_TRACKING_URI: {text} is a folder, and MLflow keeps runs in folders no longer; {STORE_REMEDY} "
         "(`mlflow migrate-filestore` copies the runs of a folder)"
