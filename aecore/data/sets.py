@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.core.errors import InputError
-from aecore.data.columns import Columns, find_columns
+from aecore.data.columns import Columns, find_columns, find_name, folded
 from aecore.data.files import Batch, open_file, read_batches
 from aecore.data.folders import Listing, find_files, join_paths
 from aecore.data.marks import Marks, read_marks_of_names
@@ -100,8 +100,20 @@ def open_set(data: Data, like: TableColumns | None = None) -> ParquetSet:
             break
     else:
         raise InputError(f"data.path: {join_paths(data.path)} has no rows; name data that have some")
-    marks = read_marks_of_names(data, listing, first.schema.names)
+    data = data.model_copy(update={"exclude": _exclusions(data, listing, first)})
+    excluded = {folded(name) for name in data.exclude}
+    marks = read_marks_of_names(data, listing, [name for name in first.schema.names if folded(name) not in excluded])
     return ParquetSet(listing, first, find_columns(_for_columns(data, marks), first.schema, like), marks)
+
+
+def _exclusions(data: Data, listing: Listing, first: Part) -> tuple[str, ...]:
+    """Return `data.exclude` without the columns that other files have, but not the first one; those which no file has
+    remain, so that they are refused."""
+    absent = [name for name in data.exclude if find_name(name, first.schema.names) is None]
+    if not absent:
+        return data.exclude
+    names = {name for file in listing.files for name in open_file(listing.filesystem, file.path).schema_arrow.names}
+    return tuple(name for name in data.exclude if name not in absent or not find_name(name, [*names]))
 
 
 def _for_columns(data: Data, marks: Marks) -> Data:
