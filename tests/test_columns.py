@@ -340,6 +340,18 @@ def test_numbers_keep_their_differences(case: str, tmp_path: Path) -> None:
         assert "read minus a number near their values, which 32 bits would not tell apart: t" in describe(data, facts)
 
 
+@pytest.mark.parametrize("sentinel", [0, -1, LOWEST])
+def test_a_sentinel_among_times_does_not_hide_their_differences(sentinel: int, tmp_path: Path) -> None:
+    times = SECONDS * 10**9
+    times[7] = sentinel
+    data = set_of(tmp_path, table(a=A, t=times))
+    facts = inspect(data)
+    assert facts.columns.offsets[1] in times.tolist()  # before: nothing was subtracted, and all times became equal
+    read = load_rows(data, facts).x[:, 1].astype(np.float64)
+    exact = [float(int(one) - facts.columns.offsets[1]) for one in times]
+    np.testing.assert_allclose(read, exact, rtol=1e-6)
+
+
 def test_numbers_that_32_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
     outlier = SECONDS.copy()
     outlier[: ROWS // 2] = 0  # the spread is large, so that nothing is subtracted ...

@@ -22,7 +22,8 @@ SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
 
 def find_offsets(columns: Sequence[np.ndarray]) -> tuple[int | float, ...]:
     """Return the number to subtract from each feature before it becomes float32: its median if float32 would otherwise
-    lose the differences between its values, else 0; an empty tuple if all are 0.
+    lose the differences between its values, or between the middle half of them, as a few zeros among times make the
+    others' differences look small; else 0. The tuple is empty if all are 0.
 
     Args:
         columns: some values of each feature, (rows,), as they are in the file.
@@ -39,10 +40,13 @@ def is_too_fine(values: np.ndarray) -> bool:
 def _offset(values: np.ndarray) -> int | float:
     if values.dtype.kind not in "iuf" or values.dtype.itemsize < 4 or not np.isfinite(values).all():
         return 0
-    median = np.sort(values)[len(values) // 2].item()
+    ordered, count = np.sort(values), len(values)
+    median = ordered[count // 2].item()
     with np.errstate(over="ignore", invalid="ignore"):
         largest, spread = float(np.abs(values.astype(np.float64)).max()), shifted(values, median).std()
+        middle = float(np.diff(shifted(ordered[[count // 4, 3 * count // 4]], median))[0])
     is_lost = largest * _ROUNDING > _TOLERANCE * spread if spread else largest > _LARGEST_WHOLE
+    is_lost |= middle > 0 and abs(median) * _ROUNDING > _TOLERANCE * middle
     return median if is_lost else 0
 
 
