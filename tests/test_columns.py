@@ -393,6 +393,11 @@ def test_never_varies_is_said_of_the_values_in_the_file(tmp_path: Path) -> None:
         inspect(set_of(tmp_path, table(a=A, t=1 + 1e-12 * B, c=np.full(ROWS, 2.0**60))))
 
 
+def test_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:  # before: they broke the lines of a plan
+    data = set_of(tmp_path, pa.table({"a\nb": A, "\x1b[31mc": B}))
+    assert describe(data, inspect(data))[2] == r"columns: a\nb, \x1b[31mc; labels: none; split: drawn"
+
+
 def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
     data = set_of(tmp_path, table(customer=np.arange(ROWS), a=A, b=B, name=TEXT, Class=CLASSES), exclude=["customer"])
     assert describe(data, inspect(data)) == [

@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
-from aecore.core.errors import InputError, join_names
+from aecore.core.errors import InputError, escape_unprintable, join_names
 from aecore.core.types import Shape, describe_shape
 from aecore.data.cells import encoded_images, exact_decimals, is_encoded, is_number
 from aecore.data.columns import Columns, described
@@ -117,7 +117,7 @@ def describe(data: Data, facts: Facts) -> list[str]:
         lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")
     if moved := [name for name, offset in zip(columns.features, offsets, strict=False) if offset]:
         lines.append(f"read minus a number near their values, which 32 bits would not tell apart: {join_names(moved)}")
-    return lines
+    return [escape_unprintable(line) for line in lines]
 
 
 def describe_files(data: Data) -> list[str]:
