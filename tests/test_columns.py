@@ -406,3 +406,5 @@ def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
         "columns: a, b; labels: Class (3 classes); split: drawn",
         "left out: customer (data.exclude), name (string)",
     ]
+    by_content = data.model_copy(update={"split": "content"})  # before: "drawn"
+    assert describe(by_content, inspect(by_content))[2] == "columns: a, b; labels: Class (3 classes); split: by content"

@@ -107,7 +107,8 @@ def describe(data: Data, facts: Facts) -> list[str]:
     columns, offsets = source.columns, facts.columns.offsets
     column = columns.labels or source.marks.label_key
     labels = f"{column} ({len(facts.classes)} classes)" if column else "none"
-    split = columns.split or ("by the names" if source.marks.splits else "drawn")
+    unmarked = "drawn" if data.split == "drawn" else "by content"
+    split = columns.split or ("by the names" if source.marks.splits else unmarked)
     lines = [
         f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}",
         *describe_listing(source.listing, source.marks),
