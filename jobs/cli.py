@@ -297,6 +297,8 @@ def _option_error(settings: type[BaseModel], text: str) -> str:
     text = " ".join(text.removeprefix("error parsing CLI: ").split())
     if text.startswith("unrecognized arguments: --"):
         option = text.split()[2].removeprefix("--").split("=")[0]
+        if option.split(".")[0] in _keys([settings], ["base"]) and "base" in settings.model_fields:
+            return f"{option}: unknown option; a study has it as base.{option}"
         return f"--{option}: unknown option; {_nearest(settings, option)}"
     if match := re.match('error parsing value for field "(.*)" from source "(Cli|Env)', text):
         name = f"--{match[1]}" if match[2] == "Cli" else f"{ENVIRONMENT}{match[1].upper()}"

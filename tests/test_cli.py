@@ -11,7 +11,7 @@ import yaml
 from aecore.config.experiment import Conv, Experiment
 from aecore.core.errors import InputError
 from aecore.variants import Denoising
-from jobs.cli import parse, without_secrets
+from jobs.cli import options_of, parse, without_secrets
 from jobs.compare import Compare
 from jobs.retrain import Retrain
 from jobs.train import Train
@@ -126,6 +126,13 @@ BAD: list[tuple[list[str], Any, str]] = [
     ([], "a: [1", "not valid YAML"),
     ([], "- just\n- a list", "holds a list"),
 ]  # fmt: skip
+
+
+def test_an_option_of_an_experiment_is_one_of_base_in_a_study() -> None:  # before: "--base.data.name: unknown option"
+    with pytest.raises(InputError) as error:
+        parse(Compare, "test", ["--data.name", "parquet"])
+    assert options_of("compare", str(error.value)) == "data.name: unknown option; a study has it as base.data.name"
+    assert parse(Compare, "test", ["--base.data.name", "mnist"]).base.data.name == "mnist"
 
 
 @pytest.mark.parametrize(("args", "content", "message"), BAD, ids=[row[2] for row in BAD])

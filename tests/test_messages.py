@@ -28,7 +28,7 @@ from pipelines.host.messages import one_line
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [file for package in ("aecore", "pipelines", "jobs") for file in (ROOT / package).rglob("*.py")]
-PROGRAM = r"\b(jobs|tests)\.(\w+)|(?<![/\w])(ray|mlflow) ((?:[a-z][a-z-]* )+)|\b(uv|systemctl)\b"
+PROGRAM = r"\b(jobs|tests)\.(\w+)|(?<![/\w])(ray|mlflow) ((?:[a-z][a-z-]* )+)|\b(uv|systemctl|docker)\b"
 OPTION = r"(?<![\w-])--[a-z][\w.-]*\w"
 
 

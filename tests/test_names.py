@@ -101,6 +101,20 @@ def nullable(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.convert_dtypes()
 
 
+class Polars:
+    """A table of another library, which pandas would take for a list of its columns."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.frame
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([column for _, column in self.frame.items()])
+
+
+DICTIONARY = pd.ArrowDtype(pa.dictionary(pa.int32(), pa.int64()))
 Ask = Callable[[pd.DataFrame], Any]
 ASKED: dict[str, Ask] = {  # before: refused for their types, but for those with a remark
     "as in the file": lambda x: x,
@@ -120,6 +134,10 @@ ASKED: dict[str, Ask] = {  # before: refused for their types, but for those with
     "objects": lambda x: x.astype(object),
     "Decimal": lambda x: x.assign(age=[Decimal(f"{v:.3f}") for v in x.age]),
     "categories of numbers": lambda x: x.assign(visits=x.visits.astype("category")),
+    "Arrow dictionary": lambda x: x.assign(
+        visits=pd.Series(pa.array(x.visits).dictionary_encode(), dtype=DICTIONARY)
+    ),
+    "one row of a frame": lambda x: x.iloc[0][sorted(x)],
     "sparse": lambda x: x.assign(visits=pd.arrays.SparseArray(x.visits)),
     "another index": lambda x: x.set_index(pd.Index(range(100, 100 + len(x)))),
     "text as index": lambda x: x.set_index(pd.Index([f"row {n}" for n in range(len(x))])),
@@ -208,6 +226,9 @@ REFUSED: dict[str, tuple[Ask, str]] = {  # before: refused without a name, or an
         lambda x: x.assign(age=pd.Series([1.5, None] * 4, dtype=pd.ArrowDtype(pa.float64()))),
         "row 1 column age: the value is missing",
     ),
+    "missing category": (lambda x: x.assign(visits=pd.Categorical([1, None] * 4)), "row 1 column visits: the value"),
+    "signalling NaN": (lambda x: x.assign(age=[Decimal("sNaN")] * 8), "row 0 column age: the value is missing"),
+    "beyond any float": (lambda x: x.assign(age=[10**400] * 8), "row 0 column age: inf is not finite"),
     "missing truth": (
         lambda x: x.assign(smoker=pd.array([True, None] * 4, "boolean")), "row 1 column smoker: the value is missing"
     ),
@@ -240,6 +261,8 @@ def test_unknown_columns_are_refused_and_the_label_is_left_out(result: Result, s
         model.predict(np.ones((3, 2, 5)))
     with pytest.warns(UserWarning, match="^input: column label holds labels, and is left out$"):
         assert equal(model.predict(people().head(8)), expected)
+    with pytest.warns(UserWarning, match="^input: column Label holds labels, and is left out$"):
+        assert equal(model.predict(people().head(8).rename(columns={"label": "Label"})), expected)
     # MLflow leaves unknown columns out before the model sees them, and says so itself
     assert equal(served.predict(people().head(8).assign(weight=70)), expected)
 
@@ -254,13 +277,23 @@ def test_the_signature_has_the_columns_and_the_example_is_one(result: Result, se
     assert outputs == ["code", "prediction", "probability"]
 
 
+def test_tables_of_other_libraries_are_read_by_name() -> None:  # before: by position, or refused; MLflow refuses them
+    frame = asked()[sorted(FEATURES)]
+    for table in (Polars(frame), Polars(frame.head(5)), pa.Table.from_pandas(frame), pa.RecordBatch.from_pandas(frame)):
+        rows = read_table(table, COLUMNS)
+        assert np.array_equal(rows, array(asked())[: len(rows)])
+    with pytest.raises(InputError, match=r"the columns are .*visits \('age ' is not 'age'\)$"):
+        read_table(frame.rename(columns={"age": "age "}), COLUMNS)
+
+
 def test_an_offset_is_subtracted_before_anything_is_rounded() -> None:
     first = 1_795_000_000_000_000_001
     columns = TableColumns(features=("time", "size"), types=("int64", "double"), offsets=(first, 0), label=None)
     times = [first, first + 1, first + 5]
     for column in (
         times, pd.array(times, "Int64"), pd.array(times, pd.ArrowDtype(pa.int64())), np.array(times, object),
-        np.array(times, np.uint64), [Decimal(first), *times[1:]],
+        np.array(times, np.uint64), [Decimal(one) for one in times],
+        pd.array([Decimal(one) for one in times], pd.ArrowDtype(pa.decimal128(38, 0))),
     ):  # fmt: skip
         rows = read_table(pd.DataFrame({"size": [1.5, 2, 3], "time": column}), columns)
         assert rows.dtype == np.float32 and rows.tolist() == [[0, 1.5], [1, 2], [5, 3]], column
@@ -465,6 +498,28 @@ def nights(_first_night: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(_first_night / "digits", tmp_path / "digits")
     shutil.copy(_first_night / "mlflow.db", tmp_path)
     return in_process(monkeypatch, tmp_path)
+
+
+UNLABELLED: dict[str, tuple[Change, str]] = {  # before: only "was trained to classify, this model to reconstruct"
+    "missing": (
+        lambda x: x.drop(columns="label"),
+        "in column label; add it, or name the column of labels with --data.l",
+    ),
+    "renamed": (
+        lambda x: x.rename(columns={"label": "outcome"}),
+        "^data.labels: the data have no labels, but models:/n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_a_day_without_the_labels_of_the_champion_is_refused(case: str, nights: Retraining, tmp_path: Path) -> None:
+    change, message = UNLABELLED[case]
+    with pytest.raises(InputError, match=message):
+        nights(*day(2, tmp_path, *more(change)))
+    if case == "renamed":
+        report = nights(*day(2, tmp_path, *more(change)), "--data.labels", "outcome")
+        assert report["status"] == "kept" and report["metrics"]["champion/accuracy"] > 0.95
 
 
 @pytest.mark.parametrize("case", [case for case in FILES if "label" not in case])

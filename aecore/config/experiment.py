@@ -82,7 +82,7 @@ class Data(Frozen):
     """Parquet column with the labels, in any case; auto looks for label, labels, target, class or y. null ignores the
     labels of any data set: such columns are then not read, but y beside a column x is a feature."""
     exclude: Annotated[tuple[str, ...], Unhashed()] = ()
-    """Parquet columns that are no features, such as the numbers of customers or rows."""
+    """Parquet columns that are not read, such as the numbers of customers or rows."""
     validation: Annotated[float, Field(gt=0)] = 0.15
     """Training rows that are set aside to choose the best epoch and settings by: a share if below 1, else a number of
     rows."""

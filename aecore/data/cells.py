@@ -1,6 +1,7 @@
 """Decodes the cells of a Parquet column to arrays: encoded images, tensors and lists of numbers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -73,9 +74,21 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Return a column of single values as its `plain_type`."""
+    """Return a column of single values as its `plain_type`; whole decimal numbers as integers, if these hold them."""
     kind = plain_type(array.type)
-    return array if array.type == kind else array.cast(kind)
+    if array.type == kind:
+        return array
+    decimals = exact_decimals(array)
+    if decimals is not None and decimals.type.scale == 0:
+        with suppress(pa.ArrowInvalid):  # of numbers that are too large
+            return decimals.cast(pa.int64())
+    return array.cast(kind)
+
+
+def exact_decimals(array: pa.Array) -> pa.Array | None:
+    """Return a column of decimal numbers as decimal256, for which Arrow has the most functions; None for others."""
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    return array.cast(kind).cast(pa.decimal256(76, kind.scale)) if pa.types.is_decimal(kind) else None
 
 
 def is_number(kind: pa.DataType) -> bool:

@@ -1,9 +1,12 @@
 """Decides which columns of a table are features, labels and split marks, and says which are left out and why.
 
-Names are matched whatever their case. Functions raise an InputError that names the column and the ways out.
+Names are matched whatever their case and the blanks around them. Functions raise an InputError that names the column
+and the ways out.
 """
 
 import json
+import shlex
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -51,12 +54,12 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise InputError(f"data.path: several columns are called {double}; give each a name of its own")
-    known = like or TableColumns()
-    excluded = _excluded(data, schema)
-    rest = pa.schema([field for field in schema if field.name not in excluded])
-    split = _find_split(rest)
-    labels, others = _find_labels(data, rest if data.labels == "auto" else schema, known)
-    left_out = {name: reason for name, reason in others.items() if name not in known.features} | excluded
+    known, excluded = like or TableColumns(), _excluded(data, schema)
+    offered = pa.schema([field for field in schema if field.name not in excluded])
+    split = _find_split(offered)
+    labels, others = _find_labels(data, offered, known)
+    left_out = {name: reason for name, reason in others.items() if name not in known.features}
+    left_out |= excluded
     left_out |= {name: "pandas' index" for name in _index_of(schema) if name not in (*known.features, labels)}
     if data.column is not None:
         column = _named(data.column, schema, "data.column")
@@ -67,7 +70,7 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     else:
         unread = {labels, split, *left_out}
         fields = [field for field in schema if field.name not in unread]
-        features = _matched(fields, schema, known) if known.features else _find_features(fields, schema.names)
+        features = _matched(data, fields, schema, known) if known.features else _find_features(fields, schema.names)
     read = {*features, labels, split}
     reasons = [
         (field.name, left_out.get(field.name) or _why_not_read(field.type, features, schema))
@@ -90,9 +93,28 @@ def described(
 
 
 def find_name(name: str, names: Sequence[str]) -> str | None:
-    """Return the one of `names` that is `name` or, if there is only one, that differs from it in case alone."""
-    alike = [one for one in names if one.casefold() == name.casefold()]
+    """Return the one of `names` that is `name` or, if there is only one, that is equal to it as `folded`."""
+    alike = [one for one in names if folded(one) == folded(name)]
     return name if name in names else alike[0] if len(alike) == 1 else None
+
+
+def folded(name: str) -> str:
+    """Return a name as names are compared: without its case, the blanks around it, and the two ways in which Unicode
+    writes an accent."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+def resembling(missing: Sequence[str], names: Sequence[str]) -> str:
+    """Return a remark on the first missing column whose name another one resembles; nothing if there is none."""
+    pairs = [(name, found) for name in missing if (found := find_name(name, names))]
+    return f" ({pairs[0][1]!a} is not {pairs[0][0]!a})" if pairs else ""
+
+
+def exclusion(names: Sequence[str]) -> str:
+    """Return the option that leaves columns out, as a shell takes it; of many columns, with the first ones."""
+    shown = [*names[:_MAX_CANDIDATES], *(["..."] if len(names) > _MAX_CANDIDATES else [])]
+    plain = all(shlex.quote(name) == name and "," not in name for name in names)
+    return "--data.exclude " + (f"[{','.join(shown)}]" if plain else shlex.quote(json.dumps(shown, ensure_ascii=False)))
 
 
 def _named(name: str, schema: pa.Schema, field: str) -> str:
@@ -109,8 +131,8 @@ def _find_split(schema: pa.Schema) -> str | None:
     split = find_name(SPLIT_NAME, schema.names)
     if split and not is_text(kind := schema.field(split).type):
         raise InputError(
-            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, or leave it out with "
-            f"--data.exclude {split}"
+            f"data.path: column {split} holds {short_type(kind)}; use train, validation and test, rename the column, "
+            f"or leave it out with {exclusion([split])}"
         )
     return split
 
@@ -118,8 +140,8 @@ def _find_split(schema: pa.Schema) -> str | None:
 def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str | None, dict[str, str]]:
     """Return the column of labels, if there is one, and columns that may hold labels too and are therefore not read,
     with the reason."""
-    usual = [name for name in schema.names if name.casefold() in LABEL_NAMES]
-    usual.sort(key=lambda name: LABEL_NAMES.index(name.casefold()))
+    usual = [name for name in schema.names if folded(name) in LABEL_NAMES]
+    usual.sort(key=lambda name: LABEL_NAMES.index(folded(name)))
     if like.label and (trained_on := find_name(like.label, schema.names)):
         usual = [trained_on, *(name for name in usual if name != trained_on)]
     measured = _beside_x(usual, schema)
@@ -133,7 +155,7 @@ def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str
     elif measured and not likely and _may_be_classes(schema.field(measured).type):
         raise InputError(
             f"data.labels: column {measured} may hold labels, or beside column x a measured value; write --data.labels "
-            f"{measured}, or --data.labels null, which keeps it as a feature"
+            f"{shlex.quote(measured)}, or --data.labels null, which keeps it as a feature"
         )
     elif len(likely) > 1 and like.label is None:
         raise InputError(
@@ -152,7 +174,7 @@ def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str
 
 def _beside_x(usual: Sequence[str], schema: pa.Schema) -> str | None:
     """Return the column y of numbers if there is a column x of numbers: both are then more likely measured."""
-    y, x = next((name for name in usual if name.casefold() == "y"), None), find_name("x", schema.names)
+    y, x = next((name for name in usual if folded(name) == "y"), None), find_name("x", schema.names)
     return y if y and x and all(is_number(schema.field(name).type) for name in (x, y)) else None
 
 
@@ -163,7 +185,11 @@ def _may_be_classes(kind: pa.DataType) -> bool:
 
 
 def _excluded(data: Data, schema: pa.Schema) -> dict[str, str]:
-    return {_named(name, schema, "data.exclude"): "data.exclude" for name in data.exclude}
+    """Return the columns that `data.exclude` names, but for those to which another field gives a part."""
+    wanted = [data.column, None if data.labels == "auto" else data.labels]
+    used = {find_name(name, schema.names) for name in wanted if name is not None}
+    names = [_named(name, schema, "data.exclude") for name in data.exclude]
+    return {name: "data.exclude" for name in names if name not in used}
 
 
 def _index_of(schema: pa.Schema) -> Iterable[str]:
@@ -200,7 +226,7 @@ def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[st
     return features
 
 
-def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
+def _matched(data: Data, fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
     """Return the features in the order of `like`, the columns that a model was trained on."""
     numbers = {field.name for field in fields if is_number(field.type)}
     names = {*schema.names}
@@ -208,8 +234,10 @@ def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) 
         if name not in names:
             raise InputError(
                 f"data.path: there is no column {name}, which the model was trained on; the columns are "
-                f"{join_names(schema.names)}"
+                f"{join_names(schema.names)}{resembling([name], schema.names)}"
             )
+        if find_name(name, data.exclude):
+            raise InputError(f"data.exclude: the model was trained on {name}; take it off this list")
         if name not in numbers:
             raise InputError(
                 f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained on "
@@ -217,9 +245,8 @@ def _matched(fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) 
             )
     unknown = numbers - {*like.features}
     if extra := [field.name for field in fields if field.name in unknown]:
-        shown = ",".join(extra[:_MAX_CANDIDATES]) + (",..." if len(extra) > _MAX_CANDIDATES else "")
         raise InputError(
             f"data.path: the model was not trained on {join_names(extra)}; leave out what it does not know with "
-            f"--data.exclude [{shown}]"
+            f"{exclusion(extra)}"
         )
     return like.features

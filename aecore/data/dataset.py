@@ -15,10 +15,8 @@ from aecore.config.resolve import resolve_standardize
 from aecore.core.errors import InputError
 from aecore.core.types import describe_shape
 from aecore.data import named, parquet
+from aecore.data.numbers import SMALLEST_SPREAD
 from aecore.data.splits import Arrays, Rows, Split, content_hashes, missing_classes, split_rows
-
-_SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
-"""The reciprocal of a smaller standard deviation is infinite in float32."""
 
 
 def inspect(data: Data, like: TableColumns | None = None) -> Facts:
@@ -114,4 +112,4 @@ def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.
         mean, count = mean + difference * len(values) / total, total
     spread = np.sqrt(squares / count)
     # a constant feature carries no information: it becomes zero, and nothing is divided by zero
-    return mean.astype(np.float32), (1 / np.where(spread > _SMALLEST_SPREAD, spread, 1)).astype(np.float32)
+    return mean.astype(np.float32), (1 / np.where(spread > SMALLEST_SPREAD, spread, 1)).astype(np.float32)

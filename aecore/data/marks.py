@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from aecore.config.experiment import Data
 from aecore.core.errors import InputError, join_names
-from aecore.data.columns import LABEL_NAMES, SPLIT_NAME
+from aecore.data.columns import LABEL_NAMES, SPLIT_NAME, folded
 from aecore.data.folders import File, Listing
 from aecore.data.splits import SPLITS
 from aecore.data.values import SPLIT_OF_MARK
@@ -42,10 +42,11 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     """
     files = listing.files
     keys = _common_keys(files)
-    known = {column.casefold() for column in columns} - {name.casefold() for name in data.exclude}
+    excluded = {folded(name) for name in data.exclude}
+    known = {folded(column) for column in columns} - excluded
     label_key = _label_key(data, keys, known)
     labels = tuple(file.keys[label_key] for file in files) if label_key else ()
-    split_key = next((key for key in keys if key.casefold() == SPLIT_NAME), None)
+    split_key = next((key for key in keys if folded(key) == SPLIT_NAME), None)
     splits: tuple[str, ...] = ()
     problem, notes = "", []
     try:
@@ -61,9 +62,9 @@ def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) ->
     if label_key:
         notes.append(f"the folders' key {label_key} gives the classes")
     for key in keys:
-        if key.casefold() in known and key != label_key:
+        if folded(key) in known and key != label_key:
             notes.append(f"the folders' key {key} is not read, as the files have a column of that name")
-        elif data.labels is None and key.casefold() in LABEL_NAMES:
+        elif data.labels is None and folded(key) in LABEL_NAMES:
             notes.append(f"the folders' key {key} is not read (data.labels null)")
         elif key not in (label_key, split_key):
             notes.append(f"the folders' key {key} is not read")
@@ -122,10 +123,10 @@ def _label_key(data: Data, keys: Sequence[str], columns: set[str]) -> str | None
     """Return the key of the folders that name the classes; None where a column holds the labels, or nothing does."""
     if data.labels is None:
         return None
-    for name in LABEL_NAMES if data.labels == "auto" else (data.labels.casefold(),):
+    for name in LABEL_NAMES if data.labels == "auto" else (folded(data.labels),):
         if name in columns:
             return None
-        if key := next((key for key in keys if key.casefold() == name), None):
+        if key := next((key for key in keys if folded(key) == name), None):
             return key
     return None
 

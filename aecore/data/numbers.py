@@ -10,17 +10,20 @@ import numpy as np
 
 from aecore.data.values import shifted
 
-_ROUNDING = 2.0**-24
-"""Largest relative error of a number that is rounded to float32."""
+_ROUNDING, _ROUNDING_64 = 2.0**-24, 2.0**-53
+"""Largest relative errors of a number that is rounded to float32 and to float64."""
 _TOLERANCE = 1e-3
 """Largest rounding error that is harmless, as a share of a feature's standard deviation."""
-_LARGEST_WHOLE = 2.0**24
-"""Up to this number float32 holds all whole numbers."""
+_LARGEST_WHOLE, _LARGEST_EXACT = 2.0**24, 2.0**53
+"""Up to these numbers float32 and float64 hold all whole numbers."""
+SMALLEST_SPREAD = float(np.finfo(np.float32).tiny)
+"""The reciprocal of a smaller standard deviation is infinite in float32."""
 
 
 def find_offsets(columns: Sequence[np.ndarray]) -> tuple[int | float, ...]:
     """Return the number to subtract from each feature before it becomes float32: its median if float32 would otherwise
-    lose the differences between its values, else 0; an empty tuple if all are 0.
+    lose the differences between its values, or between the middle half of them, as a few zeros among times make the
+    others' differences look small; else 0. The tuple is empty if all are 0.
 
     Args:
         columns: some values of each feature, (rows,), as they are in the file.
@@ -29,13 +32,21 @@ def find_offsets(columns: Sequence[np.ndarray]) -> tuple[int | float, ...]:
     return offsets if any(offsets) else ()
 
 
+def is_too_fine(values: np.ndarray) -> bool:
+    """Say whether values (rows,), which are written with more digits, differ by less than float64 tells apart."""
+    return bool(np.abs(values).max() * _ROUNDING_64 > _TOLERANCE * values.std())
+
+
 def _offset(values: np.ndarray) -> int | float:
     if values.dtype.kind not in "iuf" or values.dtype.itemsize < 4 or not np.isfinite(values).all():
         return 0
-    median = np.sort(values)[len(values) // 2].item()
+    ordered, count = np.sort(values), len(values)
+    median = ordered[count // 2].item()
     with np.errstate(over="ignore", invalid="ignore"):
         largest, spread = float(np.abs(values.astype(np.float64)).max()), shifted(values, median).std()
+        middle = float(np.diff(shifted(ordered[[count // 4, 3 * count // 4]], median))[0])
     is_lost = largest * _ROUNDING > _TOLERANCE * spread if spread else largest > _LARGEST_WHOLE
+    is_lost |= middle > 0 and abs(median) * _ROUNDING > _TOLERANCE * middle
     return median if is_lost else 0
 
 
@@ -44,17 +55,22 @@ class Spread:
     error that their cast to float32 makes. Rows are added in batches."""
 
     def __init__(self) -> None:
-        self.low, self.high = np.array(np.inf), np.array(-np.inf)
+        self.low, self.high = np.empty(0), np.empty(0)
         self.error = np.array(0.0)
         self._count, self._mean, self._squares = 0, np.array(0.0), np.array(0.0)
 
     def add(self, x: np.ndarray) -> None:
         """Add rows x (rows, *shape), finite, in the precision in which they were read."""
-        self.low, self.high = np.minimum(self.low, x.min(0)), np.maximum(self.high, x.max(0))
+        low, high = x.min(0), x.max(0)  # in the type of x, as large integers are no float64
+        self.low = np.minimum(self.low, low) if self.low.size else low
+        self.high = np.maximum(self.high, high) if self.high.size else high
         if x.dtype.itemsize < 4 or x.dtype == np.float32:
             return  # float32 holds these values as they are
         values = x.astype(np.float64)
-        self.error = np.maximum(self.error, np.abs(values.astype(np.float32) - values).max(0))
+        error = np.abs(values.astype(np.float32) - values)
+        if x.dtype.kind in "iu":  # what the cast to float64 has rounded does not show in the difference
+            error = np.where(np.abs(values) < _LARGEST_EXACT, error, np.abs(values) * _ROUNDING)
+        self.error = np.maximum(self.error, error.max(0))
         mean, count = values.mean(0), self._count + len(x)
         difference = mean - self._mean  # batches are merged as in Chan et al. 1983, eq. 2.1
         self._squares = self._squares + np.square(values - mean).sum(0)
@@ -72,14 +88,22 @@ class Spread:
         Args:
             names: the names of the columns; one for all features, or one for each.
         """
+        if self.low.dtype.kind in "iu":  # the difference of large integers is no float64, and may need all 64 bits
+            half_range = (self.high.astype(np.uint64) - self.low.astype(np.uint64)) / 2
+        else:
+            half_range = self.high / 2 - self.low / 2
         spread = np.sqrt(self._squares / max(1, self._count))
-        lost = np.atleast_1d((self.error > _TOLERANCE * spread) & ~self.constant).ravel()
+        lost = np.atleast_1d((self.error > _TOLERANCE * spread) | (half_range < SMALLEST_SPREAD))
+        lost = (lost & ~self.constant).ravel()
         if not lost.any():
             return None
         first = int(lost.argmax())
         feature = names[first] if len(names) > 1 else f"{names[0]}{f', number {first}' if lost.size > 1 else ''}"
-        mean, deviation = (float(np.atleast_1d(values).ravel()[first]) for values in (self._mean, spread))
+        middle, width, deviation = (
+            float(np.broadcast_to(values, self.low.shape).ravel()[first])
+            for values in (self.low / 2 + self.high / 2, half_range, spread)
+        )
         return (
-            f"data.path: the values of {feature} differ by about {deviation:.2g} around {mean:.6g}, which 32 bits do "
-            "not tell apart; subtract a number near them before you write the file, or scale them"
+            f"data.path: the values of {feature} differ by about {deviation or width:.2g} around {middle:.6g}, which "
+            "32 bits do not tell apart; subtract a number near them before you write the file, or scale them"
         )

@@ -9,25 +9,27 @@ names the value's file, column and row.
 import ctypes
 import hashlib
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
-from aecore.core.errors import InputError, join_names
+from aecore.core.errors import InputError, escape_unprintable, join_names
 from aecore.core.types import Shape, describe_shape
-from aecore.data.cells import encoded_images, is_encoded, is_number
+from aecore.data.cells import encoded_images, exact_decimals, is_encoded, is_number
 from aecore.data.columns import Columns, described
 from aecore.data.files import Batch, file_digest, open_file, read_batches
 from aecore.data.folders import filesystem_at, join_paths
 from aecore.data.marks import classes_of_folders, describe_listing, may_be_years
-from aecore.data.numbers import Spread, find_offsets
+from aecore.data.numbers import Spread, find_offsets, is_too_fine
 from aecore.data.parts import Part
 from aecore.data.sets import ParquetSet, Piece, Source, divide, open_set
 from aecore.data.splits import Rows, content_hashes
@@ -107,7 +109,8 @@ def describe(data: Data, facts: Facts) -> list[str]:
     columns, offsets = source.columns, facts.columns.offsets
     column = columns.labels or source.marks.label_key
     labels = f"{column} ({len(facts.classes)} classes)" if column else "none"
-    split = columns.split or ("by the names" if source.marks.splits else "drawn")
+    unmarked = "drawn" if data.split == "drawn" else "by content"
+    split = columns.split or ("by the names" if source.marks.splits else unmarked)
     lines = [
         f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}",
         *describe_listing(source.listing, source.marks),
@@ -117,7 +120,7 @@ def describe(data: Data, facts: Facts) -> list[str]:
         lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")
     if moved := [name for name, offset in zip(columns.features, offsets, strict=False) if offset]:
         lines.append(f"read minus a number near their values, which 32 bits would not tell apart: {join_names(moved)}")
-    return lines
+    return [escape_unprintable(line) for line in lines]
 
 
 def describe_files(data: Data) -> list[str]:
@@ -167,7 +170,16 @@ def _find_offsets(data: Data, source: ParquetSet) -> tuple[int | float, ...]:
     sample = next(source.batches(names, _batch_rows((2 * len(names),))), None)
     if sample is None or any(sample.table[name].null_count for name in names):
         return ()  # reading refuses missing values
-    return find_offsets([numbers(sample, name) for name in names])
+    values = {name: numbers(sample, name) for name in names}
+    for name in names:
+        decimals = exact_decimals(sample.table[name].combine_chunks())
+        varies = decimals is not None and pc.count_distinct(decimals).as_py() > 1
+        if varies and values[name].dtype.kind == "f" and is_too_fine(values[name]):
+            raise InputError(
+                f"data.path: the values of {name} differ by less than 64 bits tell apart; subtract a number near them "
+                "before you write the file, or write fewer digits"
+            )
+    return find_offsets([*values.values()])
 
 
 def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple[str, ...]:
@@ -179,11 +191,17 @@ def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple
         raise InputError(
             f"data.labels: all rows of column {column} have one class ({classes[0]}); use --data.labels null"
         )
+    if padded := [name for name in classes if name != name.strip() and name.strip() in classes]:
+        warnings.warn(
+            f"data.labels: the classes {padded[0]!r} and {padded[0].strip()!r} of column {column} differ in blanks "
+            "alone, and count as two; remove the blanks if they are one",
+            stacklevel=4,
+        )
     numeric = all(isinstance(label, int) for label in labels)
     if data.labels == "auto" and _is_doubtful([*labels] if numeric else [], len(labels), rows):
         raise InputError(
             f"data.labels: column {column} has {len(classes)} different values in {rows} rows, so it may be measured "
-            f"rather than a label; write --data.labels {column}, or --data.labels null"
+            f"rather than a label; write --data.labels {shlex.quote(column)}, or --data.labels null"
         )
     return classes
 

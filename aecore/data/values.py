@@ -4,14 +4,15 @@ Functions raise an InputError that names the file, column and row where a value 
 """
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from aecore.core.errors import InputError, short_repr
-from aecore.data.cells import CellError, find_decoder, is_number, plain, short_type
-from aecore.data.columns import Columns
+from aecore.data.cells import CellError, exact_decimals, find_decoder, is_number, plain, short_type
+from aecore.data.columns import Columns, exclusion
 from aecore.data.files import Batch, short_reason
 from aecore.data.splits import SPLITS
 
@@ -19,6 +20,8 @@ SPLIT_OF_MARK = {name: name for name in SPLITS} | {
     "training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"
 }  # fmt: skip
 """The split that a mark stands for, whatever the mark's case."""
+_FITS = 2.0**62
+"""A difference of this size, even if it is rounded, surely fits into 64 bits."""
 
 
 def read_features(
@@ -41,7 +44,8 @@ def read_exactly(
         column = batch.table[name]
         if column.null_count:
             place = batch.place(name, int(np.argmax(column.is_null().to_numpy())))
-            raise InputError(f"{place}: the value is missing; fill it or drop the row")
+            others = f", or train without the column: {exclusion([name])}" if len(columns.features) > 1 else ""
+            raise InputError(f"{place}: the value is missing; fill it or drop the row{others}")
     first = columns.features[0]
     kind = batch.table.schema.field(first).type
     if len(columns.features) > 1 or is_number(kind):
@@ -67,11 +71,14 @@ def as_float32(x: np.ndarray) -> np.ndarray:
 def shifted(values: np.ndarray, offset: float) -> np.ndarray:
     """Return values (rows,) minus an offset, as float64, or as float32 where that holds them as they are. Differences
     of integers are exact, however large the integers are."""
+    rounded = values.astype(np.float64) - offset
     if offset and values.dtype.kind in "iu":
+        whole = int(offset)
         # unsigned differences wrap around, so that the signed one is right if it fits
-        return (values.astype(np.uint64) - np.uint64(int(offset) % 2**64)).view(np.int64).astype(np.float64)
+        exact = (values.astype(np.uint64) - np.uint64(whole % 2**64)).view(np.int64) - (offset - whole)
+        return np.where(np.abs(rounded) < _FITS, exact, rounded)
     if offset:
-        return values.astype(np.float64) - offset
+        return rounded
     is_small = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
     return values.astype(np.float32 if is_small else np.float64)
 
@@ -84,9 +91,10 @@ def numbers(batch: Batch, name: str) -> np.ndarray:
 def read_labels(batch: Batch, column: str) -> tuple[list[Any], np.ndarray]:
     """Return the different labels in a batch, and the index of each row's label among these, (rows,).
 
-    Whole floating-point numbers count as integers.
+    Whole floating-point and decimal numbers count as integers.
     """
-    array = _checked(batch, column)
+    array = exact_decimals(batch.table[column].combine_chunks())
+    array = _checked(batch, column) if array is None else array
     if array.null_count:
         place = batch.place(column, int(array.is_null().to_numpy(zero_copy_only=False).argmax()))
         raise InputError(f"{place}: the label is missing; drop such rows or set --data.labels null")
@@ -96,15 +104,18 @@ def read_labels(batch: Batch, column: str) -> tuple[list[Any], np.ndarray]:
         if problem := _problem_of(label):
             place = batch.place(column, int((indices == index).argmax()))
             raise InputError(f"{place}: {problem}")
-    return [int(label) if isinstance(label, float) else label for label in labels], indices
+    return [int(label) if isinstance(label, float | Decimal) else label for label in labels], indices
 
 
 def _problem_of(label: Any) -> str | None:
     """Return why a value is not a class and what to do, or None if it may be one."""
-    if isinstance(label, float) and not (np.isfinite(float(label)) and label == int(label)):
-        return f"{short_repr(label)} is not a class, as classes are integers or text; set --data.labels null"
-    if isinstance(label, int | float) and label < 0:
-        return f"{label} is not a class (it often marks rows without a label); drop such rows or set --data.labels null"
+    if isinstance(label, float | Decimal) and not (np.isfinite(float(label)) and label == int(label)):
+        return f"{short_repr(float(label))} is not a class, as classes are integers or text; set --data.labels null"
+    if isinstance(label, int | float | Decimal) and label < 0:
+        return (
+            f"{label} is not a class (it often marks rows without a label; classes of such names may be written as "
+            "text); drop such rows or set --data.labels null"
+        )
     return None
 
 
@@ -115,8 +126,10 @@ def read_marks(batch: Batch, column: str) -> np.ndarray:
     for index, mark in enumerate(marks):
         if (mark or "").casefold() not in SPLIT_OF_MARK:
             place = batch.place(column, int((indices == index).argmax()))
-            way_out = f"use train, validation or test, or leave it out with --data.exclude {column}"
-            raise InputError(f"{place}: the mark is {short_repr(mark)}; {way_out}")
+            raise InputError(
+                f"{place}: the mark is {short_repr(mark)}; use train, validation or test, or leave the column out with "
+                f"{exclusion([column])}"
+            )
     return np.array([SPLIT_OF_MARK[mark.casefold()] for mark in marks], "<U10")[indices]
 
 

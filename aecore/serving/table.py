@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from aecore.config.facts import TableColumns
 from aecore.core.errors import InputError, join_names, short_repr
+from aecore.data.columns import find_name, resembling
 from aecore.data.values import as_float32, shifted
 
 _NUMBERS = "biuf"
@@ -22,14 +24,17 @@ def read_table(table: Any, columns: TableColumns) -> np.ndarray:
     """Return the rows of a table as a model that was trained on `columns` reads them: (rows, features), float32.
 
     Args:
-        table: a DataFrame, a mapping from names to values or a list of such mappings, whose columns are matched by
-            name; or an array, a list of rows or a frame without names (0, 1, ...), whose columns are taken by position.
+        table: a DataFrame (of pandas, Arrow, Polars or what else has `to_pandas`), a mapping from names to values, a
+            list of such mappings or one row as a Series with names, whose columns are matched by name; or an array, a
+            list of rows or a frame without names (0, 1, ...), whose columns are taken by position.
             Columns hold numbers or truth values of any type: numpy's, pandas' nullable types, Arrow's, Decimal.
 
     Raises:
         InputError: a column is missing, unknown or holds no numbers, or a value is missing or not finite.
     """
-    frame = _as_frame(table)
+    frame, names = _as_frame(table), {*columns.features}
+    if frame.shape[1] == 1 and frame.columns[0] not in names and not names.isdisjoint(frame.index):
+        frame = frame.T  # a row of a frame, which is a Series
     frame = frame.iloc[:, _find_columns(frame, columns)].set_axis(columns.features, axis=1)
     if not columns.offsets and all(isinstance(kind, np.dtype) and kind.kind in _NUMBERS for kind in frame.dtypes):
         values = frame.to_numpy(np.float64)
@@ -60,6 +65,8 @@ def read_array(rows: Any) -> np.ndarray:
 
 
 def _as_frame(table: Any) -> pd.DataFrame:
+    if hasattr(table, "to_pandas"):
+        table = table.to_pandas()
     if isinstance(table, pd.DataFrame):
         return table
     single = isinstance(table, Mapping) and all(pd.api.types.is_scalar(value) for value in table.values())
@@ -87,22 +94,28 @@ def _find_columns(frame: pd.DataFrame, columns: TableColumns) -> list[int]:
         raise InputError(f"input: several columns are called {double}; give each a name of its own")
     if missing := [name for name in known if name not in places]:
         there = f"the columns are {join_names(names)}" if names else f"the model reads {join_names(known)}"
+        there += resembling(missing, names)
         raise InputError(f"input: there is no column {join_names(missing)}, which the model was trained with; {there}")
-    read_or_label = {*known, columns.label}
-    if extra := [name for name in names if name not in read_or_label]:
-        raise InputError(f"input: the model was not trained with {join_names(extra)}; leave such columns out")
-    if len(names) > len(known):
-        warnings.warn(f"input: column {columns.label} holds labels, and is left out", stacklevel=4)
+    extra = [name for name in names if name not in {*known}]
+    label = find_name(columns.label, extra) if columns.label else None
+    if unknown := [name for name in extra if name != label]:
+        raise InputError(f"input: the model was not trained with {join_names(unknown)}; leave such columns out")
+    if label is not None:
+        warnings.warn(f"input: column {label} holds labels, and is left out", stacklevel=4)
     return [places[name] for name in known]
 
 
 def _read_numbers(column: pd.Series, name: str, offset: float) -> np.ndarray:
     """Return the values of a column minus an offset, (rows,), float64; missing values are NaN."""
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(column.dtype.categories.dtype)
+    if isinstance(column.dtype, pd.CategoricalDtype):  # whole numbers have no value for a missing one
+        column = column.astype(object if column.hasnans else column.dtype.categories.dtype)
+    if isinstance(column.dtype, pd.ArrowDtype) and pa.types.is_dictionary(column.dtype.pyarrow_dtype):
+        column = column.astype(pd.ArrowDtype(column.dtype.pyarrow_dtype.value_type))
     kind = column.dtype
     if pd.api.types.is_integer_dtype(kind) and not column.hasnans:  # large integers are no float64
         return shifted(column.to_numpy(np.uint64 if kind.kind == "u" else np.int64), offset)
+    if isinstance(kind, pd.ArrowDtype) and pa.types.is_decimal(kind.pyarrow_dtype):
+        column, kind = column.astype(object), np.dtype(object)
     is_real = pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_complex_dtype(kind)
     if is_real or pd.api.types.is_bool_dtype(kind):
         return column.to_numpy(np.float64, na_value=np.nan) - offset
@@ -110,13 +123,24 @@ def _read_numbers(column: pd.Series, name: str, offset: float) -> np.ndarray:
         raise InputError(f"input: column {name} holds {kind}, not numbers; write numbers")
     values = np.empty(len(column))
     for row, value in enumerate(column):
-        if isinstance(value, Real | Decimal | np.bool_):
-            values[row] = (int(value) if isinstance(value, Integral) else float(value)) - offset
-        elif value is None or value is pd.NA:
+        if value is None or value is pd.NA:
             values[row] = np.nan
+        elif isinstance(value, Real | Decimal | np.bool_):
+            values[row] = _difference(value, offset)
         else:
             raise InputError(f"input: row {row} column {name}: {short_repr(value, 40)} is no number; write a number")
     return values
+
+
+def _difference(value: Any, offset: float) -> float:
+    """Return a number minus an offset; differences of integers and of decimal numbers are exact before they are
+    rounded, and what is too large is infinite."""
+    if isinstance(value, Decimal):
+        return float(value - Decimal(offset)) if value.is_finite() else np.nan if value.is_nan() else float(value)
+    try:
+        return float((int(value) if isinstance(value, Integral) else float(value)) - offset)
+    except OverflowError:
+        return np.inf
 
 
 def _refuse_missing(rows: np.ndarray, values: np.ndarray, name_of: Callable[[int], str]) -> None:
