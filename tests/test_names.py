@@ -97,6 +97,16 @@ def served(result: Result, tracker: Tracker) -> Any:
         return mlflow.pyfunc.load_model("models:/people/1")
 
 
+@pytest.mark.parametrize("form", [" {} ", '"{}"', "SQL{}"], ids=["blanks", "quotes", "capitals"])
+def test_a_model_is_found_however_the_address_of_its_store_is_written(
+    form: str, result: Result, tracker: Tracker
+) -> None:
+    """Before: `models:/people/1 is lost or was altered`, as MLflow itself took the address as it was written."""
+    mlflow.set_tracking_uri(form.format(tracker.uri).replace("SQLsql", "SQL"))
+    assert tracker.models.load("models:/people/1").uri == "models:/people/1"
+    assert mlflow.get_tracking_uri() == tracker.uri
+
+
 def nullable(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.convert_dtypes()
 

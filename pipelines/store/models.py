@@ -138,6 +138,7 @@ class Models(NamedTuple):
 
     def _download(self, uri: str, exact: str) -> tuple[str, Result]:
         """Return the digest of a registered model and the model."""
+        mlflow.set_tracking_uri(self.store.uri)  # MLflow reads MLFLOW_TRACKING_URI here as the user wrote it
         download = mlflow.artifacts.download_artifacts
         with scratch() as temporary:
             address = {"tracking_uri": self.store.uri, "registry_uri": self.store.uri}
