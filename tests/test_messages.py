@@ -40,7 +40,12 @@ JOBS: dict[str, Callable[[], Any]] = {
     "train": help_of(Train), "compare": help_of(Compare), "retrain": help_of(Retrain), "encode": help_of(Encode),
     "submit": lambda: submit(["--help"]), "schedule": lambda: render(["--help"]),
 }  # fmt: skip
-FOREIGN = {"uv": {"--with", "--extra"}, "systemctl": {"--user", "--now"}, "container": {"--ipc"}}
+FOREIGN = {
+    "uv": {"--with", "--extra"},
+    "docker": {"--env-file"},
+    "systemctl": {"--user", "--now"},
+    "container": {"--ipc"},
+}
 """Options of other programs that are named. Those of Ray and MLflow are read from the installed packages."""
 
 
