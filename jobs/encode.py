@@ -86,7 +86,7 @@ def encode(settings: Encode) -> dict[str, Any]:
     config = cli.without_secrets(settings.model_dump(mode="json"))
     with tracker.job_run("encode", key, tags, config, shown) as run_id:
         if facts is not None and data is not None:
-            about = describe(data, facts)
+            about = describe(data, facts, divided=False)
             for line in about:
                 say(line)
             tracker.log_data(run_id, data_name(data), facts, about, model.model_id)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -591,3 +592,12 @@ def test_a_champion_from_before_reads_by_position_and_its_successor_by_name(
     challenger = store(tmp_path).models.load("models:/night@challenger")
     assert challenger.result.config["columns"]["features"] == list(FEATURES)
     assert nights(*NIGHT, "--logical-date", "2026-11-03")["status"] == "unchanged"
+
+
+def test_a_wide_table_is_read_in_time_in_proportion_to_its_columns() -> None:
+    names = [f"gene {number}" for number in range(20_000)]
+    columns = TableColumns(features=tuple(names), types=("float",) * len(names))
+    frame = pd.DataFrame(np.ones((2, len(names)), np.float32), columns=names[::-1])
+    began = time.perf_counter()
+    assert read_table(frame, columns).shape == (2, len(names))
+    assert time.perf_counter() - began < 5, "a square of so many columns takes minutes"

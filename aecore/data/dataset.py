@@ -69,10 +69,14 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
 
-def describe(data: Data, facts: Facts) -> list[str]:
-    """Say in two or three lines which rows and columns of a data set are read, and what is left out and why."""
+def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
+    """Say in two or three lines which rows and columns of a data set are read, and what is left out and why.
+
+    Args:
+        divided: say also how the rows are split.
+    """
     if data.name == "parquet":
-        return parquet.describe(data, facts)
+        return parquet.describe(data, facts, divided)
     labels = f"{len(facts.classes)} classes" if facts.classes else "labels are not used"
     return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}"]
 

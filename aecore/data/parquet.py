@@ -103,18 +103,23 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     )  # fmt: skip
 
 
-def describe(data: Data, facts: Facts) -> list[str]:
-    """Say which rows and columns are read, and which columns are left out and why."""
+def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
+    """Say which rows and columns are read, and which columns are left out and why.
+
+    Args:
+        divided: say also how the rows are split.
+    """
     source = open_set(data, facts.columns)
     columns, offsets = source.columns, facts.columns.offsets
     column = columns.labels or source.marks.label_key
     labels = f"{column} ({len(facts.classes)} classes)" if column else "none"
     unmarked = "drawn" if data.split == "drawn" else "by content"
     split = columns.split or ("by the names" if source.marks.splits else unmarked)
+    splits = f"; split: {split}" if divided else ""
     lines = [
         f"data: {facts.rows:,} rows, {describe_shape(facts.shape)}",
         *describe_listing(source.listing, source.marks),
-        f"columns: {join_names(columns.features)}; labels: {labels}; split: {split}",
+        f"columns: {join_names(columns.features)}; labels: {labels}{splits}",
     ]
     if columns.left_out:
         lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")

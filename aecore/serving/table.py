@@ -96,7 +96,8 @@ def _find_columns(frame: pd.DataFrame, columns: TableColumns) -> list[int]:
         there = f"the columns are {join_names(names)}" if names else f"the model reads {join_names(known)}"
         there += resembling(missing, names)
         raise InputError(f"input: there is no column {join_names(missing)}, which the model was trained with; {there}")
-    extra = [name for name in names if name not in {*known}]
+    read = {*known}
+    extra = [name for name in names if name not in read]
     label = find_name(columns.label, extra) if columns.label else None
     if unknown := [name for name in extra if name != label]:
         raise InputError(f"input: the model was not trained with {join_names(unknown)}; leave such columns out")
