@@ -74,13 +74,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     warn_of_labels(study, facts)
     plan_trials(study, facts, settings.resources.numerics)  # a row that does not fit the data ends the job here
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
-    # a study that gets another seed or study row stays the same study, and so the same MLflow run
-    limits = {"cpu_hours", "gpu_hours"}  # nor does a larger budget make it another
-    columns = {"data": {"exclude"}}  # the digest says which columns are read
-    config = study.model_dump(
-        mode="json", exclude={"seeds": True, "variants": True, "budget": limits, "base": columns}
-    )  # fmt: skip
-    key = fingerprint("compare", facts.digest, config)
+    key = _key_of(study, facts)
     about = describe(study.base.data, facts)
     if settings.plan:
         print("\n".join(about))
@@ -115,15 +109,8 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         shown.status = ": ".join(filter(None, [status, "; ".join(_failures(ended.trials))]))
     if status == "failed":
         tracker.client.set_terminated(run_id, "FAILED")
-    if settings.figures:
-        say(f"wrote {settings.figures / 'report.html'}")
-    for note in report.notes:
-        say(f"warning: {note}")
-    _print_table(report)
-    _say_failures(ended.trials)
     seconds = time.monotonic() - began
-    if ended.forecast:
-        _print_costs(cost_rows(ended.forecast, ended.spent, seconds))
+    _tell(settings, report, ended, seconds)
     return {
         "status": status,
         "run_id": run_id,
@@ -134,6 +121,29 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "stages": {"computed": ended.computed, "restored": ended.restored},
         **({"cost": cost_report(ended.forecast, ended.spent, seconds)} if ended.forecast else {}),
     }
+
+
+def _key_of(study: Study, facts: Facts) -> str:
+    """Return the key of a study's run. A study that gets another seed, another row or a larger budget of hours stays
+    the same study, and so the same MLflow run."""
+    limits = {"cpu_hours", "gpu_hours"}
+    columns = {"data": {"exclude"}}  # the digest says which columns are read
+    config = study.model_dump(
+        mode="json", exclude={"seeds": True, "variants": True, "budget": limits, "base": columns}
+    )  # fmt: skip
+    return fingerprint("compare", facts.digest, config)
+
+
+def _tell(settings: Compare, report: "Report", ended: Ended, seconds: float) -> None:
+    """Print what came out of a study, what failed, and what it has cost."""
+    if settings.figures:
+        say(f"wrote {settings.figures / 'report.html'}")
+    for note in report.notes:
+        say(f"warning: {note}")
+    _print_table(report)
+    _say_failures(ended.trials)
+    if ended.forecast:
+        _print_costs(cost_rows(ended.forecast, ended.spent, seconds))
 
 
 def _describe(study: Study, facts: Facts) -> Description:
