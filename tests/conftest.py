@@ -1,8 +1,11 @@
 """Shared fixtures: tiny data, stores of their own, real MNIST where DIABOLO_DATA says that it lies."""
 
+import http.server
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,3 +87,26 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with ray_nodes(tmp_path_factory.mktemp("ray"), os.cpu_count() or 1) as nodes:
         names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
         yield {"RAY_ADDRESS": nodes.gcs, "PYTHONPATH": str(ROOT), **{name: nodes.env[name] for name in names}}
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A server that answers every request with the status and body in `answer`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = made.answer
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        answer = (200, "")
+
+    with Server(("127.0.0.1", 0), Handler) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.shutdown()

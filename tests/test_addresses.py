@@ -1,11 +1,9 @@
 """Addresses of Ray, MLflow and data as users write them: each works, or one line says what to write instead."""
 
-import http.server
 import os
 import re
 import shutil
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,29 +170,6 @@ def test_a_store_that_cannot_be_used(uri: str, tmp_path: Path, monkeypatch: pyte
         with sqlite3.connect(tmp_path / "old.db") as database:
             database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     judge(lambda: connect(uri.format(folder=tmp_path)), Refused(UNUSABLE[uri].format(folder=tmp_path)))
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    """A server that answers every request with the status and body in `answer`."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = made.answer
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(http.server.ThreadingHTTPServer):
-        answer = (200, "")
-
-    with Server(("127.0.0.1", 0), Handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield made
-        made.shutdown()
 
 
 CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"

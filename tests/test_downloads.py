@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from aecore.config.experiment import Data
@@ -14,6 +13,7 @@ from aecore.core.errors import InputError
 from aecore.data.dataset import describe, identify, inspect, load
 from jobs.cli import parse
 from jobs.train import Train
+from tests.test_folders import of, write
 
 ROWS = 20
 
@@ -24,20 +24,6 @@ def table(number: int = 0, **columns: Any) -> pa.Table:
 
 
 TEXT, NUMBERS, FLOATS = ["u", "v"] * (ROWS // 2), [0, 1] * (ROWS // 2), np.linspace(0, 1, ROWS)
-
-
-def write(folder: Path, files: dict[str, pa.Table | bytes]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            pq.write_table(content, folder / name)
-
-
-def of(path: str | tuple[str, ...] | Path, **fields: Any) -> Data:
-    place = path if isinstance(path, tuple) else str(path)
-    return Data.model_validate({"name": "parquet", "path": place, "validation": 4, **fields})
 
 
 def refused(data: Data, message: str) -> None:
