@@ -78,7 +78,7 @@ def parse(settings: type[S], prog: str, args: list[str] | None = None) -> S:
         InputError: a key is unknown or a value does not fit. The message holds the full path of the field.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
-    args = _with_last_path(_with_values(settings, args))
+    args = _with_values(settings, args)
     both = type(settings.__name__, (settings, _Sources), {"__doc__": inspect.cleandoc(settings.__doc__ or "")})
     try:
         command_line = CliSettingsSource(both, cli_prog_name=prog)(args=args)()
@@ -128,15 +128,6 @@ def _with_values(settings: type[BaseModel], args: list[str]) -> list[str]:
         else:
             complete.append(argument)
     return [f"{argument}=true" if argument in words else argument for argument in complete]
-
-
-def _with_last_path(args: list[str]) -> list[str]:
-    """Leave out all paths of data but the last, as it is with other options; pydantic-settings would join them, since a
-    path may also be a list."""
-    names = ("--data.path", "--base.data.path")
-    given = [place for place, arg in enumerate(args) if arg.partition("=")[0] in names]
-    dropped = {place for place in given[:-1]} | {place + 1 for place in given[:-1] if "=" not in args[place]}
-    return [arg for place, arg in enumerate(args) if place not in dropped]
 
 
 _CODES = {"failed": 1, "partial": 3}

@@ -245,10 +245,3 @@ def test_hyphens_in_the_name_of_an_option() -> None:
     )
     assert parsed.warm_start and not parsed.only_on_drift and parsed.rule.logical_date.isoformat() == "2026-11-23"
     assert parsed.data.in_memory == "always" and parsed.data.split == "content" and not parsed.control
-
-
-@pytest.mark.parametrize("last", [["--data.path", "b"], ["--data.path=b"]])
-def test_of_several_paths_of_data_the_last_counts(last: list[str]) -> None:
-    before = ["--data.path", "a", "--data.path=[c,d]", "--data.name", "parquet"]
-    assert parse(Train, "test", [*before, *last]).data.path == "b"
-    assert parse(Train, "test", [*last, *before]).data.path == ("c", "d")

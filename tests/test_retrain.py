@@ -301,12 +301,13 @@ def test_missed_dates(champion: Path, here: Here) -> None:
     assert before["status"] == "unchanged" and before["reason"] == "2026-11-04, a later date, is decided already"
 
 
-def test_a_date_in_the_path_is_filled_in(champion: Path, here: Here) -> None:
+def test_a_date_in_the_path_is_filled_in(champion: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     (champion / "digits").rename(champion / "2026-11-02")
-    report = here(*day(2), "--data.path", "{date}")
+    monkeypatch.setattr("tests.test_retrain.QUICK", ("--data.name", "parquet", "--data.path", "{date}", *QUICK[4:]))
+    report = here(*day(2))
     assert report["status"] == "unchanged" and "data and recipe are those of the champion" in report["reason"]
     with pytest.raises(InputError, match="2026-11-03 does not exist"):
-        here(*day(3), "--data.path", "{date}")
+        here(*day(3))
 
 
 def test_only_on_drift(champion: Path, here: Here) -> None:
