@@ -184,7 +184,7 @@ def test_the_registered_model_encodes(first: tuple[Path, Done], head: dict[str, 
     wide = folder / "wide.parquet"
     pq.write_table(pa.table({"x": np.ones((40, 9)).tolist()}), wide)
     done = command("jobs.encode", folder, *asked, "--data.name", "parquet", "--data.path", str(wide))
-    assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1 and "shape (9,)" in done.err
+    assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1 and "vectors of 9 features" in done.err
 
 
 def test_the_same_again_computes_nothing_and_starts_no_ray(first: tuple[Path, Done], tmp_path: Path) -> None:
