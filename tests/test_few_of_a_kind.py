@@ -281,8 +281,8 @@ def test_classes_that_a_split_lacks_are_told_before_training(case: str, tmp_path
     experiment = Experiment(data=data, network=Dense(widths=(4, 2)), finetune=Finetune(epochs=1))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        task = resolve(experiment, facts).finetune.task  # type: ignore[union-attr]
-    assert task == ("reconstruct" if trained == 1 else "classify")
+        finetuning = resolve(experiment, facts).finetune
+    assert finetuning is not None and finetuning.task == ("reconstruct" if trained == 1 else "classify")
     assert any("auto takes reconstruct" in str(one.message) for one in told) == (trained == 1)
     if trained == 1:
         with pytest.raises(InputError, match=r"finetune\.task: classify needs training rows of two classes"):

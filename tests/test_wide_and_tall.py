@@ -19,6 +19,7 @@ from aecore.evaluation import generative, probes, statistics
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.scoring import BySplit
 from aecore.evaluation.statistics import compare
+from aecore.evaluation.threads import side_by_side
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
 from aecore.stages import drawings
@@ -235,7 +236,8 @@ def test_drift_of_many_features_keeps_the_largest_effects(monkeypatch: pytest.Mo
     data = rows_of(400, 300)
     moved = data.test.x.copy()
     moved[:, 7] += 3
-    new = data._replace(test=Split(np.concatenate([data.test.x, moved]), np.tile(data.test.y, 2)))  # type: ignore[arg-type]
+    assert data.test.y is not None
+    new = data._replace(test=Split(np.concatenate([data.test.x, moved]), np.tile(data.test.y, 2)))
     facts = Facts(digest="", shape=(300,), levels=0, classes=(), rows=400)
     spec = digits_tuning(layer_specs(Dense(widths=(4,)), Data(), facts), "reconstruct", epochs=1)
     served = finetune(spec, Context(), data=data)
@@ -269,9 +271,6 @@ def test_a_plane_of_codes_shows_so_many_training_rows(
     monkeypatch.setattr(figures, "codes_map", draw)
     codes = BySplit(*(split.x[:, :2] for split in data[:3]))
 
-    class Now:
-        def start(self, function: Any, *args: Any) -> Any:
-            return lambda: function(*args)
-
-    drawings.map_codes(Now(), codes, data, ("a", "b", "c"))()  # type: ignore[arg-type]
+    with side_by_side() as threads:
+        drawings.map_codes(threads, codes, data, ("a", "b", "c"))()
     assert drawn == [500]

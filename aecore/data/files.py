@@ -95,7 +95,9 @@ def _checked_uri(path: str, scheme: str, setting: str) -> str:
         raise InputError(f"{setting}: {path} has a scheme that cannot be read; write {better}")
     if "#" in path or (scheme == "file" and "?" in path):
         raise InputError(f"{setting}: {path} ends for a URI at its `#` or `?`; write %23 for `#` and %3F for `?`")
-    place, inner = re.fullmatch(r"([^/]*(?://[^/]*)?)(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+    parts = re.fullmatch(r"([^/]*(?://[^/]*)?)(.*)", path, re.DOTALL)
+    assert parts is not None, "both parts may be empty, so that every text matches"
+    place, inner = parts.groups()
     if scheme == "file" and not re.fullmatch(r"\w+:(//)?", place):
         raise InputError(f"{setting}: {path} needs three slashes; write file:///FOLDER, or the path alone")
     if scheme in ("s3", "gs", "gcs") and place.endswith("/"):

@@ -36,7 +36,7 @@ class ImageError(ValueError):
 
 
 class Header(NamedTuple):
-    """What is known of an image before its pixels are decoded."""
+    """The facts about an image that its header tells, without a look at the pixels."""
 
     colour: bool
     """Whether the image is stored with colours, even if all of them should be grey."""
@@ -122,8 +122,7 @@ def _is_transparent(image: Image.Image, raw: bytes) -> bool:
     if image.format == "PNG" and image.mode == "L" and isinstance(key, int):
         # Pillow stretches grey values of 2 and 4 bits to 8, but not the value that stands for transparent
         image.info["transparency"] = key * 255 // (2 ** raw[_PNG_BIT_DEPTH] - 1)
-    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    return lowest < 255  # type: ignore[operator]  # a tuple only for images of several channels
+    return image.convert("RGBA").getchannel("A").tobytes().count(255) < image.width * image.height
 
 
 def _orientation(image: Image.Image) -> int:

@@ -32,7 +32,7 @@ class Marks(NamedTuple):
     problem: str = ""
     """Why the names do not tell which rows to train on; empty if they do, or say nothing about it."""
     notes: tuple[str, ...] = ()
-    """What is read from names, and which folders' keys are not read and why, in words."""
+    """Sentences for the user: what the names of files and folders were used for, and which keys of folders are not."""
 
 
 def read_marks_of_names(data: Data, listing: Listing, columns: Sequence[str]) -> Marks:
