@@ -15,6 +15,8 @@ from pyarrow import fs as pafs
 from aecore.config.experiment import Data
 from aecore.core.errors import InputError
 from aecore.data.dataset import identify, inspect, load
+from aecore.data.marks import describe_listing
+from aecore.data.sets import open_set
 
 ROWS = 20
 
@@ -24,6 +26,11 @@ def table(number: int, **columns: Any) -> pa.Table:
     noise = np.random.default_rng(number).normal(size=ROWS)
     given = {"a": 100.0 * number + np.arange(ROWS), "b": noise, "label": ["u", "v"] * (ROWS // 2), **columns}
     return pa.table({name: values for name, values in given.items() if values is not None})
+
+
+def describe_files(data: Data) -> list[str]:
+    source = open_set(data)
+    return describe_listing(source.listing, source.marks)
 
 
 def write(folder: Path, files: dict[str, pa.Table | bytes]) -> None:
@@ -279,8 +286,6 @@ def test_splits_are_never_mixed(case: str, tmp_path: Path) -> None:
 
 
 def test_a_column_decides_over_names(tmp_path: Path) -> None:
-    from aecore.data.parquet import describe_files
-
     marks = ["train"] * 12 + ["validation"] * 4 + ["test"] * 4
     write(tmp_path, {"train.parquet": table(0, split=marks), "test.parquet": table(1, split=marks)})
     assert files_of(of(tmp_path)) == [[0, 1], [0, 1], [0, 1]]
@@ -306,8 +311,6 @@ LABELS: dict[str, tuple[list[str], str | None, tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("case", LABELS)
 def test_folders_give_the_classes(case: str, tmp_path: Path) -> None:
-    from aecore.data.parquet import describe_files
-
     folders, labels, classes, note = LABELS[case]
     write(tmp_path, {f"{folder}/x.parquet": table(number, label=None) for number, folder in enumerate(folders)})
     data = of(tmp_path, labels=labels)
@@ -341,8 +344,6 @@ def test_folders_that_give_no_classes(case: str, tmp_path: Path) -> None:
 
 
 def test_a_column_decides_over_a_key(tmp_path: Path) -> None:
-    from aecore.data.parquet import describe_files
-
     write(tmp_path, {"label=p/b=1/x.parquet": table(0), "label=q/b=2/x.parquet": table(1)})
     assert identify(of(tmp_path)).classes == ("u", "v") and identify(of(tmp_path)).shape == (2,)
     told = " ".join(describe_files(of(tmp_path)))
@@ -460,8 +461,6 @@ def test_parts_that_do_not_belong_together(case: str, turned: bool, tmp_path: Pa
 
 
 def test_what_is_told_about_files(tmp_path: Path) -> None:
-    from aecore.data.parquet import describe_files
-
     tables: dict[str, pa.Table | bytes] = {f"year=2024/day={n}/train-{n}.parquet": table(n) for n in range(3)}
     write(tmp_path, {**tables, "year=2024/day=3/test.parquet": table(3), "_SUCCESS": b"", "a/.b/c": b"", "n.md": b""})
     assert describe_files(of(tmp_path)) == [

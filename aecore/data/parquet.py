@@ -128,12 +128,6 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
     return [escape_unprintable(line) for line in lines]
 
 
-def describe_files(data: Data) -> list[str]:
-    """Say in a line or two which files are read, which are left out, and what the names of files and folders say."""
-    source = open_set(data)
-    return describe_listing(source.listing, source.marks)
-
-
 def _read_headers(source: ParquetSet, shape: Shape) -> tuple[bool, bool]:
     """Say whether any image of a set has colour, and whether any is stored in another orientation than it is shown in.
 

@@ -23,7 +23,7 @@ PIECE_BYTES = 2**24
 
 
 class Source(NamedTuple):
-    """The facts that hold for every row of a file: its name, the columns to read, and its split or class by its name."""
+    """The facts that hold for each row of a file: its name, the columns to read, and its split or class by its name."""
 
     name: str
     """The file's path below the folder that holds all files of the set."""
