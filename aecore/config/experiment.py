@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_settings import NoDecode
 
 from aecore.core.errors import short_repr
-from aecore.core.fingerprint import Frozen, Unhashed
+from aecore.core.fingerprint import Frozen, Later, Unhashed
 from aecore.core.types import Activation, LikelihoodKind, Task
 from aecore.variants import Plain, Variant
 
@@ -60,6 +60,16 @@ def _read_paths(value: Any) -> Any:
     return paths if len(paths) > 1 else next(iter(paths), None)
 
 
+def _read_names(value: Any) -> Any:
+    """Return names of classes as a tuple of texts; a single name may be given without a list, and as a number."""
+    if value is None:
+        return ()
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(one) for one in values if one != "")
+
+
 def _at_home(path: Any) -> Any:
     """Replace `~` and `~user` at the start of a path by the home folder."""
     return os.path.expanduser(path) if isinstance(path, str | Path) else path
@@ -92,6 +102,20 @@ class Data(Frozen):
     split: Literal["drawn", "content"] = "drawn"
     """How rows are split for which the data name no split: drawn splits at random, stratified by label; content splits
     by a hash of a row's values, so that a row and its copies stay in the same split when the data grow."""
+    anomaly: Annotated[tuple[str, ...], Later(), NoDecode, BeforeValidator(_read_names)] = ()
+    """Value of the labels that marks anomalies, or several, [fraud, fault]. All other rows are normal, labels tell
+    nothing else, and no training sees them; the test rows are scored."""
+    contamination: Annotated[
+        Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()
+    ] = "clean"
+    """Anomalies among the training and validation rows, with data.anomaly: none (clean), as many as the data have
+    (mixed), or this share of the rows."""
+    missing: Annotated[Literal["refuse", "impute"], Later()] = "refuse"
+    """What becomes of missing values in a table: refuse ends the job; impute reads the training rows' median instead,
+    and leaves the feature out of the row's loss and score."""
+    categories: Annotated[NonNegativeInt, Later()] = 50
+    """Most different values of a text column of a table that is read as a feature, one-hot; columns with more are left
+    out, and 0 leaves out all of them."""
     limit: PositiveInt | None = None
     """Number of training rows to use, drawn at random and stratified by label; null uses all."""
     likelihood: Literal["auto", LikelihoodKind] = "auto"

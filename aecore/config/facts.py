@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any
 
-from aecore.core.fingerprint import Frozen, Unhashed
+from aecore.core.fingerprint import Frozen, Later, Unhashed
 from aecore.core.types import Shape
 
 
@@ -55,6 +55,9 @@ class Facts(Frozen):
     """Number of integer values, from 0 to levels - 1, that a pixel can take; 0 for floating-point data."""
     classes: tuple[str, ...]
     """Names of the classes; empty for data without labels."""
+    labels: Annotated[tuple[str, ...], Later()] = ()
+    """Values of the labels, in order, where these only tell anomalies from normal rows (`data.anomaly`); `classes` is
+    then empty, so that nothing else uses the labels."""
     rows: int
     """Number of rows of all splits together."""
     trained_classes: Annotated[int | None, Unhashed()] = None
@@ -68,6 +71,11 @@ class Facts(Frozen):
 
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()
     """The columns of a table, which the digest covers."""
+
+    @property
+    def has_anomalies(self) -> bool:
+        """Whether labels tell which rows are anomalies."""
+        return bool(self.labels)
 
     @property
     def row_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """A stable identity for configurations: the SHA-256 of their canonical JSON.
 
 A value without a stable representation is refused rather than guessed at. Fields marked `Unhashed`, such as the folder
-where a data set lies, are left out.
+where a data set lies, are left out, and so are fields marked `Later` that have their default.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Frozen(BaseModel):
@@ -24,6 +25,11 @@ class Frozen(BaseModel):
 
 class Unhashed:
     """Marks a field that says where or how, but never what is computed: `root: Annotated[Path, Unhashed()]`."""
+
+
+class Later:
+    """Marks a field that a later version added: at its default it is left out, so that the keys of earlier results
+    stay."""
 
 
 def canonical(value: Any) -> Any:
@@ -42,7 +48,7 @@ def canonical(value: Any) -> Any:
             return int(value) if value.is_integer() else value
         case BaseModel():
             fields = type(value).model_fields.items()
-            hashed = [name for name, field in fields if not any(isinstance(m, Unhashed) for m in field.metadata)]
+            hashed = [name for name, field in fields if _is_hashed(field, getattr(value, name))]
             return {name: canonical(getattr(value, name)) for name in hashed}
         case Mapping():
             if not all(isinstance(key, str) for key in value):
@@ -53,6 +59,11 @@ def canonical(value: Any) -> Any:
     raise TypeError(
         f"cannot fingerprint a {type(value).__qualname__}: pass numbers, strings, lists, mappings or pydantic models"
     )
+
+
+def _is_hashed(field: FieldInfo, value: Any) -> bool:
+    marks = {type(mark) for mark in field.metadata}
+    return Unhashed not in marks and not (Later in marks and value == field.get_default(call_default_factory=True))
 
 
 def fingerprint(*parts: Any) -> str:
