@@ -105,9 +105,7 @@ class Data(Frozen):
     anomaly: Annotated[tuple[str, ...], Later(), NoDecode, BeforeValidator(_read_names)] = ()
     """Value of the labels that marks anomalies, or several, [fraud, fault]. All other rows are normal, labels tell
     nothing else, and no training sees them; the test rows are scored."""
-    contamination: Annotated[
-        Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()
-    ] = "clean"
+    contamination: Annotated[Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()] = "clean"
     """Anomalies among the training and validation rows, with data.anomaly: none (clean), as many as the data have
     (mixed), or this share of the rows."""
     missing: Annotated[Literal["refuse", "impute"], Later()] = "refuse"

@@ -51,6 +51,13 @@ def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
     return "never" if data.name == "parquet" and value_bytes > MEMORY_BYTES else "always"
 
 
+def resolve_anomalies(data: Data, facts: Facts) -> Literal["none", "clean", "mixed"]:
+    """Say whether labels tell anomalies among the test rows, and whether training rows may be anomalies as well."""
+    if not facts.has_anomalies:
+        return "none"
+    return "clean" if data.contamination == "clean" else "mixed"
+
+
 def absolute_places(data: Data) -> dict[str, Any]:
     """Return the fields of `data` that name places, `root` and `path`, as absolute paths, which mean the same place to
     processes that run in other folders; URIs stay as they are."""

@@ -8,13 +8,18 @@ from typing import Annotated, Literal
 
 from aecore.config.experiment import Data, Fit
 from aecore.config.facts import Facts, TableColumns
-from aecore.core.fingerprint import Frozen, Unhashed
+from aecore.core.fingerprint import Frozen, Later, Unhashed
 from aecore.core.types import Precision, Task
 from aecore.models.spec import LayerSpec
 from aecore.variants import Variant
 
 REVISION = 2
 """Part of every stage's key. Raise it when a change in this package alters what a stage returns."""
+
+
+Anomalies = Literal["none", "clean", "mixed"]
+"""Whether rows are scored for how strange they are, by references that are normal rows (clean) or may be anomalies
+(mixed)."""
 
 
 class Numerics(Frozen):
@@ -57,6 +62,8 @@ class FinetuneSpec(Frozen):
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()
     """The columns of a table, which the model keeps so that rows are matched to them by name. The key of the data
     covers them."""
+    anomalies: Annotated[Anomalies, Later()] = "none"
+    """Whether the model keeps reference rows, to score how strange other rows are."""
 
 
 class ReferenceSpec(Frozen):
@@ -77,6 +84,10 @@ class EvaluateSpec(Frozen):
     """Whether figures are drawn and codes are measured; a control needs neither."""
     variant: Variant | None = None
     """The variant that trained the autoencoder, which decides on some of the figures; None without an autoencoder."""
+    anomalies: Annotated[Anomalies, Later()] = "none"
+    """Whether test rows are scored, and ranked by their labels, which tell which of them are anomalies."""
+    columns: Annotated[TableColumns, Unhashed()] = TableColumns()
+    """The columns of a table, by whose names rows are explained."""
 
 
 class MeasureSpec(Frozen):
@@ -93,6 +104,29 @@ class MeasureSpec(Frozen):
     """Whether images, maps and codes for the report are returned as well."""
 
 
+class DetectorSpec(Frozen):
+    """A reference for finding anomalies: one of scikit-learn's detectors, see `aecore.anomaly.detectors`."""
+
+    kind: Literal["knn", "iforest", "lof", "pca"]
+    seed: int
+    """Seed of the isolation forest; 0 for the others, which draw nothing."""
+
+
+class DetectionSpec(Frozen):
+    """How well an autoencoder, or a reference, tells the anomalies among the test rows."""
+
+    kind: str
+    """The variant's kind, or the reference's."""
+    mixed: bool
+    """Whether training rows may be anomalies."""
+    seed: int
+    """Seed of the trial; it tells trials of references apart, and changes nothing."""
+    explained: bool
+    """Whether the strangest rows are explained for the report."""
+    columns: Annotated[TableColumns, Unhashed()] = TableColumns()
+    """The columns of a table, by whose names rows are explained."""
+
+
 class LoadSpec(Frozen):
     """The reading of a data set: the user's choices, and the facts that the driver learned about it."""
 
@@ -103,7 +137,7 @@ class LoadSpec(Frozen):
 class ContestSpec(Frozen):
     """The comparison of two models, a champion and a challenger, on the same test rows."""
 
-    metric: Literal["accuracy", "reconstruction"]
+    metric: Literal["accuracy", "reconstruction", "auroc"]
     facts: Facts
     split: str
     """How test rows were chosen: `data.split`."""

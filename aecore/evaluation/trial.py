@@ -7,8 +7,12 @@ import numpy as np
 
 from aecore.core.notes import describe
 
-REFERENCES: tuple[Literal["pca", "random"], ...] = ("pca", "random")
+Reference = Literal["pca", "random", "knn", "iforest", "lof"]
+REFERENCES: tuple[Reference, ...] = ("pca", "random")
 """The study rows that every study contains besides its variants: PCA, and the base's network with random weights."""
+DETECTORS: tuple[Reference, ...] = ("knn", "iforest", "lof", "pca", "random")
+"""Those of a study of anomalies: the distance to nearest neighbours, an isolation forest, the local outlier factor, the
+error of PCA, and the base's network with random weights."""
 
 
 class Trial(NamedTuple):
@@ -20,7 +24,7 @@ class Trial(NamedTuple):
     """The values of the searched fields, by dotted name; empty where nothing is searched."""
     seed: int
     kind: str
-    """The variant's kind, or `pca` or `random`."""
+    """The variant's kind, or the reference's name."""
     status: Literal["finished", "stopped", "failed"]
     """`stopped` means early, by the scheduler (ASHA); `failed` comes with an `error`."""
     error: str = ""
@@ -50,6 +54,11 @@ class Trial(NamedTuple):
     """Place of the trial in the order in which trials were started."""
 
     @property
+    def is_reference(self) -> bool:
+        """Whether the trial is of a reference, not of a variant."""
+        return self.kind in (*REFERENCES, *DETECTORS)
+
+    @property
     def name(self) -> str:
         """The trial's name in messages and in the report."""
         return trial_name(self.row, self.settings, self.seed)
@@ -72,7 +81,7 @@ class Dropped(NamedTuple):
 
 def study_status(trials: Sequence[Trial]) -> Literal["finished", "partial", "failed"]:
     """Return how a study ended: `partial` if some trials failed, `failed` if no trial of a variant finished."""
-    if not any(trial.status == "finished" and trial.row not in REFERENCES for trial in trials):
+    if not any(trial.status == "finished" and not trial.is_reference for trial in trials):
         return "failed"
     return "partial" if any(trial.status == "failed" for trial in trials) else "finished"
 

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from aecore.anomaly.scores import DEFAULT, AllScores
 from aecore.config.specs import EvaluateSpec
 from aecore.core.notes import Notes
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
+from aecore.evaluation import ranking
+from aecore.evaluation.figures import detection
 from aecore.evaluation.figures import model as figures
 from aecore.evaluation.generative import likelihood_bounds
 from aecore.evaluation.pictures import SHOWN_ROWS
@@ -24,6 +27,7 @@ from aecore.evaluation.probes import (
 )
 from aecore.evaluation.reconstruction import reconstruction_mse
 from aecore.evaluation.scoring import (
+    TrainedStack,
     build_trained,
     classify,
     encode_splits,
@@ -36,6 +40,7 @@ from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
+from aecore.stages.anomalies import explain_strangest, known_rows, score_test_rows, test_anomalies
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
 from aecore.stages.drawings import Pen, draw_variant, map_codes
 from aecore.stages.rows import preprocessing
@@ -77,6 +82,8 @@ def evaluate(
         whole = finetuned if spec.task == "reconstruct" else None
         if whole or layers:
             stack = build_trained(whole, layers, context.device)
+            if spec.anomalies != "none":
+                metrics |= _evaluate_anomalies(spec, context, data, stack, pen)
             metrics |= _evaluate_autoencoder(spec, context, data, stack, _Tools(pen, threads, notes))
         return Result({"notes": notes} if notes else {}, {}, metrics, pen.figures())
 
@@ -100,7 +107,7 @@ class _Tools(NamedTuple):
 
 
 def _evaluate_autoencoder(
-    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: Stack, tools: _Tools
+    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: TrainedStack, tools: _Tools
 ) -> dict[str, float]:
     """Score the unsupervised model and, where pictures are wanted, draw it and read classes out of its codes."""
     pen, threads, notes = tools
@@ -120,7 +127,8 @@ def _evaluate_autoencoder(
     if isinstance(spec.variant, Variational) and list(stack)[-1].spec.stochastic:
         metrics |= likelihood_bounds(stack, spec.variant, x, notes)
     # threads start only now that torch, which has as many, has done its work
-    pen.draw("codes", map_codes(threads, codes, sample, spec.classes))
+    names = spec.classes if spec.anomalies == "none" else ("normal", "anomaly")
+    pen.draw("codes", map_codes(threads, codes, sample, names))
     labels = labels_of(sample)
     if labels is None:
         return metrics
@@ -130,6 +138,21 @@ def _evaluate_autoencoder(
         metrics["probe/accuracy"] = probe.accuracy((codes.test, labels.test))
         metrics["knn/accuracy"] = float(neighbours().mean())
     return metrics
+
+
+def _evaluate_anomalies(
+    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: TrainedStack, pen: Pen
+) -> dict[str, float]:
+    """Measure how well the scores of a model rank the anomalies among the test rows, and draw it."""
+    train, validation = known_rows(context, data)
+    score = AllScores(stack, train, validation, spec.anomalies == "mixed")
+    scores, anomaly = score_test_rows(score, context, data), test_anomalies(context, data)
+    if spec.pictures:
+        ranked = detection.Ranked(scores[DEFAULT], anomaly)
+        pen.draw("ranking", detection.ranking, ranked)
+        pen.draw("scores", detection.histogram, ranked)
+        pen.draw("strangest", detection.strangest, explain_strangest(score.default, context, data, spec.columns))
+    return ranking.measure(scores, anomaly, DEFAULT)
 
 
 def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:

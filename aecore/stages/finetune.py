@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aecore.anomaly.score import fit as fit_score
 from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
 from aecore.core.types import Precision
@@ -45,7 +46,8 @@ def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
           finetuned from, since a classifier has no decoder;
         - `reference.*` of at most 2,000 validation rows, with which new data are compared: `error` (rows,), the squared
           error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
-          of what the first layer reads.
+          of what the first layer reads;
+        - `anomaly.*`, where the spec asks for it: the default score of anomalies, see `aecore.anomaly.score.Fitted`.
     """
     return train(prepare(spec, context, **inputs))
 
@@ -73,6 +75,7 @@ def prepare(
     arrays = rows_in_memory(data)
     # a result that is not served needs no rows, so `finish` does not hold them in memory
     validation, example = (arrays.validation, arrays.train.x[:4]) if spec.served else (None, None)
+    known = (arrays.train, arrays.validation) if spec.anomalies != "none" else None
 
     def finish(fitted: Fitted) -> Result:
         config = {
@@ -93,6 +96,8 @@ def prepare(
         if supervised and autoencoder is not None:
             config["autoencoder"] = [layer.spec.model_dump(mode="json") for layer in autoencoder]
             weights |= {f"autoencoder.{name}": value for name, value in get_weights(autoencoder).items()}
+        if known is not None:
+            weights |= anomaly_weights(TrainedStack(net, precision, device), prepare, known, spec)
         reference = reference_rows(model, autoencoder, prepare, validation, precision)
         weights |= {f"reference.{name}": value for name, value in reference.items()}
         return Result(config, weights, scores, example=example)
@@ -152,6 +157,16 @@ def reference_rows(
             reference["error"] = torch.cat([row_errors(part, trained.reconstruct(part)) for part in parts])
     label = {} if rows.y is None else {"label": rows.y[chosen]}
     return {name: value.cpu().numpy() for name, value in reference.items()} | label
+
+
+def anomaly_weights(
+    stack: TrainedStack, prepare: Prepare, known: tuple[Split, Split], spec: FinetuneSpec
+) -> Weights:  # fmt: skip
+    """Return the default score of anomalies, fitted to training and validation rows, as `anomaly.*` for the result of
+    `finetune`."""
+    train, validation = (over_batches(prepare, split.x, stack.device) for split in known)
+    fitted = fit_score(stack, train, validation, spec.anomalies == "mixed")
+    return {f"anomaly.{name}": value for name, value in fitted._asdict().items()}
 
 
 def few_labels(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:

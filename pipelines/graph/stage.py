@@ -20,6 +20,8 @@ FUNCTIONS = {
     "stages.reference": "reference:reference",
     "evaluation.evaluate": "evaluate:evaluate",
     "evaluation.measure": "measure:measure",
+    "anomalies.detect": "anomalies:detect",
+    "anomalies.measure": "anomalies:measure_detection",
     "contest.contest": "contest:contest",
     "drift.drift": "drift:drift",
 }

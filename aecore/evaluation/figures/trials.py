@@ -21,6 +21,9 @@ COLOURS = {
     "variational": PINK,
     "pca": "#7A7A7A",
     "random": "#ABABAB",
+    "knn": "#555555",
+    "iforest": "#8F8F8F",
+    "lof": "#C4C4C4",
 }
 """Okabe & Ito's colours by kind; the references are grey."""
 _SPARE = ((RED, "-"), (SKY, "-"))

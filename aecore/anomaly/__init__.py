@@ -1,0 +1,1 @@
+"""Anomalies: how strange rows are to an autoencoder or to a reference, and how well that ranks anomalies first."""

@@ -1,0 +1,72 @@
+"""The references that an autoencoder must beat at finding anomalies, all from scikit-learn."""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from aecore.anomaly.neighbours import NEIGHBOURS, REFERENCE_ROWS
+from aecore.core.notes import Notes, sampled
+from aecore.evaluation.sampling import sample_rows
+
+Detector = Literal["iforest", "knn", "lof", "pca"]
+DETECTORS: tuple[Detector, ...] = ("knn", "iforest", "lof", "pca")
+"""Distance to nearest neighbours, isolation forest, local outlier factor, and the error of PCA."""
+_LOF_NEIGHBOURS, _VARIANCE = 20, 0.9
+"""Number of neighbours that scikit-learn and Breunig et al. (2000) take, and the share of the variance that PCA keeps."""
+Score = Callable[[np.ndarray], np.ndarray]
+"""Returns how strange rows (rows, features) are, (rows,)."""
+
+
+class Fitted(NamedTuple):
+    """A detector that is fitted to rows, and notes on the fit."""
+
+    score: Score
+    notes: Notes
+
+
+def fit_detector(kind: Detector, rows: np.ndarray, seed: int) -> Fitted:
+    """Fit a detector to rows (rows, features) without labels.
+
+    - `knn`: mean distance to the 5 nearest rows (Ramaswamy et al. 2000);
+    - `iforest`: isolation forest (Liu et al. 2008);
+    - `lof`: local outlier factor with 20 neighbours (Breunig et al. 2000);
+    - `pca`: squared error behind the components that hold 90 % of the variance.
+
+    The distances of `knn` and `lof` are to a sample of the rows where these are very many, of the same size as for an
+    autoencoder's score.
+    """
+    chosen = sample_rows(len(rows), REFERENCE_ROWS) if kind in ("knn", "lof") else np.arange(len(rows))
+    notes = sampled(len(chosen), len(rows), "training and validation", kind)
+    return Fitted({"iforest": _forest, "knn": _neighbours, "lof": _lof, "pca": _pca}[kind](rows[chosen], seed), notes)
+
+
+def _neighbours(rows: np.ndarray, seed: int) -> Score:
+    from sklearn.neighbors import NearestNeighbors
+
+    found = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(rows))).fit(rows)
+    return lambda x: found.kneighbors(x)[0].mean(1)
+
+
+def _forest(rows: np.ndarray, seed: int) -> Score:
+    from sklearn.ensemble import IsolationForest
+
+    forest = IsolationForest(random_state=seed % 2**32).fit(rows)
+    return lambda x: -forest.score_samples(x)
+
+
+def _lof(rows: np.ndarray, seed: int) -> Score:
+    from sklearn.neighbors import LocalOutlierFactor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of equal rows, which it handles by a least distance
+        factor = LocalOutlierFactor(min(_LOF_NEIGHBOURS, len(rows) - 1), novelty=True).fit(rows)
+    return lambda x: -factor.score_samples(x)
+
+
+def _pca(rows: np.ndarray, seed: int) -> Score:
+    from sklearn.decomposition import PCA
+
+    pca = PCA(_VARIANCE, svd_solver="full").fit(rows)
+    return lambda x: np.square(x - pca.inverse_transform(pca.transform(x))).sum(1)
