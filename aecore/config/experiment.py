@@ -105,9 +105,7 @@ class Data(Frozen):
     anomaly: Annotated[tuple[str, ...], Later(), NoDecode, BeforeValidator(_read_names)] = ()
     """Value of the labels that marks anomalies, or several, [fraud, fault]. All other rows are normal, labels tell
     nothing else, and no training sees them; the test rows are scored."""
-    contamination: Annotated[
-        Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()
-    ] = "clean"
+    contamination: Annotated[Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()] = "clean"
     """Anomalies among the training and validation rows, with data.anomaly: none (clean), as many as the data have
     (mixed), or this share of the rows."""
     missing: Annotated[Literal["refuse", "impute"], Later()] = "refuse"
@@ -146,6 +144,12 @@ class Data(Frozen):
             raise ValueError(
                 f"data.test: {self.test:g} rows are not the same ones when the data grow, as data.split content "
                 "promises; give a share below 1"
+            )
+        if self.anomaly and self.labels is None:
+            raise ValueError("data.anomaly: labels mark the anomalies, but data.labels is null; leave one of them out")
+        if self.contamination != "clean" and not self.anomaly:
+            raise ValueError(
+                "data.contamination: only data.anomaly says which rows are anomalies; add --data.anomaly VALUE"
             )
         return self
 
