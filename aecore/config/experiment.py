@@ -145,6 +145,12 @@ class Data(Frozen):
                 f"data.test: {self.test:g} rows are not the same ones when the data grow, as data.split content "
                 "promises; give a share below 1"
             )
+        if self.anomaly and self.labels is None:
+            raise ValueError("data.anomaly: labels mark the anomalies, but data.labels is null; leave one of them out")
+        if self.contamination != "clean" and not self.anomaly:
+            raise ValueError(
+                "data.contamination: only data.anomaly says which rows are anomalies; add --data.anomaly VALUE"
+            )
         return self
 
 

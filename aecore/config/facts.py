@@ -43,6 +43,18 @@ def nameless(model: str) -> str:
     )
 
 
+class RowKinds(Frozen):
+    """How many rows of a split are normal, and how many are anomalies."""
+
+    normal: int
+    anomalies: int
+
+    @property
+    def rows(self) -> int:
+        """Number of all rows of the split."""
+        return self.normal + self.anomalies
+
+
 class Facts(Frozen):
     """Shape, values, classes and size of a data set, which the driver learns without holding its rows in memory."""
 
@@ -71,6 +83,9 @@ class Facts(Frozen):
 
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()
     """The columns of a table, which the digest covers."""
+    kinds: Annotated[tuple[RowKinds, ...], Unhashed()] = ()
+    """With `data.anomaly`, the kinds of rows in training, in validation, in test and among the rows that are not used;
+    empty where they are not known before a worker reads the rows."""
 
     @property
     def has_anomalies(self) -> bool:

@@ -44,11 +44,16 @@ def resolve_standardize(data: Data, facts: Facts) -> bool:
 
 
 def resolve_in_memory(data: Data, facts: Facts) -> Literal["always", "never"]:
-    """Say whether the rows are held in memory, which for `auto` depends on their number, shape and type."""
-    if data.in_memory != "auto":
-        return data.in_memory
-    value_bytes = facts.rows * facts.row_bytes
-    return "never" if data.name == "parquet" and value_bytes > MEMORY_BYTES else "always"
+    """Say whether the rows are held in memory, which for `auto` depends on their number, shape and type; an InputError
+    says that anomalies must be counted in memory."""
+    is_large = data.name == "parquet" and facts.rows * facts.row_bytes > MEMORY_BYTES
+    found = data.in_memory if data.in_memory != "auto" else "never" if is_large else "always"
+    if found == "never" and data.contamination not in ("clean", "mixed"):
+        raise InputError(
+            "data.contamination: a share is counted in memory, but these rows are read from disk; use clean or mixed, "
+            "or --data.in_memory always"
+        )
+    return found
 
 
 def resolve_anomalies(data: Data, facts: Facts) -> Literal["none", "clean", "mixed"]:
@@ -86,6 +91,11 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
         }
     )
     finetune = experiment.finetune
+    if finetune is not None and finetune.task == "classify" and facts.has_anomalies:
+        raise InputError(
+            "finetune.task: classify needs classes, but with data.anomaly the labels tell only anomalies; use "
+            "reconstruct, or leave data.anomaly out"
+        )
     if finetune is not None and finetune.task == "auto":
         if facts.classes and not facts.can_classify:
             warnings.warn(

@@ -11,12 +11,29 @@ import numpy as np
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
-from aecore.config.resolve import resolve_standardize
+from aecore.config.resolve import resolve_in_memory, resolve_standardize
 from aecore.core.errors import InputError
 from aecore.core.types import describe_shape
 from aecore.data import named, parquet
+from aecore.data.anomalies import (
+    are_anomalies,
+    count_kinds,
+    describe_anomalies,
+    describe_kinds,
+    only_anomalies,
+    warn_of_few,
+)
 from aecore.data.numbers import SMALLEST_SPREAD
-from aecore.data.splits import Arrays, Rows, Split, content_hashes, missing_classes, split_rows
+from aecore.data.splits import (
+    SPLITS,
+    Arrays,
+    Rows,
+    Split,
+    content_hashes,
+    hide_labels,
+    missing_classes,
+    split_rows,
+)
 
 
 def inspect(data: Data, like: TableColumns | None = None) -> Facts:
@@ -47,6 +64,7 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
         marks = named.split_marks(data)
         if data.split == "content":
             return facts  # the split depends on the values, which only `load` reads
+        labels = are_anomalies(data, facts, named.load_labels(data)) if facts.has_anomalies else None
     train, validation, test = split_rows(data, facts, facts.rows, labels, marks, hashes)
     if hashes is not None and (copies := np.isin(hashes[test], hashes[train]).sum()):
         warnings.warn(
@@ -54,6 +72,12 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
             "memorising them; remove the copies",
             stacklevel=2,
         )
+    if labels is not None and facts.has_anomalies:
+        if data.split == "drawn" and resolve_in_memory(data, facts) == "never":
+            return facts  # these rows are not drawn but split one by one, as they are read
+        facts = facts.model_copy(update={"kinds": count_kinds(labels, [train, validation, test])})
+        warn_of_few(data, facts)
+        return facts
     if labels is None or not facts.classes:
         return facts
     missing = missing_classes(facts.classes, *(labels[rows] for rows in (train, validation, test)))
@@ -66,19 +90,23 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows of a data set, without the checks that only training needs; an
     InputError says what is wrong. For `like` see `inspect`."""
     facts = parquet.identify(data, like) if data.name == "parquet" else named.identify(data)
+    if data.anomaly:
+        return only_anomalies(data, facts)
     return facts if data.labels is not None else facts.model_copy(update={"classes": ()})
 
 
 def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
-    """Say in two or three lines which rows and columns of a data set are read, and what is left out and why.
+    """Say in some lines which rows and columns of a data set are read, and what is left out and why.
 
     Args:
         divided: say also how the rows are split.
     """
+    kinds = describe_kinds(facts) if divided else []
     if data.name == "parquet":
-        return parquet.describe(data, facts, divided)
+        return parquet.describe(data, facts, divided) + kinds
     labels = f"{len(facts.classes)} classes" if facts.classes else "labels are not used"
-    return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}"]
+    labels = describe_anomalies(data, facts) or labels
+    return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}", *kinds]
 
 
 def load(data: Data, facts: Facts) -> Arrays:
@@ -89,13 +117,16 @@ def load(data: Data, facts: Facts) -> Arrays:
     """
     x, y, marks = load_rows(data, facts)
     hashes = content_hashes(x) if data.split == "content" else None
-    train, validation, test = (Split(x, y).take(n) for n in split_rows(data, facts, len(x), y, marks, hashes))
+    parts = zip(SPLITS, split_rows(data, facts, len(x), y, marks, hashes), strict=True)
+    train, validation, test = (hide_labels(facts, split, Split(x, y).take(n)) for split, n in parts)
     return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
 
 
 def load_rows(data: Data, facts: Facts) -> Rows:
     """Read all rows in their order; an InputError says which row cannot be read."""
     rows = parquet.load(data, facts) if data.name == "parquet" else named.load(data)
+    if data.name != "parquet" and rows.y is not None and facts.has_anomalies:
+        rows = rows._replace(y=are_anomalies(data, facts, rows.y))
     return rows if data.labels is not None else rows._replace(y=None)
 
 

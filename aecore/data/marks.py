@@ -89,8 +89,6 @@ def classes_of_folders(labels: set[str | None], key: str) -> tuple[str, ...]:
             f"data.labels: {key}={names[0]} is not a class (it often marks rows without a label); move such files away "
             "or set --data.labels null"
         )
-    if len(names) < 2:
-        raise InputError(f"data.labels: all rows have one class ({key}={names[0]}); use --data.labels null")
     return tuple(names)
 
 

@@ -70,6 +70,17 @@ def split_marks(data: Data) -> np.ndarray | None:
     return None if data.name == "digits" else np.repeat(["train", "test"], _TORCHVISION_SETS[data.name].rows)
 
 
+def load_labels(data: Data) -> np.ndarray:
+    """Read the class numbers of all rows, (rows,), without the images where these lie in other files."""
+    labels = None
+    if data.name != "digits" and (files := _TORCHVISION_SETS[data.name].files)[0].endswith("ubyte"):
+        labels = np.concatenate([_read_idx(data.root / name) for name in files[1::2]]).astype(np.int64)
+    else:
+        labels = load(data).y
+    assert labels is not None, "all named sets have labels"
+    return labels
+
+
 def load(data: Data) -> Rows:
     """Read all rows of a set that `identify` has downloaded."""
     if data.name == "digits":

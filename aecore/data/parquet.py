@@ -11,7 +11,7 @@ import hashlib
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError, escape_unprintable, join_names
 from aecore.core.types import Shape, describe_shape
+from aecore.data.anomalies import describe_anomalies, label_numbers
 from aecore.data.cells import encoded_images, exact_decimals, is_encoded, is_number
 from aecore.data.columns import Columns, described
 from aecore.data.files import Batch, file_digest, open_file, read_batches
@@ -111,8 +112,8 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
     """
     source = open_set(data, facts.columns)
     columns, offsets = source.columns, facts.columns.offsets
-    column = columns.labels or source.marks.label_key
-    labels = f"{column} ({len(facts.classes)} classes)" if column else "none"
+    column, told = columns.labels or source.marks.label_key, f"{len(facts.classes)} classes"
+    labels = f"{column} ({describe_anomalies(data, facts) or told})" if column else "none"
     unmarked = "drawn" if data.split == "drawn" else "by content"
     split = columns.split or ("by the names" if source.marks.splits else unmarked)
     splits = f"; split: {split}" if divided else ""
@@ -186,7 +187,7 @@ def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple
     if not labels:
         raise InputError(_CHANGED.format(join_paths(data.path)))
     classes = tuple(str(label) for label in sorted(labels))
-    if len(classes) < 2:
+    if len(classes) < 2 and not data.anomaly:
         raise InputError(
             f"data.labels: all rows of column {column} have one class ({classes[0]}); use --data.labels null"
         )
@@ -206,7 +207,10 @@ def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple
 
 
 def _check_key(data: Data, key: str, classes: Sequence[str], rows: int) -> None:
-    """Raise an InputError if the values of a folders' key, which nobody named, are rather measured or years."""
+    """Raise an InputError if the values of a folders' key are all the same, or if nobody named it and they are rather
+    measured or years."""
+    if len(classes) < 2 and not data.anomaly:
+        raise InputError(f"data.labels: all rows have one class ({key}={classes[0]}); use --data.labels null")
     whole = [int(name) for name in classes if re.fullmatch(r"-?\d+", name)]
     is_doubtful = _is_doubtful(whole if len(whole) == len(classes) else [], len(classes), rows)
     if data.labels == "auto" and (is_doubtful or may_be_years(key, classes)):
@@ -273,14 +277,20 @@ def survey(data: Data, facts: Facts, strict: bool = True) -> Rows | None:
     return _concatenate(batches)
 
 
-def split_marks(data: Data, piece: Piece) -> np.ndarray | None:
-    """Return the split that the set names for each row of a piece, (rows,), or None if it names none."""
-    column, split = piece.known.columns.split, piece.known.split
-    if column is None:
-        return None if split is None else np.full(piece.rows, split)
+def read_apart(data: Data, facts: Facts, piece: Piece) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return which rows of a piece are anomalies, (rows,), or None if this is not known, and the split that the set
+    names for each row, (rows,), or None if it names none. No features are read."""
+    source = piece.known
+    if not facts.has_anomalies:
+        source = source._replace(columns=source.columns._replace(labels=None), label=None)
+    names, numbers_of = source.columns._replace(features=()).names, label_numbers(data, facts)
+    if not names:
+        y = None if source.label is None else np.full(piece.rows, numbers_of[source.label])
+        return y, None if source.split is None else np.full(piece.rows, source.split)
     opened = open_file(filesystem_at(data), piece.file)
-    batches = read_batches(opened, piece.file, [column], _LABEL_ROWS, piece.groups, piece.first_row)
-    return np.concatenate([read_marks(batch, column) for batch in batches])
+    batches = read_batches(opened, piece.file, names, _LABEL_ROWS, piece.groups, piece.first_row)
+    parts = [Rows(np.empty(0), *_labels_and_marks(batch, source, numbers_of)) for batch in batches]
+    return _concatenate(parts)[1:]
 
 
 def read(
@@ -291,8 +301,7 @@ def read(
     Args:
         look: is called with the features (rows, *shape) of each batch, in the precision in which they are written.
     """
-    columns = piece.known.columns
-    class_number = {name: number for number, name in enumerate(facts.classes)}
+    columns, numbers_of = piece.known.columns, label_numbers(data, facts)
     size, count = _batch_rows(facts.shape), 0
     opened = open_file(filesystem_at(data), piece.file)  # not the set's other files, which may be thousands
     for batch in read_batches(opened, piece.file, columns.names, size, piece.groups, piece.first_row):
@@ -303,25 +312,24 @@ def read(
         _check_features(x, batch, columns, data, facts)
         if look:
             look(exact)
-        labels, marks = _labels_and_marks(batch, piece.known)
-        y = None
-        if labels is not None:
-            numbers = [class_number.get(str(label), -1) for label in labels[0]]
-            if -1 in numbers:
-                raise InputError(_CHANGED.format(piece.file))
-            y = np.array(numbers, np.int64)[labels[1]]
         count += len(x)
-        yield Rows(x, y, marks)
+        yield Rows(x, *_labels_and_marks(batch, piece.known, numbers_of))
     release_memory()
     if count != piece.rows:
         raise InputError(_CHANGED.format(piece.file))
 
 
-def _labels_and_marks(batch: Batch, source: Source) -> tuple[tuple[list[Any], np.ndarray] | None, np.ndarray | None]:
-    """Return the labels of a batch as `read_labels` does, and its split marks (rows,), from columns or else from the
-    names of files and folders; None where neither has them."""
+def _labels_and_marks(
+    batch: Batch, source: Source, numbers_of: Mapping[str, int]
+) -> tuple[np.ndarray | None, np.ndarray | None]:  # fmt: skip
+    """Return the labels of a batch as `Rows.y` holds them, and its split marks (rows,), from columns or else from the
+    names of files and folders; None where neither has them.
+
+    Args:
+        numbers_of: see `label_numbers`.
+    """
     columns, rows = source.columns, len(batch.table)
-    labels = marks = None
+    labels = marks = y = None
     if columns.labels:
         labels = read_labels(batch, columns.labels)
     elif source.label is not None:
@@ -330,7 +338,12 @@ def _labels_and_marks(batch: Batch, source: Source) -> tuple[tuple[list[Any], np
         marks = read_marks(batch, columns.split)
     elif source.split is not None:
         marks = np.full(rows, source.split)
-    return labels, marks
+    if labels is not None:
+        found = [numbers_of.get(str(label), -1) for label in labels[0]]
+        if -1 in found:
+            raise InputError(_CHANGED.format(batch.file))
+        y = np.array(found, np.int64)[labels[1]]
+    return y, marks
 
 
 def release_memory() -> None:

@@ -12,6 +12,8 @@ from aecore.config.facts import Facts
 from aecore.core.errors import InputError, join_names
 
 SPLITS = ("train", "validation", "test")
+UNUSED = len(SPLITS)
+"""Number of the part, after those of `SPLITS`, with the rows that are not used."""
 _SPLIT_SEED = 0
 """Splits belong to the data, not to the experiment: with every seed and every variant they are the same."""
 
@@ -22,7 +24,8 @@ class Rows(NamedTuple):
     x: np.ndarray
     """(rows, *shape), uint8 or float32, finite."""
     y: np.ndarray | None
-    """(rows,) int64 class numbers; None without labels."""
+    """(rows,) int64 class numbers, or with `data.anomaly` 1 for anomalies and 0 for normal rows; None without
+    labels."""
     marks: np.ndarray | None
     """(rows,) the split that the data set itself names for each row, one of `SPLITS`; None if it names none."""
 
@@ -33,7 +36,8 @@ class Split(NamedTuple):
     x: np.ndarray
     """(rows, *shape), uint8 or float32, as read."""
     y: np.ndarray | None
-    """(rows,) int64 class numbers; None without labels."""
+    """(rows,) int64 class numbers; None without labels. With `data.anomaly` only test rows have them, 1 for anomalies
+    and 0 for normal rows."""
 
     def take(self, selected: np.ndarray) -> "Split":
         """Return the rows at the given indices, or where a mask is true."""
@@ -67,12 +71,13 @@ def split_rows(
 
     Args:
         rows: number of rows in the data set.
-        labels: class number of each row, or None.
+        labels: class number of each row, or with `data.anomaly` whether it is an anomaly; or None.
         marks: the split that the data set names for each row, or None.
         hashes: `content_hashes` of the rows; needed where `data.split` is "content".
 
     Raises:
-        InputError: a split would be empty, or training would have fewer rows than there are classes.
+        InputError: a split would be empty, training would have fewer rows than there are classes, or with
+            `data.anomaly` the test rows would not have both kinds.
     """
     if marks is not None and not (marks == "train").any():
         raise InputError(
@@ -81,18 +86,21 @@ def split_rows(
         )
     if data.split == "content":
         assert hashes is not None
-        shares = split_shares(data, count_marks(marks), rows)
-        splits = assign_splits(shares, positions_by_content(hashes), marks)
-        train, validation, test = (np.flatnonzero(splits == number) for number in range(len(SPLITS)))
-        check_not_empty([len(train), len(validation), len(test)])
+        shares = split_shares(data, count_marks(marks), rows, share_of_anomalies(data, [labels], [marks]))
+        assigned = assign_splits(shares, positions_by_content(hashes), marks)
+        train, validation, test = _rows_of(thin_anomalies(data, assigned, labels, marks, hashes))
     else:
         train, validation, test = _draw_splits(data, rows, labels, marks)
-    if len(train) < max(2, len(facts.classes)):
-        raise InputError(
-            f"data: training gets only {len(train)} of {rows} rows, fewer than "
-            f"{f'the {len(facts.classes)} classes' if facts.classes else 'two'}; provide more rows, or set aside fewer "
-            f"(data.test, data.validation, data.limit){', or use --data.labels null' if facts.classes else ''}"
-        )
+    check_not_empty([len(train), len(validation), len(test)])
+    check_training_rows(len(train), rows, facts)
+    if data.anomaly and labels is not None:
+        check_test_rows(len(test), int(labels[test].sum()))
+    return train, validation, test
+
+
+def _rows_of(assigned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the row numbers of train, validation and test, given the split of each row, (rows,)."""
+    train, validation, test = (np.flatnonzero(assigned == number) for number in range(len(SPLITS)))
     return train, validation, test
 
 
@@ -102,13 +110,65 @@ def _draw_splits(
     """Draw at random, stratified by label, the splits for which the data set marks no rows."""
     marked = np.full(rows, "train") if marks is None else marks
     train, validation, test = (np.flatnonzero(marked == split) for split in SPLITS)
+    # where anomalies stay in training, nobody knows them there, so that only the test rows are stratified by them
+    known = None if data.contamination == "mixed" else labels
     if not len(test):
         train, test = split_off(train, labels, data.test, "data.test")
     if not len(validation):
-        train, validation = split_off(train, labels, data.validation, "data.validation")
+        train, validation = split_off(train, known, data.validation, "data.validation")
+    if data.anomaly:  # before the limit, which counts the rows that training gets
+        assigned = np.full(rows, UNUSED)
+        for number, selected in enumerate((train, validation, test)):
+            assigned[selected] = number
+        train, validation, test = _rows_of(thin_anomalies(data, assigned, labels, marks))
     if data.limit is not None and data.limit < len(train):
-        _, train = split_off(train, labels, data.limit, "data.limit", subset=True)
+        _, train = split_off(train, known, data.limit, "data.limit", subset=True)
     return train, validation, test
+
+
+def asked_share(data: Data) -> float | None:
+    """Return the share of anomalies that training and validation may hold, 0 for `clean`; None if all stay there."""
+    if data.contamination == "mixed":
+        return None
+    return 0.0 if data.contamination == "clean" else data.contamination
+
+
+def thin_anomalies(
+    data: Data,
+    assigned: np.ndarray,
+    labels: np.ndarray | None,
+    marks: np.ndarray | None,
+    hashes: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the splits of rows with as many anomalies in training and in validation as `data.contamination` asks for;
+    for `clean` and `mixed` the split of a row does not depend on the other rows.
+
+    Anomalies that are taken out become test rows. They are not used where the data set marks splits, and where
+    `data.split` is "content" and a share decides: it would move test rows into training when the data grow.
+
+    Args:
+        assigned: (rows,) index into `SPLITS` of each row, or `UNUSED`.
+        labels: (rows,) 1 for anomalies and 0 for normal rows.
+        marks: the split that the data set names for each row, or None.
+        hashes: `content_hashes` of the rows; needed where `data.split` is "content" and a share decides.
+    """
+    share = asked_share(data)
+    if not data.anomaly or share is None:
+        return assigned
+    assert labels is not None
+    result = assigned.copy()
+    by_content = data.split == "content" and share > 0
+    elsewhere = UNUSED if by_content or marks is not None else SPLITS.index("test")
+    for split in (SPLITS.index("train"), SPLITS.index("validation")):
+        normal = int(((assigned == split) & (labels == 0)).sum())
+        anomalies = np.flatnonzero((assigned == split) & (labels == 1))
+        if by_content:
+            assert hashes is not None
+            anomalies = anomalies[np.argsort(hashes[anomalies], kind="stable")]
+        else:
+            anomalies = np.random.default_rng(_SPLIT_SEED).permutation(anomalies)
+        result[anomalies[round(share / (1 - share) * normal) :]] = elsewhere
+    return result
 
 
 def split_off(
@@ -172,7 +232,23 @@ def _complete(drawn: np.ndarray, labels: np.ndarray, shared: np.ndarray, side: b
         counts[label], counts[most] = 1, counts[most] - 1
 
 
-def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
+def hide_labels(facts: Facts, split: str, rows: Split) -> Split:
+    """Return rows of a split without their labels if these tell anomalies, which are only for the test."""
+    return rows._replace(y=None) if facts.has_anomalies and split != "test" else rows
+
+
+def share_of_anomalies(
+    data: Data, labels: Sequence[np.ndarray | None], marks: Sequence[np.ndarray | None]
+) -> float:  # fmt: skip
+    """Return the share of anomalies among the rows that are marked train or not at all, from the labels and marks of
+    each part of a set; 0 if the labels of these rows are not used, as nothing is taken out."""
+    if not data.anomaly or asked_share(data) is None:
+        return 0.0
+    drawn = [y if m is None else y[m == "train"] for y, m in zip(labels, marks, strict=True) if y is not None]
+    return sum(int(y.sum()) for y in drawn) / max(1, sum(map(len, drawn)))
+
+
+def split_shares(data: Data, marked: np.ndarray, rows: int, anomalies: float = 0.0) -> Shares:
     """Return the shares by which `assign_splits` assigns each row without a look at the other rows.
 
     As in `split_rows`, test and validation are set aside from the training rows where no rows are marked for them; then
@@ -181,6 +257,7 @@ def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
     Args:
         marked: how many rows are marked for each of `SPLITS`, (3,).
         rows: number of rows in the data set.
+        anomalies: see `share_of_anomalies`. `data.limit` counts the rows that `thin_anomalies` leaves.
     """
     train = max(marked[0] if marked.any() else rows, 1)
     test = validation = 0.0
@@ -189,7 +266,8 @@ def split_shares(data: Data, marked: np.ndarray, rows: int) -> Shares:
     if not marked[SPLITS.index("validation")]:
         validation = data.validation * (1 - test) if data.validation < 1 else data.validation / train
     rest = 1 - (test + validation)
-    return Shares(test, validation, rest if data.limit is None else min(rest, data.limit / train))
+    kept = min(1.0, (1 - anomalies) / (1 - (asked_share(data) or 0.0)))
+    return Shares(test, validation, rest if data.limit is None else min(rest, data.limit / max(1, train * kept)))
 
 
 def assign_splits(shares: Shares, positions: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
@@ -234,6 +312,26 @@ def check_not_empty(counts: Iterable[int]) -> None:
     for split, count in zip(SPLITS, counts, strict=True):
         if not count:
             raise InputError(f"data: no row is left for {split}; choose other sizes, or mark some rows {split}")
+
+
+def check_training_rows(count: int, rows: int, facts: Facts) -> None:
+    """Raise an InputError if training gets fewer rows than there are classes, or than two."""
+    if count < max(2, len(facts.classes)):
+        raise InputError(
+            f"data: training gets only {count} of {rows} rows, fewer than "
+            f"{f'the {len(facts.classes)} classes' if facts.classes else 'two'}; provide more rows, or set aside fewer "
+            f"(data.test, data.validation, data.limit){', or use --data.labels null' if facts.classes else ''}"
+        )
+
+
+def check_test_rows(rows: int, anomalies: int) -> None:
+    """Raise an InputError if the test rows, of which so many are anomalies, are all of one kind."""
+    if anomalies in (0, rows):
+        lack, kind = ("an anomaly", "anomalies") if not anomalies else ("a normal row", "normal rows")
+        raise InputError(
+            f"data.anomaly: none of the {rows:,} test rows is {lack}, so there is nothing to tell apart; set aside "
+            f"more rows (data.test), or mark some {kind} test"
+        )
 
 
 def missing_classes(classes: Sequence[str], train: np.ndarray, validation: np.ndarray, test: np.ndarray) -> str:

@@ -67,15 +67,21 @@ def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn
     an InputError if a row cannot be used or a split is empty.
     """
     pieces = divide(data, facts)
-    marks = [parquet.split_marks(data, piece) for piece in pieces]
-    shares = splits.split_shares(data, np.sum([splits.count_marks(m) for m in marks], 0), facts.rows)
+    labels, marks = zip(*(parquet.read_apart(data, facts, piece) for piece in pieces), strict=True)
+    marked = np.sum([splits.count_marks(m) for m in marks], 0)
+    shares = splits.split_shares(data, marked, facts.rows, splits.share_of_anomalies(data, labels, marks))
     if data.split == "content":
         counts = np.concatenate([rows.x for rows in read_pieces(partial(_count, data, facts, shares), pieces)])
     else:
         positions = (splits.positions_by_number(piece.first_id, piece.rows) for piece in pieces)
-        assigned = (splits.assign_splits(shares, p, m) for p, m in zip(positions, marks, strict=True))
-        counts = np.array([_split_counts(a) for a in assigned])
-    splits.check_not_empty(counts.sum(0))
+        assigned = (_assign(data, shares, *each) for each in zip(positions, labels, marks, strict=True))
+        counts = np.array([_split_counts(*each) for each in zip(assigned, labels, strict=True)])
+    *rows, anomalies = counts.sum(0).tolist()
+    counts = counts[:, : len(SPLITS)]
+    splits.check_not_empty(rows)
+    if facts.has_anomalies:
+        splits.check_training_rows(rows[SPLITS.index("train")], facts.rows, facts)
+        splits.check_test_rows(rows[SPLITS.index("test")], anomalies)
     order = np.random.default_rng(0).permutation(len(pieces))
     train, validation, test = _draw_sample(data, facts, shares, [pieces[n] for n in order])
     training_rows = read_pieces(partial(read, data, facts, shares, "train"), pieces)
@@ -88,7 +94,7 @@ def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> 
     for rows, assigned in _read_with_splits(data, facts, shares, piece):
         selected = assigned == SPLITS.index(split)
         if selected.any():
-            yield rows.take(selected)
+            yield splits.hide_labels(facts, split, rows.take(selected))
 
 
 @dataclass(frozen=True)
@@ -161,19 +167,28 @@ def _read_with_splits(data: Data, facts: Facts, shares: Shares, piece: Piece) ->
             positions = splits.positions_by_content(splits.content_hashes(x))
         else:
             positions = splits.positions_by_number(first_id, len(x))
-        yield Split(x, y), splits.assign_splits(shares, positions, marks)
+        yield Split(x, y), _assign(data, shares, positions, y, marks)
         first_id += len(x)
 
 
+def _assign(
+    data: Data, shares: Shares, positions: np.ndarray, labels: np.ndarray | None, marks: np.ndarray | None
+) -> np.ndarray:
+    """Return the split of each row, (rows,), which depends on nothing but the row."""
+    return splits.thin_anomalies(data, splits.assign_splits(shares, positions, marks), labels, marks)
+
+
 def _count(data: Data, facts: Facts, shares: Shares, piece: Piece) -> Iterator[Split]:
-    """Yield the number of rows of each split in a piece, (1, 3), as `x` of the `Split` that a `ReadPiece` yields."""
-    assigned = np.concatenate([part for _, part in _read_with_splits(data, facts, shares, piece)])
-    yield Split(_split_counts(assigned)[None], None)
+    """Yield the `_split_counts` of a piece, (1, 4), as `x` of the `Split` that a `ReadPiece` yields."""
+    counts = [_split_counts(part, rows.y) for rows, part in _read_with_splits(data, facts, shares, piece)]
+    yield Split(np.sum(counts, 0)[None], None)
 
 
-def _split_counts(assigned: np.ndarray) -> np.ndarray:
-    """Count the rows of each split, (3,)."""
-    return np.bincount(assigned, minlength=len(SPLITS) + 1)[: len(SPLITS)]
+def _split_counts(assigned: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """Count the rows of each split, and the test rows that are anomalies where the labels tell these, (4,)."""
+    counts = np.bincount(assigned, minlength=len(SPLITS) + 1)
+    counts[-1] = 0 if labels is None else (labels[assigned == SPLITS.index("test")] == 1).sum()
+    return counts
 
 
 def _draw_sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piece]) -> list[Split]:
@@ -185,7 +200,7 @@ def _draw_sample(data: Data, facts: Facts, shares: Shares, pieces: Sequence[Piec
             selected = np.flatnonzero(assigned == number)[: missing[number]]
             missing[number] -= len(selected)
             if len(selected):
-                chunks.append(rows.take(selected))
+                chunks.append(splits.hide_labels(facts, SPLITS[number], rows.take(selected)))
         if not any(missing):
             break
     return [_concatenate(chunks) for chunks in sample]
