@@ -41,10 +41,11 @@ ROOMS: dict[str, set[str]] = {
     "aecore.data": {"aecore.core", "aecore.config"},
     "aecore.training": {"aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data"},
     "aecore.evaluation": {"aecore.core", "aecore.models", "aecore.variants", "aecore.data", "aecore.training"},
+    "aecore.anomaly": {"aecore.core", "aecore.models", "aecore.config", "aecore.evaluation"},
     "aecore.serving": {"aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation"},
     "aecore.stages": {
         "aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data", "aecore.training",
-        "aecore.evaluation", "aecore.serving",
+        "aecore.evaluation", "aecore.anomaly", "aecore.serving",
     },
     "pipelines.host": {"aecore.core"},
     "pipelines.graph": {"aecore.core", "aecore.models", "aecore.config"},

@@ -14,7 +14,7 @@ Detector = Literal["iforest", "knn", "lof", "pca"]
 DETECTORS: tuple[Detector, ...] = ("knn", "iforest", "lof", "pca")
 """Distance to nearest neighbours, isolation forest, local outlier factor, and the error of PCA."""
 _LOF_NEIGHBOURS, _VARIANCE = 20, 0.9
-"""Number of neighbours that scikit-learn and Breunig et al. (2000) take, and the share of the variance that PCA keeps."""
+"""Number of neighbours of Breunig et al. (2000) and scikit-learn, and the share of the variance that PCA keeps."""
 Score = Callable[[np.ndarray], np.ndarray]
 """Returns how strange rows (rows, features) are, (rows,)."""
 

@@ -23,7 +23,7 @@ class Nearest(NamedTuple):
     distances: Float[Tensor, "rows neighbours"]
     numbers: Int[Tensor, "rows neighbours"]
 
-    def mean_distance(self) -> Float[Tensor, "rows"]:
+    def mean_distance(self) -> Float[Tensor, " rows"]:
         """Return the mean of the distances of each row."""
         return self.distances.mean(1)
 
@@ -39,7 +39,7 @@ class References:
         self.rows = rows
         self._observed = None if torch.isfinite(rows).all() else torch.isfinite(rows).float()
 
-    def nearest(self, rows: Float[Tensor, "rows values"], own: Int[Tensor, "rows"] | None = None) -> Nearest:
+    def nearest(self, rows: Float[Tensor, "rows values"], own: Int[Tensor, " rows"] | None = None) -> Nearest:
         """Return the nearest references of each row.
 
         Args:

@@ -68,7 +68,7 @@ def with_ranks(scores: Scores) -> Scores:
     return {**scores, "ranks": np.add(*ranks)}
 
 
-def negative_bound(stack: TrainedStack, x: Tensor) -> Float[Tensor, "rows"]:
+def negative_bound(stack: TrainedStack, x: Tensor) -> Float[Tensor, " rows"]:
     """Return the negative evidence lower bound of each prepared row in nats, with ten samples of the code each, whose
     noise is the same at every call (Kingma & Welling 2014, eq. 7)."""
     mean, log_variance = stack.posterior(x)

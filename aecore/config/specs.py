@@ -115,12 +115,10 @@ class DetectorSpec(Frozen):
 class DetectionSpec(Frozen):
     """How well an autoencoder, or a reference, tells the anomalies among the test rows."""
 
-    kind: str
-    """The variant's kind, or the reference's."""
     mixed: bool
     """Whether training rows may be anomalies."""
     seed: int
-    """Seed of the trial; it tells trials of references apart, and changes nothing."""
+    """Seed of the trial. It tells the trials of a reference apart, and changes nothing."""
     explained: bool
     """Whether the strangest rows are explained for the report."""
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 MEASURES = ("auroc", "average_precision", "precision_at_n")
-"""The measures, in the order of reports: the area under the ROC curve, the average precision, and the share of anomalies
-among as many of the strangest rows as there are anomalies."""
+"""The measures, in the order of reports: the area under the ROC curve, the average precision, and the share of
+anomalies among as many of the strangest rows as there are anomalies."""
 
 
 class Curves(NamedTuple):
@@ -73,8 +73,8 @@ def curves(scores: np.ndarray, anomaly: np.ndarray, points: int = 300) -> Curves
 
 
 def _auroc(scores: np.ndarray, anomaly: np.ndarray) -> np.ndarray:
-    """Return what rows add to the area under the ROC curve, by the components of DeLong et al. (1988, sec. 3): the share
-    of the rows of the other kind on the right side of a row. The variance of their mean is DeLong's."""
+    """Return what rows add to the area under the ROC curve, by the components of DeLong et al. (1988, sec. 3): the
+    share of the rows of the other kind on the right side of a row. The variance of their mean is DeLong's."""
     own = np.where(anomaly, _share_below(scores, scores[~anomaly]), 1 - _share_below(scores, scores[anomaly]))
     area = own[anomaly].mean()
     return area + (own - area) / np.where(anomaly, anomaly.mean(), 1 - anomaly.mean())

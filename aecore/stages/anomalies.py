@@ -33,10 +33,8 @@ def detect(spec: DetectorSpec, context: Context, *, data: Arrays | Stream) -> Re
     prepare = preprocessing(data, context.device)
     known = torch.cat(known_rows(context, data)).flatten(1)
     score, notes = fit_detector(spec.kind, to_numpy(known), spec.seed)
-    parts = [
-        score(to_numpy(over_batches(prepare, rows.x, context.device).flatten(1)))
-        for rows in all_test_rows(data, context)
-    ]
+    tests = (over_batches(prepare, rows.x, context.device).flatten(1) for rows in all_test_rows(data, context))
+    parts = [score(to_numpy(x)) for x in tests]
     config: dict[str, Any] = {"history": [], **({"notes": notes} if notes else {})}
     return Result(config, {"score": np.concatenate(parts).astype(np.float32)}, {})
 

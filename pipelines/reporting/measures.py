@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aecore.evaluation.statistics import Pair, compare
-from aecore.evaluation.trial import REFERENCES, Trial
+from aecore.evaluation.trial import Trial
 from aecore.evaluation.verdicts import Verdict, judge, worth
 
 SHOWN_ROWS = 12
@@ -40,6 +40,20 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
+    Measure("test/auroc", "Area under the ROC curve", "AUROC", "higher", "auroc"),
+    Measure("test/average_precision", "Average precision", "Average precision", "higher", "average_precision"),
+    Measure(
+        "test/precision_at_n",
+        "Anomalies among the strangest rows, as many as there are",
+        "Precision at n",
+        "higher",
+        "precision_at_n",
+    ),
+    Measure("auroc/error", "AUROC by the error of reconstruction", "AUROC, error", "higher"),
+    Measure("auroc/code_neighbours", "AUROC by distance to nearest codes", "AUROC, codes", "higher"),
+    Measure("auroc/code_distance", "AUROC by Mahalanobis distance of codes", "AUROC, Mahalanobis", "higher"),
+    Measure("auroc/ranks", "AUROC by ranks of error and nearest codes", "AUROC, ranks", "higher"),
+    Measure("auroc/bound", "AUROC by the evidence lower bound", "AUROC, bound", "higher"),
     Measure("test/reconstruction_mse", "Squared error per feature", "Squared error", "lower", "sse", True),
     Measure("test/unexplained", "Variance left unexplained", "Unexplained variance", "lower", ratios=True),
     Measure("probe/accuracy", "Linear probe, accuracy", "Probe accuracy", "higher", "correct/probe"),
@@ -122,10 +136,11 @@ def _compare(measure: Measure, trials: Sequence[Trial], dropped: Collection[str]
     cells = {row: _cell(measure, values) for row, values in by_seed.items()}
     pairs: tuple[Pair, ...] = ()
     verdict, words = None, ""
+    references = list(dict.fromkeys(trial.row for trial in trials if trial.is_reference))
     judged = {row: mean for row, mean in means.items() if row not in dropped}
     if measure.better and len(judged) > 1:
         pairs = compare(_values(trials, measure), ratios=measure.ratios)
-        verdict = judge(judged, pairs, measure.better == "higher", REFERENCES)
+        verdict = judge(judged, pairs, measure.better == "higher", references)
         words = verdict.words()
     elif measure.better:
         words = "; ".join(f"only {row} has it, {cell}: not compared." for row, cell in cells.items())

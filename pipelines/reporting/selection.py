@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from aecore.evaluation.trial import REFERENCES, Trial
+from aecore.evaluation.trial import Trial
 from pipelines.reporting.measures import MEASURES, SHOWN_ROWS
 
 Read = Callable[[Trial], Trial]
@@ -38,7 +38,8 @@ def choose_drawn(compared: Sequence[Trial], choose: str) -> list[str]:
     """Return the study rows that figures show, in the order of the trials: all of a dozen, else the references and the
     best by the metric `choose`."""
     best = {row: min(keys.values()) for row, keys in scores(compared, choose).items()}
-    references = [row for row in best if row in REFERENCES]
+    known = {trial.row for trial in compared if trial.is_reference}
+    references = [row for row in best if row in known]
     variants = sorted((row for row in best if row not in references), key=lambda row: best[row])
     drawn = {*variants[: SHOWN_ROWS - len(references)], *references}
     return [row for row in best if row in drawn]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aecore.evaluation.statistics import BOOTSTRAPPED_POINTS, BOOTSTRAPPED_ROWS, resolution
-from aecore.evaluation.trial import REFERENCES, Trial, study_status
+from aecore.evaluation.trial import Trial, study_status
 from aecore.evaluation.verdicts import listed
 from pipelines.reporting.measures import SHOWN_ROWS, Comparison
 
@@ -17,6 +17,8 @@ _TESTED_BY = {
     "val/finetuned_accuracy": "finetuned/accuracy",
 }
 """The measure on test rows for each validation metric by which settings are chosen."""
+_DETECTION = "test/auroc"
+"""The measure that answers in a study of anomalies, whatever settings were chosen by."""
 _LISTED = 20
 """The most failed trials, and the most reasons, that the page lists."""
 _NAMED = 4
@@ -84,7 +86,8 @@ def leading(comparisons: Sequence[Comparison], choose: str) -> Comparison | None
     """Return the comparison that answers which study row to use: by the measure that settings were chosen by, else the
     first one."""
     compared = [one for one in comparisons if one.verdict]
-    wanted = [one for one in compared if one.measure.name == _TESTED_BY.get(choose, choose)]
+    names = (_DETECTION, _TESTED_BY.get(choose, choose))
+    wanted = [one for name in names for one in compared if one.measure.name == name]
     return next(iter(wanted or compared), None)
 
 
@@ -114,7 +117,8 @@ def answer(one: Comparison | None, trials: Sequence[Trial]) -> Answer:
     cheapest = min(best, key=lambda row: seconds[row])
     others = [row for row in best if row != cheapest]
     others = others if len(others) <= _NAMED else [*others[: _NAMED - 1], f"{len(others) - _NAMED + 1} more"]
-    reference = "a reference; " if cheapest in REFERENCES else ""
+    is_reference = any(trial.row == cheapest and trial.is_reference for trial in trials)
+    reference = "a reference; " if is_reference else ""
     least = f"of these {len(best)} it took least training, {seconds[cheapest]:.2g} s per trial"
     return Answer(cheapest, f"{reference}{by} it ties with {listed(others)}, and {least}.")
 

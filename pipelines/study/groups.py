@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 
-from aecore.evaluation.trial import REFERENCES
 from pipelines.study.plan import TrialPlan
 
 
@@ -16,12 +15,15 @@ def alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return the trials of PCA and those of random weights, all seeds of each as a group.
+    """Return the trials of each reference, all seeds as a group.
 
     The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
     """
-    groups = [[plan for plan in plans if plan.row == name and plan.is_fixed_reference] for name in REFERENCES]
-    return [group for group in groups if group]
+    groups: dict[str, list[TrialPlan]] = {}
+    for plan in plans:
+        if plan.is_fixed_reference:
+            groups.setdefault(plan.row, []).append(plan)
+    return list(groups.values())
 
 
 def _all_but_numbers(plan: TrialPlan) -> str:

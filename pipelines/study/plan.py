@@ -7,17 +7,27 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from aecore.config.experiment import Conv, Dense, Experiment, Finetune, Fit, overlay
 from aecore.config.facts import Facts
-from aecore.config.resolve import layer_specs, resolve
-from aecore.config.specs import REVISION, FinetuneSpec, LoadSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
+from aecore.config.resolve import layer_specs, resolve, resolve_anomalies
+from aecore.config.specs import (
+    REVISION,
+    DetectionSpec,
+    DetectorSpec,
+    FinetuneSpec,
+    LoadSpec,
+    MeasureSpec,
+    Numerics,
+    PretrainSpec,
+    ReferenceSpec,
+)
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
-from aecore.evaluation.trial import REFERENCES, trial_name
+from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference, trial_name
 from aecore.models.spec import LayerSpec
 from pipelines.graph.recipe import Stacked, build, load_stage
 from pipelines.graph.stage import Inputs, Stage
@@ -37,7 +47,7 @@ class TrialPlan(NamedTuple):
     settings: dict[str, Any]
     seed: int
     kind: str
-    """The variant's kind, or `pca` or `random`."""
+    """The variant's kind, or the reference's name."""
     stage: Stage
     """The trial's last stage, which measures the trained network; its key identifies the trial."""
 
@@ -47,14 +57,20 @@ class TrialPlan(NamedTuple):
         return trial_name(self.row, self.settings, self.seed)
 
     @property
+    def is_reference(self) -> bool:
+        """Whether the trial is of a reference, not of a variant."""
+        return self.kind in (*REFERENCES, *DETECTORS)
+
+    @property
     def is_fixed_reference(self) -> bool:
         """Whether the trial is of a reference without settings to search."""
-        return self.kind in REFERENCES and not self.settings
+        return self.is_reference and not self.settings
 
     @property
     def trained(self) -> Stage:
         """The stage that ends the trial's unsupervised training: of the whole, or else of the last layer."""
-        stage = self.stage.inputs.get("stack") or self.stage.inputs["layers"]
+        inputs = self.stage.inputs
+        stage = inputs.get("stack") or inputs.get("detector") or inputs["layers"]
         return stage[-1] if isinstance(stage, tuple) else stage
 
     def tags(self) -> dict[str, str]:
@@ -97,12 +113,12 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
         for settings in _most_demanding(study, row):
             plan_trial(study, row, settings, study.seeds[0], facts, numerics)
     plans: dict[str, TrialPlan] = {}
-    for row in (*study.variants, *REFERENCES):
+    for row in (*study.variants, *study.references):
         for settings in settings_to_try(study, row):
             for seed in study.seeds:
                 plan = plan_trial(study, row, settings, seed, facts, numerics)
                 same = plans.setdefault(plan.stage.key, plan)  # random draws may repeat
-                if same.row != row and row not in REFERENCES:
+                if same.row != row and row in study.variants:
                     raise InputError(f"variants.{row}: {plan.name} is the same as {same.name}; leave one of them out")
     return list(plans.values())
 
@@ -249,10 +265,10 @@ def plan_trial(
     """Plan one trial; raise an InputError if its study row does not fit the data or sets an unknown field."""
     study = study.model_copy(update={"labels": _labels_of(study, settings)})
     name = trial_name(row, settings, seed)
-    for reference in REFERENCES:
+    for reference in study.references:
         if row == reference:
             trained = _untrained(study, reference, settings, seed, facts)
-            return TrialPlan(row, settings, seed, row, _measures(study, name, trained, seed, facts, numerics))
+            return TrialPlan(row, settings, seed, row, _measured(study, name, trained, seed, facts, numerics))
     experiment = experiment_of(study, row, settings, seed)
     try:
         graph = build(experiment, facts, numerics, f"{name}: ", served=False)
@@ -260,7 +276,7 @@ def plan_trial(
         raise InputError(f"variants.{row}: {error}") from None
     trained = _trained(graph)
     kind = experiment.variant.kind
-    return TrialPlan(row, settings, seed, kind, _measures(study, name, trained, seed, facts, numerics))
+    return TrialPlan(row, settings, seed, kind, _measured(study, name, trained, seed, facts, numerics))
 
 
 def _labels_of(study: Study, settings: Mapping[str, Any]) -> Labels:
@@ -283,16 +299,20 @@ def _trained(graph: Stacked) -> _Trained:
     return _Trained(graph.data, {"layers": graph.layers}, layers, experiment)
 
 
-def _untrained(
-    study: Study, kind: Literal["pca", "random"], settings: Mapping[str, Any], seed: int, facts: Facts
-) -> _Trained:
-    """Return PCA of the code's width, or the base's network with random weights, as an autoencoder to measure."""
+def _untrained(study: Study, kind: Reference, settings: Mapping[str, Any], seed: int, facts: Facts) -> _Trained:
+    """Return PCA of the code's width or the base's network with random weights, as an autoencoder to measure; in a
+    study of anomalies one of scikit-learn's detectors."""
     network = {key: value for key, value in _nested(settings).items() if key == "network"}
     try:
         base = Experiment.model_validate(overlay(study.base.model_dump(), network))
     except ValidationError as error:
         raise InputError(first_problem("settings", error)) from None
     experiment = resolve(base, facts)
+    name, data = trial_name(kind, settings, seed), load_stage(experiment, facts)
+    if kind != "random" and (kind != "pca" or facts.has_anomalies):
+        detector = DetectorSpec(kind=kind, seed=seed if kind == "iforest" else 0)
+        stage = Stage(f"{name}: fit", "anomalies.detect", detector, {"data": data})
+        return _Trained(data, {"detector": stage}, (), None)
     layers = tuple(layer_specs(experiment.network, experiment.data, facts))
     if kind == "pca":
         width = min(prod(layers[-1].code_shape), prod(facts.shape))
@@ -303,9 +323,19 @@ def _untrained(
             ),
         )  # fmt: skip
     spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)
-    name, data = trial_name(kind, settings, seed), load_stage(experiment, facts)
     stack = Stage(f"{name}: stack", "stages.reference", spec, {"data": data})
     return _Trained(data, {"stack": stack}, layers, None)
+
+
+def _measured(study: Study, name: str, trained: _Trained, seed: int, facts: Facts, numerics: Numerics) -> Stage:
+    """Return the stage `name` that ends a trial."""
+    if not facts.has_anomalies:
+        return _measures(study, name, trained, seed, facts, numerics)
+    spec = DetectionSpec(
+        mixed=resolve_anomalies(study.base.data, facts) == "mixed", seed=seed,
+        explained=trained.experiment is not None and seed == study.seeds[0], columns=facts.columns,
+    )  # fmt: skip
+    return Stage(name, "anomalies.measure", spec, {"data": trained.data, **trained.inputs})
 
 
 def _measures(study: Study, name: str, trained: _Trained, seed: int, facts: Facts, numerics: Numerics) -> Stage:

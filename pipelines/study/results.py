@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from aecore.evaluation.trial import REFERENCES, Trial
+from aecore.evaluation.trial import Trial
 from pipelines.execution.compute import restore
 from pipelines.study.agenda import Endings
 from pipelines.study.plan import TrialPlan
@@ -23,7 +23,7 @@ def trial_of(plan: TrialPlan, record: "Record | None", epochs: int, endings: End
         record: The trial's run, if there is one; see `Tracker.trials_of`.
         epochs: Passes over the training rows that each trial may spend.
     """
-    key, planned = plan.stage.key, 0 if plan.kind in REFERENCES else epochs
+    key, planned = plan.stage.key, 0 if plan.is_reference else epochs
     error = endings.errors.get(key, "did not run")
     trial = Trial(plan.row, plan.settings, plan.seed, plan.kind, "failed", error, epochs_planned=planned)
     if record is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from aecore.config.facts import Facts
 from aecore.evaluation.racing import GOALS
-from aecore.evaluation.trial import REFERENCES, Dropped, Trial
+from aecore.evaluation.trial import Dropped, Trial
 from pipelines.cluster.resources import Resources
 from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda, Endings
@@ -70,7 +70,7 @@ def run(
     before = tracker.trials_of(parent)
     race = Race(study, runner.plan_of, partial(_scores, tracker, parent, study)) if study.scheduler == "race" else None
     plans = plan_trials(study, facts, resources.numerics)
-    _restore([m for m in plans if not race or m.row in REFERENCES], before, agenda, study.scheduler == "asha", say)
+    _restore([m for m in plans if not race or m.is_reference], before, agenda, study.scheduler == "asha", say)
     if race:
         agenda.before = {key: math.nan for key, record in before.items() if record.is_finished}
         agenda.sources.append(race)

@@ -1,7 +1,7 @@
 """The fields of a study's recipe, and the checks that its variants can be compared fairly."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 from aecore.config.experiment import Experiment, Finetune, Fit
 from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen
-from aecore.evaluation.trial import REFERENCES
+from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference
 
 _ROW_NAME = r"\w[\w .:-]{0,99}"
 """Pattern of a study row's name: it becomes part of the names of metrics, and MLflow allows these characters there."""
@@ -102,7 +102,7 @@ class Study(Frozen):
         if self.base.finetune is not None and self.base.finetune.task == "classify":
             raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
         for row, override in self.variants.items():
-            _check_row(row, override)
+            _check_row(row, override, self.references)
         if self.scheduler == "asha" and self.choose != "reconstruction":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
         if len(set(self.seeds)) < len(self.seeds):
@@ -143,7 +143,7 @@ class Study(Frozen):
     def space(self, row: str) -> Settings:
         """Return the settings that are searched in a study row: those of the study, and those of the row itself. Of the
         reference `random` the network and the classifier are searched, and that only under `choose: finetuned`."""
-        if row in REFERENCES:
+        if row not in self.variants:
             searched = row == "random" and self.choose == "finetuned"
             own = ("network.", LABELS_FIT)
             return {name: v for name, v in self.settings.items() if searched and f"{name}.".startswith(own)}
@@ -162,6 +162,11 @@ class Study(Frozen):
         return settings.keys() == space.keys() and all(has(space[name], value) for name, value in settings.items())
 
     @property
+    def references(self) -> tuple[Reference, ...]:
+        """The study rows that the study contains besides its variants."""
+        return DETECTORS if self.base.data.anomaly else REFERENCES
+
+    @property
     def choose_metric(self) -> str:
         """The name of the metric by which a study row's best settings are chosen."""
         accuracies = {"probe": "val/probe_accuracy", "finetuned": "val/finetuned_accuracy"}
@@ -175,15 +180,15 @@ class Study(Frozen):
     @property
     def searched_rows(self) -> list[str]:
         """The study rows of which settings are searched, references included."""
-        return [row for row in (*self.variants, *REFERENCES) if self.space(row)]
+        return [row for row in (*self.variants, *self.references) if self.space(row)]
 
 
-def _check_row(row: str, override: dict[str, Any]) -> None:
+def _check_row(row: str, override: dict[str, Any], references: Sequence[str]) -> None:
     if not re.fullmatch(_ROW_NAME, row):
         raise ValueError(
             f"variants.{row}: the names of metrics contain a row's name; use letters, digits, spaces and . - _ :"
         )
-    if row in REFERENCES:
+    if row in references:
         raise ValueError(f"variants.{row}: every study has a reference of this name; choose another name")
     if unknown := set(override) - _ROW_FIELDS:
         raise ValueError(
