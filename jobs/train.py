@@ -141,9 +141,11 @@ def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float], notes
     for name, value in sorted(metrics.items()):
         if name.endswith(("_low", "_high")) or name.startswith("val/"):
             continue
-        text = f"{value:.4f}" if name.endswith("mse") else f"{value:.2%}"
+        is_share = name.endswith(("accuracy", "/error")) and not name.startswith("auroc/")
+        show = "{:.2%}".format if is_share else "{:.4f}".format
+        text = show(value)
         if f"{name}_low" in metrics:
-            text += f"  (95 % interval {metrics[name + '_low']:.2%} to {metrics[name + '_high']:.2%})"
+            text += f"  (95 % interval {show(metrics[name + '_low'])} to {show(metrics[name + '_high'])})"
         table.add_row(name, text)
     console.print(table)
     if notes:
