@@ -148,6 +148,9 @@ def _print_tables(outcomes: dict[str, Outcome], metrics: dict[str, float], notes
             text += f"  (95 % interval {show(metrics[name + '_low'])} to {show(metrics[name + '_high'])})"
         table.add_row(name, text)
     console.print(table)
+    if "reference/auroc" in metrics:
+        for line in describe_scores(metrics)[:2]:
+            console.print(line, highlight=False)
     if notes:
         console.print(notes, highlight=False, markup=False)
 

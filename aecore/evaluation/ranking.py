@@ -48,9 +48,24 @@ def measure(scores: Mapping[str, np.ndarray], anomaly: np.ndarray, default: str)
         scores: (rows,) by name.
         anomaly: (rows,) whether a row is an anomaly.
     """
-    measures = {f"test/{name}": value for name, value in summarize(rank(scores[default], anomaly)).items()}
+    values = rank(scores[default], anomaly)
+    measures = {f"test/{name}": value for name, value in summarize(values).items()}
     others = {name: each for name, each in scores.items() if name != default}
     return measures | {f"auroc/{name}": summarize(rank(each, anomaly))["auroc"] for name, each in others.items()}
+
+
+def interval(auroc: np.ndarray) -> dict[str, float]:
+    """Return the ends of the 95 % interval of the area under the ROC curve as `test/auroc_low` and `test/auroc_high`,
+    by the normal approximation (DeLong et al. 1988); nothing where all anomalies come first, since then the rows tell
+    no spread.
+
+    Args:
+        auroc: (rows,) what `rank` returns.
+    """
+    mean, error = float(auroc.mean()), float(auroc.std()) / np.sqrt(len(auroc))
+    if not error:
+        return {}
+    return {"test/auroc_low": max(0.0, mean - 1.96 * error), "test/auroc_high": min(1.0, mean + 1.96 * error)}
 
 
 def summarize(values: dict[str, np.ndarray]) -> dict[str, float]:

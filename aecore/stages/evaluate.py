@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from aecore.anomaly.scores import DEFAULT, AllScores
-from aecore.config.specs import EvaluateSpec
+from aecore.config.specs import DetectorSpec, EvaluateSpec
 from aecore.core.notes import Notes
 from aecore.data.splits import Arrays
 from aecore.data.stream import Stream
@@ -35,12 +35,13 @@ from aecore.evaluation.scoring import (
     over_prepared,
     to_numpy,
 )
+from aecore.evaluation.statistics import gain
 from aecore.evaluation.threads import Threads, side_by_side
 from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.anomalies import explain_strangest, known_rows, score_test_rows, test_anomalies
+from aecore.stages.anomalies import detect, explain_strangest, known_rows, score_test_rows, test_anomalies
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
 from aecore.stages.drawings import Pen, draw_variant, map_codes
 from aecore.stages.rows import preprocessing
@@ -143,7 +144,10 @@ def _evaluate_autoencoder(
 def _evaluate_anomalies(
     spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: TrainedStack, pen: Pen
 ) -> dict[str, float]:
-    """Measure how well the scores of a model rank the anomalies among the test rows, and draw it."""
+    """Measure how well the scores of a model rank the anomalies among the test rows, and draw it.
+
+    The reference is the distance to nearest neighbours among the features, without a network.
+    """
     train, validation = known_rows(context, data)
     score = AllScores(stack, train, validation, spec.anomalies == "mixed")
     scores, anomaly = score_test_rows(score, context, data), test_anomalies(context, data)
@@ -152,7 +156,14 @@ def _evaluate_anomalies(
         pen.draw("ranking", detection.ranking, ranked)
         pen.draw("scores", detection.histogram, ranked)
         pen.draw("strangest", detection.strangest, explain_strangest(score.default, context, data, spec.columns))
-    return ranking.measure(scores, anomaly, DEFAULT)
+    reference = detect(DetectorSpec(kind="knn", seed=0), context, data=data).weights["score"]
+    own, other = (ranking.rank(each, anomaly)["auroc"] for each in (scores[DEFAULT], reference))
+    difference = gain(own - other)
+    return {
+        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own), "reference/auroc": float(other.mean()),
+        "reference/difference": difference.mean, "reference/difference_low": difference.low,
+        "reference/difference_high": difference.high,
+    }  # fmt: skip
 
 
 def _reconstruct(stack: Stack, x: Tensor) -> tuple[float, np.ndarray]:

@@ -109,6 +109,15 @@ def describe_scores(metrics: Mapping[str, float]) -> list[str]:
             gain = 100 * metrics["gain/accuracy"]
             control = f", control {_percent(metrics['control/accuracy'])}, pretraining gains {gain:+.2f} points"
         lines.append(f"Test accuracy {_percent(accuracy)}{control}.")
+    if (auroc := metrics.get("test/auroc")) is not None:
+        ends = [metrics.get(f"test/auroc_{end}") for end in ("low", "high")]
+        interval = f" (95 % interval {ends[0]:.3f} to {ends[1]:.3f})" if None not in ends else ""
+        lines.append(
+            f"Area under the ROC curve {auroc:.3f}{interval}, average precision "
+            f"{metrics['test/average_precision']:.3f}."
+        )
+    if "reference/auroc" in metrics:
+        lines.append(_against_neighbours(metrics))
     if (error := metrics.get("test/reconstruction_mse")) is not None:
         control = ""
         if "gain/reconstruction_mse" in metrics:
@@ -133,6 +142,16 @@ def _training(experiment: Experiment) -> str:
 
 def _length(fit: Fit) -> str:
     return f"{fit.epochs} epochs, lr {fit.lr:g}"
+
+
+def _against_neighbours(metrics: Mapping[str, float]) -> str:
+    """Say whether a model finds anomalies better than the distance to nearest neighbours among the features does."""
+    gain, low, high = (metrics[f"reference/difference{end}"] for end in ("", "_low", "_high"))
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
+    return (
+        f"Nearest neighbours on the features have {metrics['reference/auroc']:.3f}: the model is {verdict} "
+        f"({gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})."
+    )
 
 
 def _percent(share: float) -> str:
