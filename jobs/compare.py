@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from pipelines.reporting.report import Report
 
 _DEFAULT = Path(__file__).parent / "recipes" / "study_digits.yaml"
-_COLUMNS = ("test/reconstruction_mse", "probe/accuracy", "knn/accuracy", "finetuned/accuracy")
+_COLUMNS = (
+    "test/auroc",
+    "test/average_precision",
+    "test/reconstruction_mse",
+    "probe/accuracy",
+    "knn/accuracy",
+    "finetuned/accuracy",
+)
 """Measures of the printed table."""
 _PRINTED_ROWS = 20
 """Most study rows of the printed table."""

@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 import jinja2
 import pandas as pd
 
-from aecore.evaluation.figures import codes, curves, images, settings
+from aecore.evaluation.figures import codes, curves, detection, images, settings
 from aecore.evaluation.trial import Dropped, Trial
 from pipelines.reporting import summary, tables
 from pipelines.reporting.measures import SHOWN_ROWS, Comparison, compare_measures, worth_of_pretraining
 from pipelines.reporting.selection import Read, choose_drawn, choose_settings, read_results, same_settings
 
 CAPTIONS = {
+    "ranking": "Test rows from the strangest down; the lowest seed of each row. Dotted: chance.",
+    "scores": "The default score of the test rows, the lowest seed of each row. The scale is the score's logarithm "
+    "where it spreads wide.",
+    "strangest": "The test rows with the highest scores, and what each of three features adds to them, with its value "
+    "and the mean of normal rows that are alike otherwise.",
     "learning_curves": "Means over seeds, to the last epoch that all seeds reached. Faint: trials that the scheduler "
     "stopped.",
     "label_efficiency": "The encoder has seen all training rows without labels; the labels are the same in every row.",
@@ -121,6 +126,9 @@ def _draw(trials: Sequence[Trial], compared: Sequence[Trial], about: About) -> d
     searched = [trial for trial in trials if trial.row in rows]
     stopped = [trial for trial in searched if trial.status == "stopped" and id(trial) not in known]
     drawn = {
+        "ranking": detection.ranking_of_rows(compared),
+        "scores": detection.histograms(compared),
+        "strangest": detection.strangest_of_study(compared),
         "learning_curves": curves.learning_curves([*compared, *stopped]),
         "label_efficiency": curves.label_efficiency(compared),
         "robustness": curves.robustness(compared),
