@@ -46,7 +46,8 @@ def ranking_of_rows(trials: Sequence[Trial]) -> bytes | None:
 
 
 def _curves(shown: Mapping[str, Ranked], look: Mapping[str, Any], title: str) -> bytes:
-    figure = titled(WIDTH, 3.4 + 0.22 * (len(shown) > 1) * (len(shown) + 1) // 2, title)
+    lines = -(-len(shown) // 2) if len(shown) > 1 else 0  # of the legend
+    figure = titled(WIDTH, 3.1 + 0.24 * lines, title)
     left, right = figure.subplots(1, 2)
     for row, ranked in shown.items():
         points, (colour, style) = curves(*ranked), look[row]

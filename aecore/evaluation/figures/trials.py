@@ -26,6 +26,8 @@ COLOURS = {
     "lof": "#C4C4C4",
 }
 """Okabe & Ito's colours by kind; the references are grey."""
+_STYLES: dict[str, Any] = {"knn": (0, (5, 1, 1, 1)), "iforest": (0, (4, 1.5)), "lof": (0, (1, 1))}
+"""Line styles of references, beside the solid lines of the others."""
 _SPARE = ((RED, "-"), (SKY, "-"))
 _DASHES = ((0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 FONT = 10  # points
@@ -44,7 +46,7 @@ def looks(trials: Sequence[Trial]) -> dict[str, Look]:
     further rows the colours that the palette has left, and when these are used up, the kind's colour with dashes."""
     kinds = {trial.row: trial.kind for trial in trials}
     first = {kind: kind if kinds.get(kind) == kind else row for row, kind in reversed(kinds.items())}
-    rows = {row: Look(COLOURS.get(kind, BLACK), "-") for row, kind in kinds.items()}
+    rows = {row: Look(COLOURS.get(kind, BLACK), _STYLES.get(kind, "-")) for row, kind in kinds.items()}
     for number, row in enumerate(row for row, kind in kinds.items() if first[kind] != row):
         if number < len(_SPARE):
             rows[row] = Look(*_SPARE[number])
