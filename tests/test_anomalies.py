@@ -79,7 +79,8 @@ def test_training_is_normal_and_the_test_has_both_kinds() -> None:
     assert not known & {row.tobytes() for s in (arrays.train, arrays.validation) for row in s.x}
     assert facts.kinds == tuple(RowKinds(normal=n, anomalies=a) for n, a in ((1101, 0), (195, 0), (323, 178), (0, 0)))
     assert describe(data, facts) == [
-        "data: digits, 1,797 rows, images of 8 x 8 pixels with 1 channel, label 0 marks anomalies: 178 of 1,797 rows, 9.9 %",
+        "data: digits, 1,797 rows, images of 8 x 8 pixels with 1 channel, "
+        "label 0 marks anomalies: 178 of 1,797 rows, 9.9 %",
         "splits: train 1,101 normal rows; validation 195 normal rows; test 323 normal rows and 178 anomalies",
     ]
 
