@@ -64,6 +64,10 @@ def encode(settings: Encode) -> dict[str, Any]:
         raise InputError("output: missing; name a folder, --output codes")
     if settings.decode is not None and settings.sample is not None:
         raise InputError("sample: excludes decode; leave one of them out")
+    if settings.data.anomaly:
+        raise InputError(
+            "data.anomaly: all rows are encoded, whatever their labels tell; leave it out, and data.contamination too"
+        )
     if store_is_empty():
         raise InputError(
             f"model: {store_uri()} does not exist, so there is no {settings.model}; set MLFLOW_TRACKING_URI"

@@ -6,6 +6,7 @@ The text under a field is its text in `--help`.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -70,6 +71,17 @@ def _read_names(value: Any) -> Any:
     return tuple(str(one) for one in values if one != "")
 
 
+def _read_contamination(value: Any) -> Any:
+    """Return `clean`, `mixed` or a share as a number, which a command line writes as text."""
+    with suppress(TypeError, ValueError):
+        value = float(value)
+    if value not in ("clean", "mixed") and not (isinstance(value, float) and 0 < value < 0.5):
+        raise ValueError(
+            f"data.contamination: write clean, mixed or a share above 0 and below 0.5, not {short_repr(value)}"
+        )
+    return value
+
+
 def _at_home(path: Any) -> Any:
     """Replace `~` and `~user` at the start of a path by the home folder."""
     return os.path.expanduser(path) if isinstance(path, str | Path) else path
@@ -105,7 +117,7 @@ class Data(Frozen):
     anomaly: Annotated[tuple[str, ...], Later(), NoDecode, BeforeValidator(_read_names)] = ()
     """Value of the labels that marks anomalies, or several, [fraud, fault]. All other rows are normal, labels tell
     nothing else, and no training sees them; the test rows are scored."""
-    contamination: Annotated[Literal["clean", "mixed"] | Annotated[float, Field(gt=0, lt=0.5)], Later()] = "clean"
+    contamination: Annotated[Literal["clean", "mixed"] | float, Later(), BeforeValidator(_read_contamination)] = "clean"
     """Anomalies among the training and validation rows, with data.anomaly: none (clean), as many as the data have
     (mixed), or this share of the rows."""
     missing: Annotated[Literal["refuse", "impute"], Later()] = "refuse"

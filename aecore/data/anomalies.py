@@ -1,6 +1,5 @@
-"""Anomaly studies: which labels mark anomalies, and how many anomalies training and validation hold."""
+"""Anomaly studies: how many normal rows and anomalies each split holds, in numbers and in words."""
 
-import re
 import warnings
 from collections.abc import Sequence
 
@@ -8,59 +7,8 @@ import numpy as np
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, RowKinds
-from aecore.core.errors import InputError, join_names
-from aecore.data.columns import find_name
+from aecore.core.errors import join_names
 from aecore.data.splits import SPLITS, asked_share
-
-
-def only_anomalies(data: Data, facts: Facts) -> Facts:
-    """Return the facts of a set with classes for a job to which labels tell nothing but anomalies (`data.anomaly`).
-
-    Raises:
-        InputError: there are no labels, no row has a label that marks anomalies, or all rows have one.
-    """
-    if not facts.classes:
-        raise InputError(
-            "data.anomaly: the data have no labels that could mark anomalies; name their column with --data.labels"
-        )
-    if all(label_numbers(data, facts).values()):
-        raise InputError(
-            f"data.anomaly: all rows are anomalies, labelled {join_names(facts.classes)}, and training needs normal "
-            "rows; name only the values of anomalies, or add normal rows"
-        )
-    return facts.model_copy(update={"labels": facts.classes, "classes": ()})
-
-
-def label_numbers(data: Data, facts: Facts) -> dict[str, int]:
-    """Return the number that stands for each label in `Rows.y`: of its class or, with `data.anomaly`, 1 of anomalies
-    and 0 of normal rows.
-
-    Raises:
-        InputError: no row has a label that `data.anomaly` names.
-    """
-    labels = facts.classes or facts.labels
-    if not data.anomaly:
-        return {label: number for number, label in enumerate(labels)}
-    anomalous = {_label(value, labels) for value in data.anomaly}
-    return {label: int(label in anomalous) for label in labels}
-
-
-def _label(value: str, labels: Sequence[str]) -> str:
-    """Return the label that a value means, which may be written in another case or as 1.0 for 1."""
-    label = find_name(value, labels) or find_name(re.sub(r"\.0+$", "", value), labels)
-    if label is None and len(labels) == 1:
-        raise InputError(
-            f"data.anomaly: all rows are normal, labelled {labels[0]}, and no row has the label {value}; name data "
-            "with anomalies, or leave data.anomaly out"
-        )
-    if label is None:
-        raise InputError(f"data.anomaly: no row has the label {value}; the labels are {join_names(labels)}")
-    return label
-
-
-def are_anomalies(data: Data, facts: Facts, labels: np.ndarray) -> np.ndarray:
-    """Return 1 for anomalies and 0 for normal rows, (rows,), given the number of each row's label in `facts.labels`."""
-    return np.array([*label_numbers(data, facts).values()], np.int64)[labels]
 
 
 def count_kinds(anomalous: np.ndarray, splits: Sequence[np.ndarray]) -> tuple[RowKinds, ...]:

@@ -15,14 +15,8 @@ from aecore.config.resolve import resolve_in_memory, resolve_standardize
 from aecore.core.errors import InputError
 from aecore.core.types import describe_shape
 from aecore.data import named, parquet
-from aecore.data.anomalies import (
-    are_anomalies,
-    count_kinds,
-    describe_anomalies,
-    describe_kinds,
-    only_anomalies,
-    warn_of_few,
-)
+from aecore.data.anomalies import count_kinds, describe_anomalies, describe_kinds, warn_of_few
+from aecore.data.labels import are_anomalies, only_anomalies
 from aecore.data.numbers import SMALLEST_SPREAD
 from aecore.data.splits import (
     SPLITS,
@@ -105,7 +99,8 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
     if data.name == "parquet":
         return parquet.describe(data, facts, divided) + kinds
     labels = f"{len(facts.classes)} classes" if facts.classes else "labels are not used"
-    labels = describe_anomalies(data, facts) or labels
+    if facts.has_anomalies:
+        labels = f"label{'' if len(data.anomaly) == 1 else 's'} {describe_anomalies(data, facts)}"
     return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}", *kinds]
 
 

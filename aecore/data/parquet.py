@@ -8,8 +8,6 @@ names the value's file, column and row.
 
 import ctypes
 import hashlib
-import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -24,12 +22,13 @@ from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError, escape_unprintable, join_names
 from aecore.core.types import Shape, describe_shape
-from aecore.data.anomalies import describe_anomalies, label_numbers
+from aecore.data.anomalies import describe_anomalies
 from aecore.data.cells import encoded_images, exact_decimals, is_encoded, is_number
 from aecore.data.columns import Columns, described
 from aecore.data.files import Batch, file_digest, open_file, read_batches
 from aecore.data.folders import filesystem_at, join_paths
-from aecore.data.marks import classes_of_folders, describe_listing, may_be_years
+from aecore.data.labels import check_key, find_classes, label_numbers
+from aecore.data.marks import classes_of_folders, describe_listing
 from aecore.data.numbers import Spread, find_offsets, is_too_fine
 from aecore.data.parts import Part
 from aecore.data.sets import ParquetSet, Piece, Source, divide, open_set
@@ -46,9 +45,6 @@ _DECODING_COST = 16
 """Decoding an image takes about this many times longer per byte than reading an array."""
 _MAX_HEADERS, _MAX_HEADER_BYTES = 2**17, 2**31
 """Most images, and most bytes of images, whose headers are read before a job starts; that takes some seconds."""
-_MANY_CLASSES, _FEW_ROWS = 20, 10
-"""With more classes than the first number, integers that leave numbers out, or that on average fewer rows than the
-second have, are taken for a measured value."""
 _CHANGED = "data.path: {} is damaged, or was changed while the job ran; write it again, or start the job again"
 
 
@@ -82,9 +78,11 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     classes: tuple[str, ...] = ()
     if source.marks.label_key:
         classes = classes_of_folders(labels, source.marks.label_key)
-        _check_key(data, source.marks.label_key, classes, rows)
+        check_key(data, source.marks.label_key, classes, rows)
     elif column_of_labels:
-        classes = _find_classes(data, column_of_labels, labels, rows)
+        if not labels:
+            raise InputError(_CHANGED.format(join_paths(data.path)))
+        classes = find_classes(data, column_of_labels, labels, rows)
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
     offsets = _find_offsets(data, source) if like is None else like.offsets
     if offsets:
@@ -180,54 +178,6 @@ def _find_offsets(data: Data, source: ParquetSet) -> tuple[int | float, ...]:
                 "before you write the file, or write fewer digits"
             )
     return find_offsets([*values.values()])
-
-
-def _find_classes(data: Data, column: str, labels: set[Any], rows: int) -> tuple[str, ...]:
-    """Return the names of the classes, in the order of their labels."""
-    if not labels:
-        raise InputError(_CHANGED.format(join_paths(data.path)))
-    classes = tuple(str(label) for label in sorted(labels))
-    if len(classes) < 2 and not data.anomaly:
-        raise InputError(
-            f"data.labels: all rows of column {column} have one class ({classes[0]}); use --data.labels null"
-        )
-    if padded := [name for name in classes if name != name.strip() and name.strip() in classes]:
-        warnings.warn(
-            f"data.labels: the classes {padded[0]!r} and {padded[0].strip()!r} of column {column} differ in blanks "
-            "alone, and count as two; remove the blanks if they are one",
-            stacklevel=4,
-        )
-    numeric = all(isinstance(label, int) for label in labels)
-    if data.labels == "auto" and _is_doubtful([*labels] if numeric else [], len(labels), rows):
-        raise InputError(
-            f"data.labels: column {column} has {len(classes)} different values in {rows} rows, so it may be measured "
-            f"rather than a label; write --data.labels {shlex.quote(column)}, or --data.labels null"
-        )
-    return classes
-
-
-def _check_key(data: Data, key: str, classes: Sequence[str], rows: int) -> None:
-    """Raise an InputError if the values of a folders' key are all the same, or if nobody named it and they are rather
-    measured or years."""
-    if len(classes) < 2 and not data.anomaly:
-        raise InputError(f"data.labels: all rows have one class ({key}={classes[0]}); use --data.labels null")
-    whole = [int(name) for name in classes if re.fullmatch(r"-?\d+", name)]
-    is_doubtful = _is_doubtful(whole if len(whole) == len(classes) else [], len(classes), rows)
-    if data.labels == "auto" and (is_doubtful or may_be_years(key, classes)):
-        raise InputError(
-            f"data.labels: the folders' key {key} has {len(classes)} different values in {rows} rows, {classes[0]} to "
-            f"{classes[-1]}, so it may be measured or a year rather than a label; write --data.labels {key}, or "
-            "--data.labels null"
-        )
-
-
-def _is_doubtful(numbers_of: Sequence[int], classes: int, rows: int) -> bool:
-    """Say whether so many different labels, these numbers or else texts, are rather a measured value or the names of
-    the rows than classes."""
-    if not numbers_of:
-        return classes > _MANY_CLASSES and 2 * classes > rows
-    gaps = max(numbers_of) - min(numbers_of) >= classes
-    return classes > _MANY_CLASSES and (gaps or _FEW_ROWS * classes > rows)
 
 
 def load(data: Data, facts: Facts) -> Rows:

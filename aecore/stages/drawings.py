@@ -51,7 +51,8 @@ def map_codes(threads: Threads, codes: BySplit, data: Arrays, classes: Sequence[
         shown, y, most, split = codes.train, data.train.y, _DRAWN_ROWS, "training"
     rows = first_rows(y, len(shown), most)
     points = threads.start(plane, shown[rows])
-    return lambda: figures.codes_map(points(), units, None if y is None else y[rows], classes, split)
+    labels = y[rows] if y is not None and classes else None
+    return lambda: figures.codes_map(points(), units, labels, classes, split)
 
 
 def draw_variant(pen: Pen, spec: EvaluateSpec, stack: Stack, x: Tensor, codes: np.ndarray) -> None:

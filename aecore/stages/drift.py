@@ -77,7 +77,7 @@ def _measure_new_rows(
         values = {"code": measured["code"], "x": x}
         if "reconstruction_mse" in measured:
             values["error"] = measured["reconstruction_mse"]
-        if part.y is not None:
+        if part.y is not None and spec.classes:  # labels that only tell anomalies are no classes
             values["class"] = np.array(spec.classes)[part.y[fresh]]
         parts.append(values)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

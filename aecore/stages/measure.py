@@ -92,7 +92,8 @@ def measure(
         if judge is not None:
             metrics |= sample_distance(net, judge, prepare, sample, notes)
     if spec.pictures:
-        arrays |= study_arrays(net, x, codes.test, sample.test.y, isinstance(spec.variant, Variational))
+        y = sample.test.y if spec.classes else None
+        arrays |= study_arrays(net, x, codes.test, y, isinstance(spec.variant, Variational))
     return Result(curves | {"notes": notes} if notes else curves, arrays, metrics)
 
 

@@ -161,7 +161,8 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
         raise InputError(f"data: values are {kinds[0]}, those of {name} {kinds[1]}; {remedy}")
     task, known_task = candidate.spec.task, champion.model.config["task"]
     label = columns_of(champion.model.config).label
-    if task != known_task and label and not facts.classes and candidate.graph.experiment.data.labels is not None:
+    without = not facts.classes and not facts.has_anomalies
+    if task != known_task and label and without and candidate.graph.experiment.data.labels is not None:
         raise InputError(
             f"data.labels: the data have no labels, but {name} was trained on those in column {label}; add it, or name "
             "the column of labels with --data.labels"

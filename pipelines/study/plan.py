@@ -108,6 +108,8 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
     """
     if study.choose != "reconstruction" and not facts.can_classify:
         lack = "all training rows are of one class" if facts.classes else "the data have none"
+        if facts.has_anomalies:
+            lack = "with data.anomaly they tell only anomalies"
         raise InputError(f"choose: {study.choose} needs labels, but {lack}; use reconstruction")
     for row in study.searched_rows if study.search != "grid" else ():
         for settings in _most_demanding(study, row):
