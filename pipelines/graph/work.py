@@ -7,7 +7,7 @@ from typing import Any
 
 from aecore.config.needs import weight_count
 from aecore.config.specs import FinetuneSpec, LoadSpec, PretrainSpec
-from aecore.core.fingerprint import fingerprint
+from aecore.core.fingerprint import fingerprint, later_defaults
 from aecore.models.spec import LayerSpec
 from pipelines.graph.stage import Stage
 
@@ -28,7 +28,8 @@ def shape_of(stages: Iterable[Stage]) -> str:
 
     Stages of one shape differ in seeds, rates, levels and weights, and in their numbers of epochs, rows and labels.
     """
-    parts = [(stage.fn, _shape(stage.spec.model_dump(mode="json"))) for stage in stages if stage.kept]
+    kept = [(stage.fn, stage.spec) for stage in stages if stage.kept]
+    parts = [(fn, _shape(spec.model_dump(mode="json", exclude=later_defaults(spec)))) for fn, spec in kept]
     return fingerprint(*sorted(parts, key=str))
 
 
