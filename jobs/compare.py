@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_settings import CliPositionalArg
 
+from aecore.config.experiment import overlay
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError, join_names
-from aecore.core.fingerprint import fingerprint
+from aecore.core.fingerprint import fingerprint, later_defaults
 from aecore.core.imports import fast_imports
 from aecore.data.dataset import describe, inspect
 from aecore.evaluation.trial import Trial, study_status
@@ -133,11 +134,11 @@ def compare(settings: Compare) -> dict[str, Any] | None:
 def _key_of(study: Study, facts: Facts) -> str:
     """Return the key of a study's run. A study that gets another seed, another row or a larger budget of hours stays
     the same study, and so the same MLflow run."""
-    limits = {"cpu_hours", "gpu_hours"}
-    columns = {"data": {"exclude"}}  # the digest says which columns are read
-    config = study.model_dump(
-        mode="json", exclude={"seeds": True, "variants": True, "budget": limits, "base": columns}
-    )  # fmt: skip
+    changeable = {
+        "seeds": True, "variants": True, "budget": {"cpu_hours": True, "gpu_hours": True},
+        "base": {"data": {"exclude": True}},  # the digest says which columns are read
+    }  # fmt: skip
+    config = study.model_dump(mode="json", exclude=overlay(later_defaults(study), changeable))
     return fingerprint("compare", facts.digest, config)
 
 
@@ -158,8 +159,9 @@ def _describe(study: Study, facts: Facts) -> Description:
     data = data_name(study.base.data)
     name = f"study of {data}" if study.name == Study.model_fields["name"].default else study.name
     rows, seeds = join_names([*study.variants]), ", ".join(map(str, study.seeds))
-    epochs = f"{study.budget.epochs} epochs per trial"
-    return Description(name, f"What: compares {rows} on {data} ({facts.rows:,} rows), seeds {seeds}; {epochs}.")
+    length = f"{study.budget.epochs} epochs" if study.budget.steps is None else study.budget.length
+    about = f"What: compares {rows} on {data} ({facts.rows:,} rows), seeds {seeds}; {length} per trial."
+    return Description(name, about)
 
 
 def _write_report(
@@ -172,7 +174,7 @@ def _write_report(
     description = {
         "data": f"{study.base.data.name}, {facts.rows} rows",
         "seeds": ", ".join(map(str, study.seeds)),
-        "budget": f"{most}{study.budget.epochs} passes over the training rows per trial",
+        "budget": f"{most}{study.budget.length} per trial",
     }
     about = report.About(
         study.name, study.choose_metric, description, facts.classes, ended.dropped,

@@ -323,7 +323,7 @@ TABLE: dict[str, Row] = {
     "wrong type": settings("pretrain.epochs: input should be a valid integer ... got 'many'", "--pretrain.epochs many"),
     "long value": settings("seed: input should be a valid integer ... got 'aaaa ... aaa...", f"--seed {'a' * 5000}"),
     "infinite rate": settings("finetune.lr: input should be a finite number, got 'inf'", "--finetune.lr inf"),
-    "no width": settings("network.widths.0: input should be greater than 0", "--network.widths [0]"),
+    "no width": settings("network.widths.0: input should be a whole number above 0, or", "--network.widths [0]"),
     "no widths": settings("network.widths: ... at least 1 item", "--network.widths []"),
     "impossible width": settings(
         "network.widths: 1000000000000 units give layer 1 6.4e+13 weights, more than any device holds",

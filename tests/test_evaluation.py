@@ -190,12 +190,12 @@ def test_other_data_and_networks_are_measured_too(kind: str, digits: tuple[Facts
 
 def test_few_labels_make_as_many_steps_as_many(digits: tuple[Facts, Arrays]) -> None:
     _, arrays = digits
-    few = few_labels(arrays, 100, seed=0, batch_size=32)
+    few = few_labels(arrays, 100, seed=0, least=640)
     assert len(few.train.x) == 600 and len(np.unique(few.train.x, axis=0)) == 100
     assert few.train.y is not None and np.bincount(few.train.y).tolist() == [60] * 10
-    other = few_labels(arrays, 100, seed=1, batch_size=32)
+    other = few_labels(arrays, 100, seed=1, least=640)
     assert not np.array_equal(few.train.x, other.train.x)
-    assert len(few_labels(arrays, 10_000, seed=0, batch_size=32).train.x) == len(arrays.train.x)
+    assert len(few_labels(arrays, 10_000, seed=0, least=640).train.x) == len(arrays.train.x)
 
 
 def test_classifying_starts_from_the_stack(digits: tuple[Facts, Arrays]) -> None:

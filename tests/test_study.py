@@ -10,6 +10,7 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
+from jobs.compare import _key_of
 from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
 
@@ -84,6 +85,46 @@ def test_budgets_are_equal_by_construction(epochs: int) -> None:
         for plan in plans
     }
     assert len(supervised) == 1
+
+
+def unsupervised_steps(plan: TrialPlan) -> int:
+    specs = [stage.spec for stage in plan.stages().values()]
+    trained = [spec.fit for spec in specs if isinstance(spec, PretrainSpec)]
+    trained += [spec.fit for spec in specs if isinstance(spec, FinetuneSpec) and spec.task == "reconstruct"]
+    assert all(fit.steps is not None and fit.steps >= fit.epochs for fit in trained)
+    return sum(fit.steps or 0 for fit in trained)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(4, 4), (5, 6), (11, 12), (40, 1000), (41, 9999)])
+def test_budgets_of_steps_are_equal_by_construction(epochs: int, steps: int) -> None:
+    plans = [plan for plan in planned(budget={"epochs": epochs, "steps": steps}) if plan.kind not in ("pca", "random")]
+    assert {unsupervised_steps(plan) for plan in plans} == {steps}
+    assert {unsupervised_epochs(plan) for plan in plans} == {epochs}
+    assert {spec.fit.steps for plan in plans for spec in classifiers(plan)} == {None}
+
+
+def test_layers_get_their_share_of_the_steps() -> None:
+    rows = {
+        "layers": {"pretrain": {}, "finetune": None},
+        "both": {"pretrain": {}},
+        "short": {"pretrain": {"epochs": 2}},
+    }
+    plans = planned(choose="finetuned", variants=rows, seeds=(0,), budget={"epochs": 25, "steps": 250})
+    steps = {plan.row: unsupervised_steps(plan) for plan in plans if plan.row in rows}
+    assert steps == {"layers": 240, "both": 250, "short": 60 + 130}
+
+
+def test_the_key_of_a_study_without_steps_is_that_of_earlier_versions() -> None:
+    # of the version before there were steps, shares of features and anomalies
+    key = "41f5c40fba1d1f9ff2daffa348891885d93200011220d99dfbb028a78e66959c"
+    study = Study.model_validate({"variants": ALL, "budget": {"epochs": 40}})
+    assert _key_of(study, FACTS) == key
+    others: list[dict[str, Any]] = [
+        {"budget": {"steps": 400}},
+        {"labels": {"fit": {"steps": 400}}},
+        {"base": {"network": {"kind": "dense", "max_width": 9}}},
+    ]
+    assert key not in {_key_of(Study.model_validate({"variants": ALL, **fields}), FACTS) for fields in others}
 
 
 def test_a_stacked_row_differs_in_one_field() -> None:
@@ -238,6 +279,18 @@ def test_the_same_trial_is_measured_again_where_the_classifier_chooses() -> None
         ({"settings": {"pretrain.epochs": [1]}}, r"settings\.pretrain\.epochs: equal for all trials; budget"),
         ({"choose": "finetuned", "settings": {"finetune.epochs": [1]}}, r"finetune\.epochs: equal for all trials"),
         ({"settings": {"labels.counts": [1]}}, r"settings\.labels\.counts: only fields of"),
+        ({"settings": {"finetune.steps": [1]}}, r"finetune\.steps: equal for all trials; budget.epochs and budget.st"),
+        ({"choose": "finetuned", "settings": {"labels.fit.steps": [1]}}, r"labels\.fit\.steps: equal for all trials"),
+        ({"budget": {"epochs": 9, "steps": 8}}, r"budget\.epochs: 8 steps cannot be cut into 9 parts; raise budget\."),
+        (
+            {"labels": {"fit": {"steps": 8}}},
+            r"labels\.fit\.epochs: 8 steps cannot be cut into 20 parts; raise labels\.",
+        ),
+        ({"base": {"finetune": {"steps": 99}}}, r"base\.finetune\.steps: equal for all trials; set budget\.steps"),
+        (
+            {"variants": {"a": {"pretrain": {"steps": 99}}}},
+            r"variants\.a\.pretrain\.steps: equal for all trials; set bu",
+        ),
         (
             {"choose": "finetuned", "search": "random", "settings": {"pretrain.epochs": {"low": 1, "high": 9}}},
             r"settings\.pretrain\.epochs: a range has fractions between its ends; list whole numbers",

@@ -4,7 +4,9 @@ The text under a field is its text in `--help`.
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +19,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
+    ValidationError,
     model_validator,
 )  # fmt: skip
+from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
 from aecore.core.errors import short_repr
@@ -166,6 +171,36 @@ class Data(Frozen):
         return self
 
 
+def share_of_features(value: Any) -> float | None:
+    """Return the share of the number of features that a width such as 0.5x stands for; None for any other value."""
+    is_share = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?x", value)
+    return float(value[:-1]) if is_share else None
+
+
+_UNITS = TypeAdapter(PositiveInt)
+
+
+def _read_width(value: Any) -> int | str:
+    """Return the width of a dense layer: a number of units, or a share of the number of features as text."""
+    if 0 < (share_of_features(value) or 0) < math.inf:
+        return str(value)
+    try:
+        return _UNITS.validate_python(value)
+    except ValidationError:
+        message = "Input should be a whole number above 0, or a share of the number of features such as 0.5x"
+        raise PydanticCustomError("width", message) from None
+
+
+def _refuse_share(value: Any) -> Any:
+    if isinstance(value, str) and value.endswith("x"):
+        raise PydanticCustomError("share", "Only network.kind dense takes shares of the number of features")
+    return value
+
+
+Width = Annotated[int | str, BeforeValidator(_read_width)]
+Units = Annotated[PositiveInt, BeforeValidator(_refuse_share)]
+
+
 class _Network(Frozen):
     activation: Activation = "elu"
     """Activation of every encoder layer. Unlike relu, elu leaves no unit without a gradient."""
@@ -184,17 +219,20 @@ class Dense(_Network):
     """Fully connected layers."""
 
     kind: Literal["dense"] = "dense"
-    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (48, 32, 16)
-    """Number of units of each layer, from the data to the bottleneck."""
+    widths: Annotated[tuple[Width, ...], Field(min_length=1)] = (48, 32, 16)
+    """Number of units of each layer, from the data to the bottleneck, or their share of the number of features: 0.5x
+    is half as many units as features, 4x four times as many."""
+    max_width: Annotated[PositiveInt | None, Later()] = None
+    """Largest width that such a share gives; null sets none."""
 
 
 class Conv(_Network):
     """Strided convolutions, which the decoder transposes. Dense layers may follow them."""
 
     kind: Literal["conv"] = "conv"
-    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (16, 32)
+    widths: Annotated[tuple[Units, ...], Field(min_length=1)] = (16, 32)
     """Number of channels of each convolutional layer, from the data on."""
-    dense: tuple[PositiveInt, ...] = ()
+    dense: tuple[Units, ...] = ()
     """Number of units of each dense layer behind the convolutional ones of conv; none by default."""
     kernel: PositiveInt = 3
     """Side of the convolution's kernel, in pixels."""
@@ -210,8 +248,11 @@ class Fit(Frozen):
 
     epochs: PositiveInt = 20
     """Largest number of passes over the training rows."""
+    steps: Annotated[PositiveInt | None, Later()] = None
+    """Number of gradient steps of the whole training, in place of passes over the training rows: epochs is then the
+    number of parts, after each of which the validation rows are scored."""
     batch_size: PositiveInt = 64
-    """Number of rows per step."""
+    """Number of rows per step; under steps, all rows where there are fewer."""
     lr: PositiveFloat = 1e-3
     """Learning rate of Adam, at its peak."""
     weight_decay: NonNegativeFloat = 0.0
@@ -228,6 +269,19 @@ class Fit(Frozen):
     patience: PositiveInt | None = None
     """Number of epochs without a better validation score (error of a classifier, else loss) after which training stops;
     null trains for all epochs. The weights of the best epoch are used in either case."""
+
+
+def check_parts(field: str, epochs: int, steps: int | None) -> None:
+    """Raise a ValueError if training of so many steps cannot be cut into so many parts.
+
+    Args:
+        field: dotted path of the settings that hold the two numbers.
+    """
+    if steps is not None and epochs > steps:
+        raise ValueError(
+            f"{field}.epochs: {steps} steps cannot be cut into {epochs} parts; raise {field}.steps or lower "
+            f"{field}.epochs"
+        )
 
 
 class Finetune(Fit):
@@ -257,4 +311,11 @@ class Experiment(Frozen):
     def _check_that_something_trains(self) -> Self:
         if self.pretrain is None and self.finetune is None:
             raise ValueError("pretrain and finetune are both null: nothing to train; set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        for name, fit in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            if fit is not None:
+                check_parts(name, fit.epochs, fit.steps)
         return self

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from aecore.config.experiment import Conv, Data, Dense, Experiment
+from aecore.config.experiment import Conv, Data, Dense, Experiment, share_of_features
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
 from aecore.core.types import Activation, LikelihoodKind, Shape
@@ -75,8 +75,23 @@ def absolute_places(data: Data) -> dict[str, Any]:
     return {"root": data.root.absolute(), "path": places}
 
 
+def resolve_widths(network: Dense | Conv, facts: Facts) -> tuple[int, ...]:
+    """Return the number of units of each of `network.widths`, of which some may be shares of the number of features."""
+    most = network.max_width if isinstance(network, Dense) else None
+
+    def units(width: int | str) -> int:
+        share = share_of_features(width)
+        if share is None:
+            return int(width)
+        count = max(1, round(share * prod(facts.shape)))
+        return count if most is None else min(count, most)
+
+    return tuple(map(units, network.widths))
+
+
 def resolve(experiment: Experiment, facts: Facts) -> Experiment:
-    """Return the experiment with each `auto` replaced by the choice that it stands for, and with absolute paths.
+    """Return the experiment with each `auto` replaced by the choice that it stands for, with numbers of units in place
+    of shares of the number of features, and with absolute paths.
 
     Raises:
         InputError: the data do not allow a choice.
@@ -111,7 +126,10 @@ def resolve(experiment: Experiment, facts: Facts) -> Experiment:
             "finetune.task: classify needs training rows of two classes or more, but all are of one; use reconstruct, "
             "or put rows of another class into training"
         )
-    return experiment.model_copy(update={"data": data, "finetune": finetune})
+    network = experiment.network
+    if isinstance(network, Dense):
+        network = network.model_copy(update={"widths": resolve_widths(network, facts), "max_width": None})
+    return experiment.model_copy(update={"data": data, "network": network, "finetune": finetune})
 
 
 def layer_specs(
@@ -127,7 +145,9 @@ def layer_specs(
     """
     likelihood = resolve_likelihood(data, facts)
     _check_network(network, data, facts, likelihood)
-    plan: list[tuple[Literal["dense", "conv"], int]] = [(network.kind, width) for width in network.widths]
+    plan: list[tuple[Literal["dense", "conv"], int]] = [
+        (network.kind, width) for width in resolve_widths(network, facts)
+    ]
     if isinstance(network, Conv):
         plan += [("dense", width) for width in network.dense]
 

@@ -62,8 +62,25 @@ def canonical(value: Any) -> Any:
 
 
 def _is_hashed(field: FieldInfo, value: Any) -> bool:
-    marks = {type(mark) for mark in field.metadata}
-    return Unhashed not in marks and not (Later in marks and value == field.get_default(call_default_factory=True))
+    return not any(isinstance(mark, Unhashed) for mark in field.metadata) and not _is_later_default(field, value)
+
+
+def _is_later_default(field: FieldInfo, value: Any) -> bool:
+    later = any(isinstance(mark, Later) for mark in field.metadata)
+    return later and bool(value == field.get_default(call_default_factory=True))
+
+
+def later_defaults(config: BaseModel) -> dict[str, Any]:
+    """Return the fields marked `Later` that have their default, at any depth, as `model_dump` takes them in
+    `exclude`."""
+    fields: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if _is_later_default(field, value):
+            fields[name] = True
+        elif isinstance(value, BaseModel) and (inner := later_defaults(value)):
+            fields[name] = inner
+    return fields
 
 
 def fingerprint(*parts: Any) -> str:

@@ -116,7 +116,7 @@ class Shuffled:
         return self.stream.row_count("train")
 
     def batches(
-        self, size: int, seed: int, rank: int = 0, workers: int = 1, least: int = 0
+        self, size: int, seed: int, rank: int = 0, workers: int = 1, least: int = 0, fewest: int = 2
     ) -> Iterator[tuple[tuple[np.ndarray, ...], float]]:
         """Yield this worker's part of each batch and its share of the batch's rows; the part is empty once the worker
         has no rows left.
@@ -126,6 +126,7 @@ class Shuffled:
         Args:
             size: number of rows of a batch, over all workers.
             least: a batch is left out if any worker's part of it has fewer rows than this without being empty.
+            fewest: a batch of fewer rows, over all workers, is left out.
         """
         order = np.random.default_rng(seed).permutation(len(self.stream.pieces))
         rows = [int(self.stream.counts[order[r::workers], 0].sum()) for r in range(workers)]
@@ -135,7 +136,7 @@ class Shuffled:
         for step in range(max(-(-r // s) for r, s in zip(rows, sizes, strict=True) if s)):
             parts = [min(s, max(0, r - step * s)) for r, s in zip(rows, sizes, strict=True)]
             batch = next(own_batches) if parts[rank] else ()
-            if sum(parts) > 1 and all(not part or part >= least for part in parts):
+            if sum(parts) >= fewest and all(not part or part >= least for part in parts):
                 arrays = tuple(values for values in batch[: 1 + self.labelled] if values is not None)
                 yield arrays, parts[rank] / sum(parts)
 

@@ -30,6 +30,8 @@ from aecore.training.numerics import get_random_state, own_random_state
 from aecore.training.objective import Objective
 
 _BATCH_ROWS, _REFERENCE_ROWS = 2048, 2000
+_FEWEST_BATCHES = 20
+"""An epoch with few labels repeats its rows until it has about so many batches."""
 
 
 def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
@@ -63,7 +65,8 @@ def prepare(
     Without any of them it starts from random weights.
     """
     if spec.labels is not None:
-        data = few_labels(rows_in_memory(data), spec.labels, spec.seed, spec.fit.batch_size)
+        least = _FEWEST_BATCHES * spec.fit.batch_size if spec.fit.steps is None else 0
+        data = few_labels(rows_in_memory(data), spec.labels, spec.seed, least)
     device, precision, supervised = context.device, spec.numerics.precision, spec.task == "classify"
     prepare = preprocessing(data, device)
     rows = training_rows(data, prepare, context, prod(spec.layers[0].in_shape), supervised, precision)
@@ -169,13 +172,13 @@ def anomaly_weights(
     return {f"anomaly.{name}": value for name, value in fitted._asdict().items()}
 
 
-def few_labels(data: Arrays, count: int, seed: int, batch_size: int) -> Arrays:
+def few_labels(data: Arrays, count: int, seed: int, least: int) -> Arrays:
     """Return the data with `count` training rows, stratified by label.
 
-    The rows are repeated until an epoch has some 20 batches, so that few labels get as many steps, and as few scores on
-    validation, as many labels do.
+    The rows are repeated until there are some `least` of them, so that in an epoch few labels get as many steps, and as
+    few scores on validation, as many labels do.
     """
     x, y = data.train
     rows = few_rows(y, count, seed) if y is not None and count < len(x) else np.arange(len(x))
-    rows = np.tile(rows, max(1, 20 * batch_size // len(rows)))
+    rows = np.tile(rows, max(1, least // len(rows)))
     return data._replace(train=Split(x[rows], None if y is None else y[rows]))

@@ -1,12 +1,14 @@
 """Batches: the order of the rows in an epoch, and a worker's part of each batch."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aecore.core.errors import InputError
+from aecore.core.fingerprint import derive_seed
 from aecore.data.stream import Shuffled
 from aecore.training.job import Job
 from aecore.training.team import Team
@@ -37,7 +39,7 @@ def check_batch_size(job: Job) -> None:
     Raises:
         InputError: a worker of the team would get a single row of a batch.
     """
-    least, rows = fewest_rows(job.model) * job.team.size, min(job.spec.batch_size, job.rows)
+    least, rows = fewest_rows(job.model) * job.team.size, job.batch_rows
     if rows < least and least > job.team.size:
         raise InputError(
             f"batch_size: batches of {rows} rows are too small for batch normalisation, which needs two for each of "
@@ -45,17 +47,57 @@ def check_batch_size(job: Job) -> None:
         )
 
 
-def epoch_of(job: Job, shuffle: torch.Generator) -> Iterator[Part]:
-    """Yield this worker's parts of the batches of an epoch, in an order drawn from `shuffle`."""
-    spec, least = job.spec, fewest_rows(job.model)
-    if isinstance(job.train, Shuffled):
-        seed = int(torch.randint(2**62, (), generator=shuffle))
-        fewest = least if least > 1 else 0
-        for part, share in job.train.batches(spec.batch_size, seed, job.team.rank, job.team.size, least=fewest):
-            yield Part(tuple(torch.from_numpy(values).to(job.device) for values in part), share)
-        return
-    order = permutation(job.rows, spec.batch_size, shuffle, 2 * (job.team.size if least > 1 else 1))
-    yield from batches(job.train, order, spec.batch_size, job.device, job.team)
+def epoch_of(job: Job, epoch: int, shuffle: torch.Generator) -> Iterator[Part]:
+    """Yield this worker's parts of the batches of an epoch, which is counted from 1; their order is drawn from
+    `shuffle` or, where `steps` are set, follows from the job's seed."""
+    if not isinstance(job.train, Shuffled):
+        order = row_order(job, epoch, shuffle, 2 * (job.team.size if fewest_rows(job.model) > 1 else 1))
+        yield from batches(job.train, order, job.batch_rows, job.device, job.team)
+    elif job.spec.steps is None:
+        yield from _pass_of(job, job.train, shuffle)
+    else:
+        steps = job.steps_in(epoch)
+        while steps:
+            before = steps
+            for part in islice(_pass_of(job, job.train, shuffle, whole=job.team.size == 1), steps):
+                yield part
+                steps -= 1
+            if steps == before:
+                raise InputError("batch_size: workers get too few rows for a batch; use fewer resources.workers")
+
+
+def _pass_of(job: Job, rows: Shuffled, shuffle: torch.Generator, whole: bool = False) -> Iterator[Part]:
+    """Yield this worker's parts of the batches of a pass over a stream, or of `whole` batches alone."""
+    seed, least = int(torch.randint(2**62, (), generator=shuffle)), fewest_rows(job.model)
+    parts = rows.batches(
+        job.spec.batch_size, seed, job.team.rank, job.team.size, least=least if least > 1 else 0,
+        fewest=job.batch_rows if whole else 2,
+    )  # fmt: skip
+    for part, share in parts:
+        yield Part(tuple(torch.from_numpy(values).to(job.device) for values in part), share)
+
+
+def row_order(job: Job, epoch: int, shuffle: torch.Generator, least: int = 2) -> Tensor:
+    """Return the order of the rows of an epoch, which is counted from 1 and cut into batches."""
+    if job.spec.steps is None:
+        return permutation(job.rows, job.batch_rows, shuffle, least)
+    return _cut_of_passes(job, epoch)
+
+
+def _cut_of_passes(job: Job, epoch: int) -> Tensor:
+    """Return the rows of the steps of an epoch, cut from one shuffled pass over all rows after the other.
+
+    An epoch begins where the last one ended, so no row is drawn twice before each has been drawn once. The order of a
+    pass follows from the job's seed and the number of the pass, so that a fit goes on without a record of its passes.
+    """
+    start, stop = (job.steps_before(number) * job.batch_rows for number in (epoch, epoch + 1))
+    first = start // job.rows
+    generators = (
+        torch.Generator().manual_seed(derive_seed(job.seed, "pass", number))
+        for number in range(first, -(-stop // job.rows))
+    )
+    order = torch.cat([torch.randperm(job.rows, generator=generator) for generator in generators])
+    return order[start - first * job.rows : stop - first * job.rows]
 
 
 def permutation(rows: int, batch_size: int, shuffle: torch.Generator, least: int = 2) -> Tensor:

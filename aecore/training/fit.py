@@ -1,6 +1,5 @@
 """The training loop; every training stage uses it."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -92,7 +91,8 @@ class _SingleFit:
         if job.compile:
             self.objective = torch.compile(job.objective.__call__)
         self.parts, self.fewest_rows = self.progress.parts, fewest_rows(job.model)
-        self.steps = math.ceil(job.rows / job.spec.batch_size)
+        self.steps, self.steps_before, self.batch_rows = 0, 0, job.batch_rows
+        """Number of steps of the present epoch, and of those before it, and of rows of a whole batch."""
         self.totals, self.rows, self.rate = Totals(), 0, 0.0
         if job.team.size > 1:
             self._join_team()
@@ -110,16 +110,17 @@ class _SingleFit:
     def begin_epoch(self) -> Iterable[Part]:
         self.job.model.train()
         self.totals.clear()
-        self.rows = 0
-        return epoch_of(self.job, self.progress.shuffle)
+        self.rows, epoch = 0, self.progress.epoch
+        self.steps, self.steps_before = self.job.steps_in(epoch), self.job.steps_before(epoch)
+        return epoch_of(self.job, epoch, self.progress.shuffle)
 
     def learn(self, step: int, part: Part) -> None:
         """Take a step, replayed as a CUDA graph where possible."""
-        if self.job.device.type == "cpu" and ((self.progress.epoch - 1) * self.steps + step) % _FLUSH_STEPS == 0:
+        if self.job.device.type == "cpu" and (self.steps_before + step) % _FLUSH_STEPS == 0:
             self.optimizer.flush()
         self.rate = self.progress.rate(step / self.steps)
         self.rows += part.rows
-        if self.replayed is not None and self.parts == 1 and part.rows == self.job.spec.batch_size:
+        if self.replayed is not None and self.parts == 1 and part.rows == self.batch_rows:
             self.rate_on_device.fill_(self.rate)
             try:
                 return self.replayed(*part.tensors)

@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from aecore.config.experiment import Fit
 from aecore.core.errors import without_frames
 from aecore.training import graphs
-from aecore.training.batches import permutation
+from aecore.training.batches import row_order
 from aecore.training.fit import train
 from aecore.training.job import Fitted, Job
 from aecore.training.memory import is_out_of_memory
@@ -105,7 +105,8 @@ class _StackedFits:
         self.validation = Validation(replace(self.first, validation=tuple(x for x, _ in held)), autocast)
         self.validation_dims = [dim for _, dim in held]
         self.fits = torch.arange(len(self.jobs), device=self.first.device)[:, None]
-        self.steps = -(-self.first.rows // self.first.spec.batch_size)
+        self.steps = 0
+        """Number of steps of the present epoch."""
         self.totals, self.failures = Totals(), dict[int, Exception]()
         self.order, self.rates = torch.zeros(0), torch.zeros(0)
         self.whole_step = graphs.Replayed(self.step) if graphs.can_be_captured(self.first) else self.step
@@ -122,16 +123,18 @@ class _StackedFits:
         """Return the batches of an epoch, each as the row numbers of every fit's batch, (fits, batch)."""
         self.first.model.train()
         self.totals.clear()
-        spec, device, live = self.first.spec, self.first.device, self.live()
-        orders = {i: permutation(self.first.rows, spec.batch_size, self.progresses[i].shuffle) for i in live}
+        device, live = self.first.device, self.live()
+        epoch = self.progresses[live[0]].epoch
+        self.steps = self.first.steps_in(epoch)
+        orders = {i: row_order(self.jobs[i], epoch, self.progresses[i].shuffle) for i in live}
         ended = orders[live[0]]  # a fit that has ended may read any rows
         self.order = torch.stack([orders.get(i, ended) for i in range(len(self.jobs))]).to(device)
         leading = [self.progresses[live[0]]] if self.optimizer.one_rate else self.progresses
         self.rates = _learning_rates(leading, self.steps).to(device)
-        return self.order.split(spec.batch_size, 1)
+        return self.order.split(self.first.batch_rows, 1)
 
     def learn(self, step: int, index: Tensor) -> None:
-        whole = index.shape[1] == self.first.spec.batch_size
+        whole = index.shape[1] == self.first.batch_rows
         (self.whole_step if whole else self.step)(index, self.rates[step])
 
     def step(self, index: Tensor, rates: Tensor) -> None:

@@ -58,7 +58,9 @@ def group_key(job: Job, everywhere: bool = False) -> str:
         for name, module in ObjectiveModules(job.objective).named_modules()
     ]
     shapes = [(tensor.shape, tensor.dtype) for tensor in rows]
-    chosen = job.monitor, job.precision, job.scoring_rows, job.spec.batch_size
+    spec = job.spec
+    parts = spec.steps and (spec.steps, spec.epochs)  # epochs of the same number of steps
+    chosen = job.monitor, job.precision, job.scoring_rows, spec.batch_size, parts
     # the optimiser's kernel counts the steps of all fits as one
     checkpoint = job.checkpoints.load() if job.checkpoints is not None else None
     epochs = len(checkpoint[0]["history"]) if checkpoint else 0

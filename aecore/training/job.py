@@ -1,5 +1,6 @@
 """The input of a fit, `Job`, and its output, `Fitted`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,6 +80,21 @@ class Job:
     def rows(self) -> int:
         """The number of training rows."""
         return len(self.train) if isinstance(self.train, Shuffled) else len(self.train[0])
+
+    @property
+    def batch_rows(self) -> int:
+        """The number of rows of a whole batch."""
+        return min(self.spec.batch_size, self.rows)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the number of steps in the epochs before one, which is counted from 1."""
+        if self.spec.steps is not None:
+            return (epoch - 1) * self.spec.steps // self.spec.epochs
+        return (epoch - 1) * math.ceil(self.rows / self.spec.batch_size)
+
+    def steps_in(self, epoch: int) -> int:
+        """Return the number of steps in an epoch, which is counted from 1."""
+        return self.steps_before(epoch + 1) - self.steps_before(epoch)
 
 
 class Fitted(NamedTuple):

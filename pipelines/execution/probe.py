@@ -20,7 +20,7 @@ from pipelines.cluster.device import device_of
 from pipelines.cluster.share import Share
 from pipelines.execution.compute import import_for_evaluation, inputs_of, stages_below
 from pipelines.graph.stage import Stage
-from pipelines.graph.work import epoch_rows
+from pipelines.graph.work import epoch_rows, epoch_steps
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -101,7 +101,8 @@ def _train(
         if isinstance(result, Exception):
             raise result
         spec = _spec(stage)
-        whole = epoch_rows(spec, len(arrays.train.x)) / epoch_rows(spec, len(rows[stage.key].train.x))
+        measured = epoch_rows(_shortened(spec, arrays), len(rows[stage.key].train.x))
+        whole = epoch_rows(spec, len(arrays.train.x)) / measured
         epochs = [epoch["seconds"] for epoch in result.config["history"]]
         values[stage.key] = result
         # the first epoch also starts threads and fills caches
@@ -134,10 +135,11 @@ def _spec(stage: Stage) -> PretrainSpec | FinetuneSpec:
 
 
 def _shortened(spec: PretrainSpec | FinetuneSpec, arrays: Arrays) -> PretrainSpec | FinetuneSpec:
-    """Return the spec of a stage that trains for few epochs."""
-    steps = math.ceil(epoch_rows(spec, len(arrays.train.x)) / spec.fit.batch_size)
-    epochs = min(spec.fit.epochs, 2 + _STEPS // min(steps, _MOST_STEPS))
-    return spec.model_copy(update={"fit": spec.fit.model_copy(update={"epochs": epochs})})
+    """Return the spec of a stage that trains for few epochs, of few steps."""
+    steps = min(math.ceil(epoch_steps(spec, len(arrays.train.x))), _MOST_STEPS)
+    epochs = min(spec.fit.epochs, 2 + _STEPS // steps)
+    fit: dict[str, Any] = {"epochs": epochs, "steps": spec.fit.steps and epochs * steps}
+    return spec.model_copy(update={"fit": spec.fit.model_copy(update=fit)})
 
 
 def _inputs(stage: Stage, arrays: Arrays, values: dict[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def _training(experiment: Experiment) -> str:
 
 
 def _length(fit: Fit) -> str:
-    return f"{fit.epochs} epochs, lr {fit.lr:g}"
+    length = f"{fit.epochs} epochs" if fit.steps is None else f"{fit.steps:,} steps"
+    return f"{length}, lr {fit.lr:g}"
 
 
 def _against_neighbours(metrics: Mapping[str, float]) -> str:

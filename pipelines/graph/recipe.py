@@ -131,7 +131,7 @@ def _check_batches(experiment: Experiment, facts: Facts) -> None:
             raise InputError(
                 f"{name}.batch_size: one row has no batch statistics; use 2 or more, or normalization layer"
             )
-        if fit is not None and fit.batch_size > rows:
+        if fit is not None and fit.batch_size > rows and fit.steps is None:
             warnings.warn(
                 f"{name}.batch_size: {fit.batch_size} is more than the {rows} rows of the data, so that an epoch is "
                 "one step; use smaller batches",

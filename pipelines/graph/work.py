@@ -7,7 +7,7 @@ from typing import Any
 
 from aecore.config.needs import weight_count
 from aecore.config.specs import FinetuneSpec, LoadSpec, PretrainSpec
-from aecore.core.fingerprint import fingerprint
+from aecore.core.fingerprint import fingerprint, later_defaults
 from aecore.models.spec import LayerSpec
 from pipelines.graph.stage import Stage
 
@@ -18,8 +18,8 @@ _OPERATIONS = 2e10
 _MEASURE_SECONDS, _ROW_SECONDS = 1.0, 1e-4
 """Seconds of a stage that trains nothing, and further seconds of it for each row of the data."""
 _FEWEST_BATCHES = 20
-"""An epoch with few labels repeats its rows until it has so many batches (`aecore.stages.finetune.few_labels`)."""
-_COUNTED = {"seed", "epochs", "labels", "pictures", "number", "lr", "warmup", "patience", "schedule"}
+"""An epoch with few labels repeats its rows until it has so many batches (`aecore.stages.finetune.prepare`)."""
+_COUNTED = {"seed", "epochs", "steps", "labels", "pictures", "number", "lr", "warmup", "patience", "schedule"}
 """Fields of specs that do not change how long a step takes, or that the seconds are scaled by."""
 
 
@@ -28,7 +28,8 @@ def shape_of(stages: Iterable[Stage]) -> str:
 
     Stages of one shape differ in seeds, rates, levels and weights, and in their numbers of epochs, rows and labels.
     """
-    parts = [(stage.fn, _shape(stage.spec.model_dump(mode="json"))) for stage in stages if stage.kept]
+    kept = [(stage.fn, stage.spec) for stage in stages if stage.kept]
+    parts = [(fn, _shape(spec.model_dump(mode="json", exclude=later_defaults(spec)))) for fn, spec in kept]
     return fingerprint(*sorted(parts, key=str))
 
 
@@ -44,22 +45,32 @@ def guessed_seconds(stage: Stage) -> float:
     operations = 6 * sum(map(_products, layers))  # two for each weight: forwards, and twice backwards
     if isinstance(spec, FinetuneSpec) and spec.task == "classify":
         operations //= 2  # no decoder
-    count = epoch_rows(spec, rows)
-    steps = math.ceil(count / spec.fit.batch_size)
+    steps, count = epoch_steps(spec, rows), epoch_rows(spec, rows)
     return spec.fit.epochs * (steps * _STEP_SECONDS + count * operations / _OPERATIONS)
 
 
-def epoch_rows(spec: PretrainSpec | FinetuneSpec, rows: int) -> int:
-    """Return how many rows a stage trains on in an epoch.
+def epoch_steps(spec: PretrainSpec | FinetuneSpec, rows: int) -> float:
+    """Return how many steps a stage takes in an epoch, or in a part of its `steps`.
+
+    Args:
+        rows: Number of training rows of the data.
+    """
+    if spec.fit.steps is not None:
+        return spec.fit.steps / spec.fit.epochs
+    return math.ceil(epoch_rows(spec, rows) / spec.fit.batch_size)
+
+
+def epoch_rows(spec: PretrainSpec | FinetuneSpec, rows: int) -> float:
+    """Return how many rows a stage trains on in an epoch, or in a part of its `steps`.
 
     Args:
         rows: Number of training rows of the data.
     """
     labels = spec.labels if isinstance(spec, FinetuneSpec) else None
-    if labels is None:
-        return rows
-    count = min(labels, rows)
-    return count * max(1, _FEWEST_BATCHES * spec.fit.batch_size // count)
+    count = rows if labels is None else min(labels, rows)
+    if spec.fit.steps is not None:
+        return spec.fit.steps / spec.fit.epochs * min(spec.fit.batch_size, count)
+    return count if labels is None else count * max(1, _FEWEST_BATCHES * spec.fit.batch_size // count)
 
 
 def rows_of(stage: Stage) -> int:

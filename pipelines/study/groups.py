@@ -31,7 +31,7 @@ def _all_but_numbers(plan: TrialPlan) -> str:
     specs = [stage.spec.model_dump(mode="json") for stage in plan.stages().values() if stage.trains]
     for spec in specs:
         spec["seed"] = None
-        spec["fit"] = {name: spec["fit"][name] for name in ("epochs", "batch_size")}
+        spec["fit"] = {name: spec["fit"][name] for name in ("epochs", "steps", "batch_size")}
         for name, value in (spec["variant"] or {}).items():
             if isinstance(value, float):
                 spec["variant"][name] = bool(value)  # a weight of 0 leaves its term out

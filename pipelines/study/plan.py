@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from aecore.config.experiment import Conv, Dense, Experiment, Finetune, Fit, overlay
+from aecore.config.experiment import Conv, Dense, Experiment, Finetune, Fit, overlay, share_of_features
 from aecore.config.facts import Facts
 from aecore.config.resolve import layer_specs, resolve, resolve_anomalies
 from aecore.config.specs import (
@@ -112,7 +112,7 @@ def plan_trials(study: Study, facts: Facts, numerics: Numerics) -> list[TrialPla
             lack = "with data.anomaly they tell only anomalies"
         raise InputError(f"choose: {study.choose} needs labels, but {lack}; use reconstruction")
     for row in study.searched_rows if study.search != "grid" else ():
-        for settings in _most_demanding(study, row):
+        for settings in _most_demanding(study, row, facts):
             plan_trial(study, row, settings, study.seeds[0], facts, numerics)
     plans: dict[str, TrialPlan] = {}
     for row in (*study.variants, *study.references):
@@ -153,12 +153,14 @@ def settings_to_try(study: Study, row: str) -> list[dict[str, Any]]:
     return [{name: _draw(values, generator) for name, values in space.items()} for _ in range(study.budget.settings)]
 
 
-def largest_settings(study: Study, row: str) -> dict[str, Any]:
+def largest_settings(study: Study, row: str, facts: Facts) -> dict[str, Any]:
     """Return the largest value of each setting that is searched in a study row, such as the widest layers."""
 
     def size(value: Any) -> float:
         if isinstance(value, list | tuple):
             return sum(map(size, value))
+        if (share := share_of_features(value)) is not None:
+            return share * prod(facts.shape)
         return value if isinstance(value, int | float) else 0.0
 
     return {
@@ -167,13 +169,13 @@ def largest_settings(study: Study, row: str) -> dict[str, Any]:
     }
 
 
-def _most_demanding(study: Study, row: str) -> list[dict[str, Any]]:
+def _most_demanding(study: Study, row: str, facts: Facts) -> list[dict[str, Any]]:
     """Return the choices of settings of which one asks for the most epochs: all networks and lengths of pretraining,
     each with the largest values of the other settings."""
     space = study.space(row)
     names = [name for name in space if name.startswith("network") or name == "pretrain.epochs"]
     lists = [values if isinstance(values, list) else [values.high] for values in map(space.__getitem__, names)]
-    largest = largest_settings(study, row)
+    largest = largest_settings(study, row, facts)
     return [largest | dict(zip(names, choice, strict=True)) for choice in itertools.product(*lists)]
 
 
@@ -196,7 +198,8 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int) -> Experiment:
-    """Return the experiment of a trial: the base with the study row's fields, the settings and the budget's epochs.
+    """Return the experiment of a trial: the base with the study row's fields, the settings, and the budget's epochs
+    and steps.
 
     Raises:
         InputError: the study row changes a field that does not exist, or its layers do not fit the budget.
@@ -214,7 +217,8 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
         raise InputError(
             f"variants.{row}.finetune: null, but each row is trained as a whole; leave it out or set choose finetuned"
         )
-    epochs = study.budget.epochs
+    budget, epochs = study.budget, study.budget.epochs
+    steps = budget.steps
     if values["pretrain"] is not None:
         # fields of pretraining that neither the study row nor the settings set are as in finetuning, so that a stacked
         # row differs in one field from a row that is trained end to end
@@ -223,10 +227,12 @@ def experiment_of(study: Study, row: str, settings: Mapping[str, Any], seed: int
         fit = {k: v for k, v in (values["finetune"] or base["finetune"]).items() if k != "task"}
         layers = len(network.widths) + (len(network.dense) if isinstance(network, Conv) else 0)
         asked = own.get("epochs") if study.choose == "finetuned" else None
-        epochs_per_layer, epochs = _divide_epochs(study.budget.epochs, row, layers, whole, asked)
-        values["pretrain"] = {**fit, **own, "epochs": epochs_per_layer}
+        epochs_per_layer, epochs = _divide_epochs(budget.epochs, row, layers, whole, asked)
+        values["pretrain"] = {**fit, **own, "epochs": epochs_per_layer, "steps": budget.steps_of(epochs_per_layer)}
+        if steps is not None:  # all that the layers leave, were they to take as many epochs as they may
+            steps -= layers * (budget.steps_of((budget.epochs - epochs) // layers) or 0)
     if whole:
-        values["finetune"] |= {"task": "reconstruct", "epochs": epochs}
+        values["finetune"] |= {"task": "reconstruct", "epochs": epochs, "steps": steps}
     return Experiment.model_validate({**values, "control": False, "seed": seed})
 
 

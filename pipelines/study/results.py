@@ -21,7 +21,7 @@ def trial_of(plan: TrialPlan, record: "Record | None", epochs: int, endings: End
 
     Args:
         record: The trial's run, if there is one; see `Tracker.trials_of`.
-        epochs: Passes over the training rows that each trial may spend.
+        epochs: Passes over the training rows, or parts of the budget's steps, that each trial may spend.
     """
     key, planned = plan.stage.key, 0 if plan.is_reference else epochs
     error = endings.errors.get(key, "did not run")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
-from aecore.config.experiment import Experiment, Finetune, Fit
+from aecore.config.experiment import Experiment, Finetune, Fit, check_parts
 from aecore.core.errors import short_repr
-from aecore.core.fingerprint import Frozen
+from aecore.core.fingerprint import Frozen, Later
 from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference
 
 _ROW_NAME = r"\w[\w .:-]{0,99}"
@@ -47,6 +47,9 @@ class Budget(Frozen):
     """Passes over the training rows in a trial's unsupervised training. A study row with `pretrain` spends half of them
     layer by layer, in equal parts, and the rest on the whole network. Under `choose: finetuned` these are the most that
     a trial may spend."""
+    steps: Annotated[PositiveInt | None, Later()] = None
+    """Gradient steps of a trial's unsupervised training, in place of passes over the training rows: so sets of all
+    sizes are trained equally long. `epochs` is then the number of parts in which they are taken. null sets none."""
     settings: PositiveInt = 8
     """Number of settings that the searches random and optuna try for each study row."""
     hours: PositiveFloat | None = None
@@ -56,6 +59,20 @@ class Budget(Frozen):
     hours. When they are spent no further trial begins, and the same command with more goes on; null sets no limit."""
     gpu_hours: PositiveFloat | None = None
     """GPU-hours that the study may spend, as `cpu_hours`; a share of a GPU counts as such."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        check_parts("budget", self.epochs, self.steps)
+        return self
+
+    @property
+    def length(self) -> str:
+        """How long a trial is trained, in words."""
+        return f"{self.epochs} passes over the training rows" if self.steps is None else f"{self.steps:,} steps"
+
+    def steps_of(self, epochs: int) -> int | None:
+        """Return the steps that are taken in so many of the budget's epochs; None where the budget sets none."""
+        return None if self.steps is None else self.steps * epochs // self.epochs
 
 
 class Labels(Frozen):
@@ -67,6 +84,11 @@ class Labels(Frozen):
     one for []."""
     fit: Fit = Fit(epochs=15)
     """How each trained encoder is finetuned with a softmax layer on top."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        check_parts("labels.fit", self.fit.epochs, self.fit.steps)
+        return self
 
 
 class Study(Frozen):
@@ -101,8 +123,10 @@ class Study(Frozen):
     def _check(self) -> Self:
         if self.base.finetune is not None and self.base.finetune.task == "classify":
             raise ValueError("base.finetune.task: a study trains without labels; labels.fit is the supervised part")
+        _check_steps("base", self.base.model_dump(include={"pretrain", "finetune"}))
         for row, override in self.variants.items():
             _check_row(row, override, self.references)
+            _check_steps(f"variants.{row}", override)
         if self.scheduler == "asha" and self.choose != "reconstruction":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
         if len(set(self.seeds)) < len(self.seeds):
@@ -197,6 +221,13 @@ def _check_row(row: str, override: dict[str, Any], references: Sequence[str]) ->
         )
 
 
+def _check_steps(path: str, override: Mapping[str, Any]) -> None:
+    for name in ("pretrain", "finetune"):
+        fit = override.get(name)
+        if isinstance(fit, Mapping) and fit.get("steps") is not None:
+            raise ValueError(f"{path}.{name}.steps: equal for all trials; set budget.steps instead")
+
+
 def _check_setting(name: str, values: list[Any] | Range, finetuned: bool) -> None:
     """Check a setting to search; `finetuned` says whether settings are chosen by the finetuned classifier."""
     if not re.match(r"(variant|network)(\.|$)|(pretrain|finetune|labels\.fit)\.", name):
@@ -205,8 +236,10 @@ def _check_setting(name: str, values: list[Any] | Range, finetuned: bool) -> Non
         )
     if name.startswith(LABELS_FIT) and not finetuned:
         raise ValueError(f"settings.{name}: equal for all trials; set choose finetuned to search it")
-    if name.endswith((".epochs", ".task")) and not (finetuned and name in _SEARCHED_EPOCHS):
-        raise ValueError(f"settings.{name}: equal for all trials; budget.epochs sets how long each may train")
+    if name.endswith((".epochs", ".steps", ".task")) and not (finetuned and name in _SEARCHED_EPOCHS):
+        raise ValueError(
+            f"settings.{name}: equal for all trials; budget.epochs and budget.steps set how long each may train"
+        )
     if name.endswith((".epochs", ".batch_size")) and isinstance(values, Range):
         raise ValueError(f"settings.{name}: a range has fractions between its ends; list whole numbers instead")
     if values == []:

@@ -148,7 +148,8 @@ class TrialRunner:
         later = {*self.study.searched_rows} if self.study.search == "optuna" else set()
         later |= {*self.study.variants} if self.study.scheduler == "race" else set()
         groups = agenda.groups(gpus or None) + [
-            (self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0]), 1) for row in sorted(later)
+            (self.plan_of(row, largest_settings(self.study, row, self.facts), self.study.seeds[0]), 1)
+            for row in sorted(later)
         ]
         needs = [device_memory(stage, count) for plan, count in groups for stage in plan.stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
@@ -172,7 +173,7 @@ class TrialRunner:
         import ray
 
         row = next(iter(self.study.variants))
-        plan = self.plan_of(row, largest_settings(self.study, row), self.study.seeds[0])
+        plan = self.plan_of(row, largest_settings(self.study, row, self.facts), self.study.seeds[0])
         spec = next(stage.spec for stage in plan.stages().values() if isinstance(stage.spec, LoadSpec))
         return ray.remote(num_cpus=1)(load_rows).remote(spec)
 
