@@ -438,7 +438,7 @@ TABLE: dict[str, Row] = {
         {"settings": {"data.name": ["mnist"]}},
     ),
     "setting of the budget": study(
-        "settings.finetune.epochs: equal for all trials; budget.epochs sets", {"settings": {"finetune.epochs": [1, 9]}}
+        "settings.finetune.epochs: equal for all trials; budget.epochs and", {"settings": {"finetune.epochs": [1, 9]}}
     ),
     "setting that cannot be": study(
         "variants.plain.finetune.lr: Input should be greater than 0, got -1", {"settings": {"finetune.lr": [-1]}}

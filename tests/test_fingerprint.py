@@ -5,13 +5,29 @@ import numpy as np
 import pytest
 
 from aecore.config.experiment import Data, Fit
-from aecore.core.fingerprint import Frozen, Unhashed, canonical, derive_seed, fingerprint
+from aecore.core.fingerprint import Frozen, Later, Unhashed, canonical, derive_seed, fingerprint, later_defaults
 from aecore.data.splits import content_hashes
 
 
 class Example(Frozen):
     a: int = 1
     where: Annotated[Path, Unhashed()] = Path("here")
+
+
+class Grown(Frozen):
+    a: Example = Example()
+    b: Annotated[int, Later()] = 2
+    c: "Grown | None" = None
+
+
+def test_later_fields_at_their_default_are_found_at_any_depth() -> None:
+    assert later_defaults(Example()) == {}
+    grown = Grown(c=Grown(b=3, c=Grown()))
+    assert later_defaults(grown) == {"b": True, "c": {"c": {"b": True}}}
+    assert grown.model_dump(exclude=later_defaults(grown)) == {
+        "a": Example().model_dump(),
+        "c": {"a": Example().model_dump(), "b": 3, "c": {"a": Example().model_dump(), "c": None}},
+    }
 
 
 def test_known_value() -> None:

@@ -10,7 +10,8 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
-from jobs.compare import _key_of
+from jobs.compare import _describe, _key_of
+from pipelines.graph.description import describe_experiment
 from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
 
@@ -112,6 +113,16 @@ def test_layers_get_their_share_of_the_steps() -> None:
     plans = planned(choose="finetuned", variants=rows, seeds=(0,), budget={"epochs": 25, "steps": 250})
     steps = {plan.row: unsupervised_steps(plan) for plan in plans if plan.row in rows}
     assert steps == {"layers": 240, "both": 250, "short": 60 + 130}
+
+
+def test_texts_say_steps_where_the_budget_sets_them() -> None:
+    budgets: tuple[dict[str, int], ...] = ({"epochs": 20}, {"epochs": 20, "steps": 4000})
+    epochs, steps = (Study.model_validate({"budget": budget}) for budget in budgets)
+    assert (epochs.budget.length, steps.budget.length) == ("20 passes over the training rows", "4,000 steps")
+    assert _describe(epochs, FACTS).about.endswith("; 20 epochs per trial.")
+    assert _describe(steps, FACTS).about.endswith("; 4,000 steps per trial.")
+    trained = [describe_experiment(experiment_of(study, "plain", {}, 0)) for study in (epochs, steps)]
+    assert ["20 epochs, lr" in trained[0], "4,000 steps, lr" in trained[1]] == [True, True]
 
 
 def test_the_key_of_a_study_without_steps_is_that_of_earlier_versions() -> None:
