@@ -19,7 +19,17 @@ from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
 from aecore.data.dataset import describe, identify, inspect, load
 from aecore.data.labels import label_numbers, only_anomalies
-from aecore.data.splits import SPLITS, UNUSED, Arrays, Split, content_hashes, split_rows, thin_anomalies
+from aecore.data.splits import (
+    SPLITS,
+    UNUSED,
+    Arrays,
+    Split,
+    content_hashes,
+    share_of_anomalies,
+    split_rows,
+    split_shares,
+    thin_anomalies,
+)
 from aecore.data.stream import Stream, open_stream, read_in_turn
 from aecore.stages.context import Context
 from aecore.stages.measure import measure
@@ -369,6 +379,31 @@ def test_by_content_no_test_row_trains_when_the_data_grow(contamination: Any) ->
         trained |= now["train"] | now["val"]
         seen |= now["test"]
     assert len(seen) > 100
+
+
+@pytest.mark.parametrize("contamination", LOTS["contamination"])
+def test_by_content_the_order_of_the_rows_does_not_matter(contamination: Any) -> None:
+    x = np.arange(600, dtype=np.float32)[:, None]
+    y, hashes = rare(600, 3), content_hashes(x)
+    data = Data(anomaly=("1",), contamination=contamination, split="content")
+    order = np.random.default_rng(0).permutation(600)
+    parts = split_rows(data, FACTS, 600, y, None, hashes)
+    others = split_rows(data, FACTS, 600, y[order], None, hashes[order])
+    assert [{*part} for part in parts] == [{*order[part]} for part in others]
+
+
+def test_the_limit_counts_rows_that_are_left() -> None:
+    none = np.zeros(3, int)
+    for contamination, share in (("clean", 0.2), ("mixed", 0.1), (0.25, 0.15)):
+        data = Data.model_validate({"anomaly": 1, "contamination": contamination, "limit": 100, "split": "content"})
+        y = rare(1000, 2)
+        assert share_of_anomalies(data, [y[:300], y[300:]], [None, None]) == (0 if contamination == "mixed" else 0.5)
+        anomalies = share_of_anomalies(data, [y], [None])
+        assert split_shares(data, none, 1000, anomalies).train == pytest.approx(share)
+        hashes = content_hashes(np.arange(1000, dtype=np.float32)[:, None])
+        assert len(split_rows(data, FACTS, 1000, y, None, hashes)[0]) == pytest.approx(100, abs=30)
+    marks = np.array(["train", "test"] * 500)
+    assert share_of_anomalies(Data(anomaly=("1",)), [rare(1000, 2)], [marks]) == 1
 
 
 def test_fewer_anomalies_than_asked_for_are_told(tmp_path: Path) -> None:
