@@ -127,7 +127,9 @@ def _print_strangest(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rank", "id", "score", "percentage", "what is strange", title="The strangest rows", title_justify="left")
+    table = Table(
+        "rank", "id", "score", "anomaly score", "what is strange", title="The strangest rows", title_justify="left"
+    )
     for row in rows:
         features = (f"{each['feature']} {each['value']} (expected {each['expected']})" for each in row["reasons"])
         numbers = str(row["rank"]), str(row["id"]), f"{row['score']:.4g}", f"{row['anomaly_score']:.4g}"

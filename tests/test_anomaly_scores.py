@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.metrics.pairwise import nan_euclidean_distances
@@ -105,7 +103,8 @@ class Planted:
         names = tuple("time" if number == TIME else f"sensor {number}" for number in range(FEATURES))
         offsets = tuple(EPOCH if number == TIME else 0 for number in range(FEATURES))
         self.columns = TableColumns(features=names, types=("double",) * FEATURES, offsets=offsets)
-        arrays = Arrays(*(Split(x, None) for x in (train, validation, self.normal)), train.mean(0), 1 / train.std(0))
+        splits = (Split(train, None), Split(validation, None), Split(self.normal, None))
+        arrays = Arrays(*splits, train.mean(0), 1 / train.std(0))
         facts = Facts(digest="0" * 64, shape=(FEATURES,), levels=0, classes=(), rows=TRAINING + 1000)
         layers = layer_specs(Dense(widths=(80,), activation="relu"), Data(likelihood="gaussian"), facts)
         spec = {
@@ -138,7 +137,9 @@ def test_contributions_sum_to_the_score(planted: Planted) -> None:
         x = model.prepare(torch.tensor(planted.strange))
         scores = model.score.score(x)
         explanation = model.score.explain(x, scores)
-    assert torch.allclose(explanation.contributions.sum(1), scores, rtol=1e-5) and (explanation.contributions >= 0).all()
+    assert (
+        torch.allclose(explanation.contributions.sum(1), scores, rtol=1e-5) and (explanation.contributions >= 0).all()
+    )
 
 
 def test_reasons_have_the_units_of_the_table(planted: Planted) -> None:

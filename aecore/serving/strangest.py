@@ -27,8 +27,7 @@ def rank_strangest(work: Work) -> pa.Table | None:
     """
     filesystem, folder = filesystem_of(work.output, "output")
     with suppress(pa.ArrowException, OSError):  # it is missing or damaged
-        with filesystem.open_input_file(f"{folder}/{STRANGEST}") as source:
-            return pq.read_table(source)
+        return pq.read_table(f"{folder}/{STRANGEST}", filesystem=filesystem)
     strangest: pa.Table | None = None
     for rows in _scored_rows(work):
         if strangest is not None and len(strangest) == _ROWS:  # sorting all rows would take longer
