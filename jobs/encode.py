@@ -159,8 +159,7 @@ def _find_rows(
         facts = identify(data)
         check_codes(data, facts, last, model, digest)
         return "decode", data, facts, facts.rows
-    # labels are written as they are, also where they mark anomalies in training
-    data = settings.data.model_copy(update={**absolute_places(settings.data), "anomaly": ()})
+    data = settings.data.model_copy(update=absolute_places(settings.data))
     facts = identify(data, columns_of(result.config))
     return "encode", adapt_data(result, data, facts, model), facts, facts.rows
 

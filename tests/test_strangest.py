@@ -145,13 +145,20 @@ def test_the_ranking_is_written_again_when_it_is_lost_or_damaged(here: Here, ask
 
 def test_few_rows_are_all_explained_and_a_uri_will_do(here: Here, tmp_path: Path) -> None:
     path = ["--data.name", "parquet", "--data.path", str(tmp_path / "few.parquet"), "--data.labels", "state"]
-    settings = [*MODEL, *path, "--data.anomaly", "fine", "--output", f"file://{tmp_path}/a b"]
+    settings = [*MODEL, *path, "--output", f"file://{tmp_path}/a b"]
     machines(8, 2, 1).to_parquet(tmp_path / "few.parquet", index=False)
     report = encode(cli.parse(Encode, "test", settings))
     ranked = pq.read_table(tmp_path / "a b" / STRANGEST)
     assert len(report["strangest"]) == len(ranked) == 8 and ranked["reasons"].null_count == 0
-    # labels are copied, also where they are said to mark anomalies
-    assert sorted(ranked["label"].to_pylist()) == ["broken", *["fine"] * 7] and ranked["label"][0].as_py() == "broken"
+    assert ranked["label"].to_pylist() == ["broken", *["fine"] * 7]
+
+
+def test_codes_beside_reasons_are_decoded(here: Here, asked: list[str], tmp_path: Path) -> None:
+    here(*asked)
+    codes, here.folder = here.folder, tmp_path / "back"
+    report = here(*MODEL, "--decode", str(codes))
+    assert here.table().num_rows == report["rows"]["all"] == 1400 and "strangest" not in report
+    assert not (here.folder / STRANGEST).exists()
 
 
 @pytest.fixture(scope="module")
