@@ -33,7 +33,9 @@ class Encode(Frozen):
 
     Each row has `id` (a running number), `file` and `row` (where it came from) and `code`. Classifiers add `prediction`
     and `probability`. Models with an autoencoder add `reconstruction_mse` and `anomaly_score`: the percentage of the
-    model's validation rows with no larger error. If the command is killed, the same command finishes the job.
+    model's validation rows with no larger error. Models that keep a score of anomalies add `score`, the percentage is
+    then by the score, and strange rows get `reasons`; the strangest rows of all are listed in _strangest.parquet. If
+    the command is killed, the same command finishes the job.
     """
 
     recipe: CliPositionalArg[Path | None] = None
@@ -102,6 +104,8 @@ def encode(settings: Encode) -> dict[str, Any]:
         tracker.log_summary(run_id, metrics, {})
         files = "1 file" if written.files == 1 else f"{written.files} files"
         shown.results = [f"{written.rows:,} rows in {files}."]
+    if written.strangest:
+        _print_strangest(written.strangest)
     print(f"{written.rows:,} rows in {written.files} files, {written.computed:,} of them computed now, by {model.uri}")
     return {
         "status": "finished",
@@ -110,7 +114,27 @@ def encode(settings: Encode) -> dict[str, Any]:
         "output": output,
         "rows": {"all": written.rows, "made": written.computed},
         "metrics": metrics,
+        **({"strangest": [_short(row) for row in written.strangest]} if written.strangest else {}),
     }
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a strange row as the report's last line has it."""
+    return {"id": row["id"], "score": row["score"], "features": [reason["feature"] for reason in row["reasons"]]}
+
+
+def _print_strangest(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rank", "id", "score", "anomaly score", "what is strange", title="The strangest rows", title_justify="left"
+    )
+    for row in rows:
+        features = (f"{each['feature']} {each['value']} (expected {each['expected']})" for each in row["reasons"])
+        numbers = str(row["rank"]), str(row["id"]), f"{row['score']:.4g}", f"{row['anomaly_score']:.4g}"
+        table.add_row(*numbers, ", ".join(features))
+    Console(width=110, markup=False).print(table)
 
 
 def _find_rows(

@@ -42,7 +42,9 @@ ROOMS: dict[str, set[str]] = {
     "aecore.training": {"aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data"},
     "aecore.evaluation": {"aecore.core", "aecore.models", "aecore.variants", "aecore.data", "aecore.training"},
     "aecore.anomaly": {"aecore.core", "aecore.models", "aecore.config", "aecore.evaluation"},
-    "aecore.serving": {"aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation"},
+    "aecore.serving": {
+        "aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation", "aecore.anomaly",
+    },
     "aecore.stages": {
         "aecore.core", "aecore.models", "aecore.variants", "aecore.config", "aecore.data", "aecore.training",
         "aecore.evaluation", "aecore.anomaly", "aecore.serving",

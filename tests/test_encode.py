@@ -25,6 +25,7 @@ from aecore.data.dataset import identify, inspect, load_rows
 from aecore.models.storage import Result
 from aecore.serving import encoding
 from aecore.serving.model import Model
+from aecore.serving.strangest import STRANGEST
 from aecore.variants import Variational
 from jobs import cli
 from jobs.encode import Encode, encode
@@ -134,6 +135,7 @@ def vectors(column: pa.ChunkedArray) -> np.ndarray:
 
 def test_each_row_is_encoded_once_by_the_model(here: Here, models: dict[str, Result], tracker: Tracker) -> None:
     report = here("--model", "models:/classifier@champion")
+    assert "strangest" not in report and not (here.folder / STRANGEST).exists()  # the model has no score of anomalies
     assert report["rows"] == {"all": 1797, "made": 1797} and report["model"] == "models:/classifier/1"
     table, direct = here.table(), Model(models["classifier"]).measure(DIGITS)
     assert table["id"].to_pylist() == table["row"].to_pylist() == list(range(1797))

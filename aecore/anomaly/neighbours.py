@@ -49,12 +49,12 @@ class References:
         count = max(1, min(NEIGHBOURS, others))
         size = max(1, _CHUNK_VALUES // max(len(self.rows), _CANDIDATES * NEIGHBOURS * rows.shape[1]))
         parts = []
-        for start in range(0, len(rows), size):
+        for start in range(0, max(1, len(rows)), size):
             part = rows[start : start + size]
-            squared = self._squared_distances(part)
+            places = self._order(part)
             if own is not None:
-                squared[torch.arange(len(part), device=part.device), own[start : start + size]] = torch.inf
-            candidates = squared.topk(max(1, min(_CANDIDATES * count, others)), 1, largest=False).indices
+                places[torch.arange(len(part), device=part.device), own[start : start + size]] = torch.inf
+            candidates = places.topk(max(1, min(_CANDIDATES * count, others)), 1, largest=False).indices
             exact, order = self._exact(part, candidates).sort(1)
             parts.append((exact[:, :count].sqrt(), candidates.gather(1, order[:, :count])))
         return Nearest(*map(torch.cat, zip(*parts, strict=True)))
@@ -69,15 +69,20 @@ class References:
         known = torch.isfinite(squares)
         return squares.nansum(2) * squares.shape[2] / known.sum(2).clamp(min=1)
 
-    def _squared_distances(self, rows: Tensor) -> Float[Tensor, "rows references"]:
-        """Return the squared distances of rows from all references, up to rounding."""
+    def _order(self, rows: Tensor) -> Float[Tensor, "rows references"]:
+        """Return numbers by which the references of each row have the order of their distances, up to rounding.
+
+        They are squared distances without what is the same for all references of a row. Each pass over so large an
+        array costs as much as the search in it.
+        """
         observed = torch.isfinite(rows)
         if self._observed is None and observed.all():
-            return rows.square().sum(1, keepdim=True) - 2 * rows @ self.rows.T + self.rows.square().sum(1)
-        mask, known = observed.float(), torch.ones_like(self.rows) if self._observed is None else self._observed
-        own, others = rows.nan_to_num(), self.rows.nan_to_num()
-        squared = own.square() @ known.T - 2 * own @ others.T + mask @ others.square().T
-        return squared * rows.shape[1] / (mask @ known.T).clamp(min=1)
+            return torch.addmm(self.rows.square().sum(1), rows, self.rows.T, alpha=-2)
+        mask, own, others = observed.float(), rows.nan_to_num(), self.rows.nan_to_num()
+        squared = torch.cat([mask, -2 * own], 1) @ torch.cat([others.square(), others], 1).T
+        if self._observed is None:
+            return squared
+        return (squared + own.square() @ self._observed.T) / (mask @ self._observed.T).clamp(min=1)
 
 
 def most_references(values: int) -> int:

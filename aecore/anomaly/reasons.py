@@ -1,7 +1,7 @@
 """The features that make a row strange, by name and value."""
 
 from collections.abc import Sequence
-from math import prod
+from math import floor, log10, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from aecore.models.prepare import Prepare
 
 REASONS = 3
 """Most features that are named for a row."""
+_DIGITS = 6
 
 
 class Reason(NamedTuple):
@@ -44,7 +45,7 @@ class Reasons:
         order = np.argsort(-parts, 1, kind="stable")[:, :REASONS]
         return [
             [
-                Reason(names[n], _shown(value[n] + offsets[n]), _shown(usual[n] + offsets[n]), float(part[n]))
+                Reason(names[n], _shown(value[n], offsets[n]), _shown(usual[n], offsets[n]), float(part[n]))
                 for n in chosen
             ]
             for chosen, value, usual, part in zip(order, values, expected, parts, strict=True)
@@ -60,5 +61,9 @@ def feature_names(columns: TableColumns, shape: Shape) -> Sequence[str]:
     return [f"pixel {', '.join(map(str, np.unravel_index(n, shape)))}" for n in range(prod(shape))]
 
 
-def _shown(value: float) -> str:
-    return f"{value:.4g}" if np.isfinite(value) else "missing"
+def _shown(value: float, offset: float) -> str:
+    """Return a number plus what was subtracted from it, with the six digits of the number that float32 holds."""
+    if not np.isfinite(value):
+        return "missing"
+    decimals = _DIGITS - 1 - floor(log10(abs(value))) if value else 0
+    return repr(round(float(value + offset), decimals)).removesuffix(".0")

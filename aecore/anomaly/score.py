@@ -4,7 +4,8 @@ It is the same for all data sets. On 19 sets of ADBench it ranks anomalies bette
 `aecore.anomaly.scores`; how it was found stands in the recipe study_anomaly.yaml.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ _CALIBRATION_ROWS = 2000
 _ROUNDS, _SUSPECTS, _SUSPECT_SHARE = 3, 5, 4
 """How often `explain` looks for the suspect features, and how many they are: five, but at most one in four."""
 _TINY = torch.finfo(torch.float32).tiny
+_LARGEST = 1e12
+"""Values as the first layer reads them are cut off here, so that their squares are finite."""
+_PREFIX = "anomaly."
+"""Prefix of the names that the arrays of `Fitted` have among the weights of a model."""
 
 
 class Fitted(NamedTuple):
@@ -43,6 +48,16 @@ class Fitted(NamedTuple):
     scores: np.ndarray
     """(rows,) the scores of references among the others, in ascending order: of validation rows, where there are
     enough."""
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, np.ndarray]) -> Self | None:
+        """Return what `to_weights` has put among the weights of a model; None if the model has no score."""
+        names = {name: _PREFIX + name for name in cls._fields}
+        return cls(**{name: weights[key] for name, key in names.items()}) if {*names.values()} <= {*weights} else None
+
+    def to_weights(self) -> dict[str, np.ndarray]:
+        """Return the arrays with the names that they have among the weights of a model."""
+        return {_PREFIX + name: array for name, array in self._asdict().items()}
 
 
 class Explanation(NamedTuple):
@@ -69,6 +84,7 @@ class NeighbourScore:
 
     def vectors(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows values"]:
         """Return prepared rows and their residuals in units of their spreads, (rows, 2 * features)."""
+        x = _bounded(x)
         return torch.cat([x.flatten(1) / self.spread, residuals(self.stack, x) / self.residual_spread], 1)
 
     def score(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, " rows"]:
@@ -83,6 +99,7 @@ class NeighbourScore:
         seem strange too. Therefore the features that deviate most are left out of the search for neighbours, the
         network reads what the neighbours have in their place, and all deviations are computed again, twice.
         """
+        x = _bounded(x)
         rows = x.flatten(1)
         units = rows / self.spread
         features = References(self.references.rows[:, : rows.shape[1]])
@@ -98,7 +115,11 @@ class NeighbourScore:
             compared = units.scatter(1, most, torch.nan)
             read = rows.scatter(1, most, (expected * self.spread).gather(1, most))
         total = deviations.sum(1, keepdim=True).clamp(min=_TINY)
-        return Explanation(scores[:, None] * deviations / total, expected * self.spread)
+        return Explanation(scores[:, None] * (deviations / total), expected * self.spread)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return x.clamp(-_LARGEST, _LARGEST)
 
 
 def residuals(stack: TrainedStack, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows features"]:

@@ -32,11 +32,22 @@ from aecore.data.splits import Rows
 from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
 
-SCHEMA = "1"
+SCHEMA = "2"
 """Version of the files' columns and of how a set is divided into pieces; raised with every change of these."""
 PIECE_BYTES, _CHUNK_BYTES = 2**23, 2**23
 """Bytes of a piece's input, and of the input that is read at once from a set in memory."""
 _SAMPLES_PER_PIECE = 10_000
+UNFINISHED = ".part-"
+"""Beginning of the names of unfinished files."""
+_EXPLAINED_ABOVE, _EXPLAINED_ROWS = 95, 10
+"""Rows whose `anomaly_score` is larger get reasons, and this many of the strangest rows that are read at once, so that
+the strangest rows of all have them. Reasons for all rows would take three times as long as their scores."""
+_REASONS = pa.list_(
+    pa.struct(
+        {"feature": pa.string(), "value": pa.string(), "expected": pa.string(), "contribution": pa.float32()}
+    )
+)  # fmt: skip
+"""Arrow type of the column of reasons, whose records are those of `aecore.anomaly.reasons.Reason`."""
 Operation = Literal["encode", "decode", "sample"]
 
 
@@ -135,9 +146,9 @@ def find_finished(work: Work) -> set[int]:
         raise InputError(
             f"output: cannot write to {work.output} ({short_reason(error)}); name a folder that can be written to"
         ) from error
-    numbers = {_file_name(number): number for number in range(len(pieces))}
+    numbers = {file_name(number): number for number in range(len(pieces))}
     for entry in entries:
-        if entry.base_name.startswith(".part-"):
+        if entry.base_name.startswith(UNFINISHED):
             filesystem.delete_file(entry.path)
             continue
         if not entry.base_name.endswith(".parquet"):
@@ -180,7 +191,7 @@ class Worker:
     def __call__(self, number: int) -> int:
         """Write the file of a piece and return its number of rows."""
         piece, count = self.pieces[number], 0
-        unfinished = f"{self.folder}/.{_file_name(number)}.{uuid.uuid4().hex[:12]}"
+        unfinished = f"{self.folder}/{UNFINISHED}{number:06}.{uuid.uuid4().hex[:12]}"
         writer = None
         with self.filesystem.open_output_stream(unfinished) as stream:
             for columns in self._compute(piece):
@@ -193,7 +204,7 @@ class Worker:
                 count += len(table)
             assert writer is not None and count == piece.rows
             writer.close()
-        self.filesystem.move(unfinished, f"{self.folder}/{_file_name(number)}")
+        self.filesystem.move(unfinished, f"{self.folder}/{file_name(number)}")
         return count
 
     def _compute(self, piece: Piece) -> Iterator[dict[str, np.ndarray]]:
@@ -210,10 +221,23 @@ class Worker:
                 yield {"reconstruction": model.decode(x)}
             else:
                 label = {} if y is None else {"label": np.array(work.facts.classes)[y]}
-                yield model.measure(x) | label
+                columns = model.measure(x)
+                reasons = {"reasons": self._explain(x, columns)} if "score" in columns else {}
+                yield columns | reasons | label
+
+    def _explain(self, x: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Return for each row its reasons as a list of records, or None where it is not strange."""
+        scores = columns["score"]
+        strange = columns["anomaly_score"] > _EXPLAINED_ABOVE
+        strange[np.argsort(-scores, kind="stable")[:_EXPLAINED_ROWS]] = True
+        reasons = np.full(len(x), None, object)
+        for row, each in zip(np.flatnonzero(strange), self.model.explain(x[strange], scores[strange]), strict=True):
+            reasons[row] = [reason._asdict() for reason in each]
+        return reasons
 
 
-def _file_name(number: int) -> str:
+def file_name(number: int) -> str:
+    """Return the name of a piece's file."""
     return f"part-{number:06}.parquet"
 
 
@@ -252,6 +276,8 @@ def _array(values: np.ndarray) -> pa.Array:
     """Turn (rows, ...) into an Arrow array: vectors become fixed-size lists, images become tensors."""
     if values.dtype.kind == "U":
         return pa.array(values).dictionary_encode()
+    if values.dtype.kind == "O":
+        return pa.array(values.tolist(), _REASONS)
     if values.ndim == 1:
         return pa.array(values)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), prod(values.shape[1:]))

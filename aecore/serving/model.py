@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from aecore.anomaly.reasons import Reason, Reasons
+from aecore.anomaly.score import Fitted, NeighbourScore
 from aecore.config.facts import columns_of, has_no_names, nameless
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import TrainedStack, as_trained, precision_of
@@ -32,19 +34,39 @@ class Model:
         self.classifier = build_classifier(result).to(device).eval() if result.config["task"] == "classify" else None
         self.batch = LayerSpec.model_validate(result.config["layers"][0]).scoring_rows
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
+        self.score: NeighbourScore | None = None
+        if self.autoencoder is not None and (fitted := Fitted.from_weights(result.weights)):
+            self.score, self.usual_scores = NeighbourScore(self.autoencoder, fitted), fitted.scores
 
     def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return `code` (rows, units) and the other columns of `predict` by name, each with one entry per row."""
+        """Return `code` (rows, units) and the other columns of `predict` by name, each with one entry per row, without
+        `reasons`, for which see `explain`."""
         with torch.inference_mode():
-            batches = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
-            parts = [self._measure(torch.tensor(rows[batch], device=self.device)) for batch in batches]
+            parts = [self._measure(torch.tensor(rows[batch], device=self.device)) for batch in self._batches(rows)]
         columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         if "prediction" in columns:
             columns["prediction"] = self.classes[columns["prediction"]]
-        if len(self.errors):
-            no_worse = np.searchsorted(self.errors, columns["reconstruction_mse"], side="right")
-            columns["anomaly_score"] = (100 * no_worse / len(self.errors)).astype(np.float32)
+        if self.score is not None:
+            columns["anomaly_score"] = _percentage(self.usual_scores, columns["score"])
+        elif len(self.errors):
+            columns["anomaly_score"] = _percentage(self.errors, columns["reconstruction_mse"])
         return columns
+
+    def explain(self, rows: np.ndarray, scores: np.ndarray) -> list[list[Reason]]:
+        """Return for rows with these values of `score` the features that add most to it, the largest first. This takes
+        about three times as long as the scores."""
+        assert self.score is not None
+        reasons = Reasons(self.score, self.prepare, self.columns)
+        with torch.inference_mode():
+            parts = [
+                reasons.of(*(torch.tensor(array[batch], device=self.device) for array in (rows, scores)))
+                for batch in self._batches(rows)
+            ]
+        return [row for part in parts for row in part]
+
+    def _batches(self, rows: np.ndarray) -> list[slice]:
+        """Divide rows; no rows are one batch."""
+        return [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
 
     def _measure(self, raw: Tensor) -> dict[str, Tensor]:
         x = self.prepare(raw)
@@ -59,6 +81,8 @@ class Model:
             code = self.autoencoder.encode(x)
             columns.setdefault("code", code.flatten(1))
             columns["reconstruction_mse"] = row_errors(x, self.autoencoder.mean(code))
+        if self.score is not None:
+            columns["score"] = self.score.score(x)
         return columns
 
     def decode(self, code: np.ndarray) -> np.ndarray:
@@ -87,10 +111,16 @@ class Model:
     def predict(self, rows: Any, params: dict | None = None) -> pd.DataFrame:
         """Return a table with one line per row; MLflow calls this, with `params` that the model has no use for.
 
-        The columns are `code`; of a classifier `prediction`, a class, and `probability`, that of the class; of an
-        autoencoder `reconstruction_mse`, the squared error per feature, and `anomaly_score`, the percentage of the
-        reference rows that are reconstructed no worse. A classifier gives the last two for the autoencoder that it was
-        finetuned from.
+        The columns are
+
+        - `code`;
+        - of a classifier `prediction`, a class, and `probability`, that of the class;
+        - of an autoencoder, which may be the one that a classifier was finetuned from, `reconstruction_mse`, the
+          squared error per feature;
+        - of a model that keeps `anomaly.*` weights `score`, how strange the row is, see `NeighbourScore`;
+        - `anomaly_score`, the percentage of the reference rows whose score is no larger or, where the model has no
+          score, that are reconstructed no worse;
+        - with a score `reasons`: for each row the features that add most to it, as records, see `Reason`.
 
         Args:
             rows: an array (rows, *shape); a model of a table also reads what `table.read_table` describes.
@@ -98,8 +128,18 @@ class Model:
         Raises:
             InputError: columns are missing or unknown, or a value is missing, not finite or no number.
         """
-        columns = self.measure(read_table(rows, self.columns) if self.columns.features else read_array(rows))
-        return pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
+        raw = read_table(rows, self.columns) if self.columns.features else read_array(rows)
+        columns = self.measure(raw)
+        table = pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
+        if self.score is not None:
+            reasons = self.explain(raw, columns["score"])
+            table["reasons"] = [[reason._asdict() for reason in each] for each in reasons]
+        return table
+
+
+def _percentage(references: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return for each value the percentage of the references, in ascending order, that are no larger."""
+    return (100 * np.searchsorted(references, values, side="right") / len(references)).astype(np.float32)
 
 
 def _load_pyfunc(path: str) -> Model:

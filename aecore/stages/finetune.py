@@ -168,8 +168,7 @@ def anomaly_weights(
     """Return the default score of anomalies, fitted to training and validation rows, as `anomaly.*` for the result of
     `finetune`."""
     train, validation = (over_batches(prepare, split.x, stack.device) for split in known)
-    fitted = fit_score(stack, train, validation, spec.anomalies == "mixed")
-    return {f"anomaly.{name}": value for name, value in fitted._asdict().items()}
+    return fit_score(stack, train, validation, spec.anomalies == "mixed").to_weights()
 
 
 def few_labels(data: Arrays, count: int, seed: int, least: int) -> Arrays:

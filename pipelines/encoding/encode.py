@@ -6,18 +6,19 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aecore.data.files import filesystem_of, scheme_of
 from aecore.models.storage import Result
 from aecore.serving.encoding import Work, Worker, find_finished
+from aecore.serving.strangest import rank_strangest
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
 from pipelines.cluster.reading import each
 
 MANIFEST = "_manifest.json"
 """File that describes the whole output; readers of Parquet folders skip names that begin with an underscore."""
-_SAY_SECONDS = 2.0
+_SAY_SECONDS, _LISTED = 2.0, 10
 
 
 class Encoded(NamedTuple):
@@ -30,12 +31,15 @@ class Encoded(NamedTuple):
     files: int
     seconds: float
     """From the first worker's first row to the last worker's last, without the start of Ray and of the workers."""
+    strangest: list[dict[str, Any]]
+    """The ten strangest rows of all, with the columns of the file that ranks them; empty without scores."""
 
 
 def write_files(
     work: Work, model: Result, store: str, workers: int | None, gpus: float | None, say: Callable[[str], None]
 ) -> Encoded:
-    """Write the output files that are missing, then the manifest; Ray starts only if a file is missing.
+    """Write the output files that are missing, then the ranking of the strangest rows and the manifest; Ray starts only
+    if a file is missing.
 
     Args:
         store: address of the MLflow store; where workers run on other machines, it must not be local.
@@ -63,11 +67,13 @@ def write_files(
                 say(f"{computed:,} rows of {total:,}")
     rows, lost = sum(piece.rows for piece in pieces), len(pieces) - len(find_finished(work))
     assert not lost and rows == work.rows, f"{lost} files are missing"
+    strangest = rank_strangest(work)
     filesystem, folder = filesystem_of(work.output, "output")
     manifest = json.dumps({**work.identity, "rows": rows, "files": len(pieces)}, indent=2) + "\n"
     with filesystem.open_output_stream(f"{folder}/{MANIFEST}") as stream:
         stream.write(manifest.encode())
-    return Encoded(rows, computed, len(pieces), max(0.0, ended_at - started_at))
+    listed = [] if strangest is None else strangest.slice(0, _LISTED).to_pylist()
+    return Encoded(rows, computed, len(pieces), max(0.0, ended_at - started_at), listed)
 
 
 def absolute_path(path: str) -> str:
