@@ -140,7 +140,7 @@ def _tell(
         say(f"wrote {settings.figures / 'report.html'}")
     for note in report.notes:
         say(f"warning: {note}")
-    _print_table(report, f"{len(by_set)} sets and seeds" if by_set else "seeds")
+    _print_table(report, "sets and seeds" if by_set else "seeds")
     _say_failures(ended.trials)
     if ended.forecast:
         _print_costs(cost_rows(ended.forecast, ended.spent, seconds))
