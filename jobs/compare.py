@@ -6,19 +6,15 @@ measured alike; the report says which differences are more than chance.
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_settings import CliPositionalArg
 
-from aecore.config.experiment import overlay
-from aecore.config.facts import Facts
 from aecore.core.errors import InputError, join_names
-from aecore.core.fingerprint import fingerprint, later_defaults
 from aecore.core.imports import fast_imports
-from aecore.data.dataset import describe, inspect
 from aecore.evaluation.trial import Trial, study_status
 from jobs import cli
 from pipelines.cluster.resources import Resources
@@ -26,11 +22,11 @@ from pipelines.execution.store import open_store
 from pipelines.graph.description import Description, data_name
 from pipelines.host.messages import say
 from pipelines.host.scratch import scratch
-from pipelines.study.plan import plan_trials, warn_of_labels
 from pipelines.study.preview import preview
 from pipelines.study.results import read
 from pipelines.study.run import Ended, run
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet, describe, digest_of, inspect, key_of
 from pipelines.study.spending import CostRow, cost_report, cost_rows
 
 if TYPE_CHECKING:
@@ -48,6 +44,8 @@ _COLUMNS = (
 """Measures of the printed table."""
 _PRINTED_ROWS = 20
 """Most study rows of the printed table."""
+_LOGGED_SETS = 50
+"""Most data sets that MLflow shows as the inputs of a study."""
 _NAMED = 3
 """Most trials that are named where they failed for the same reason."""
 
@@ -78,39 +76,37 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     study = settings.study
     if settings.resources.workers > 1:
         raise InputError("resources.workers: trials run side by side, each on one worker; leave it out of a study")
-    facts = inspect(study.base.data)
-    warn_of_labels(study, facts)
-    plan_trials(study, facts, settings.resources.numerics)  # a row that does not fit the data ends the job here
+    sets = inspect(study, settings.resources.numerics)  # a row that does not fit the data ends the job here
     tracker = open_store(settings.resources, create=not settings.plan, warm=False)
-    key = _key_of(study, facts)
-    about = describe(study.base.data, facts)
+    key = key_of(study, sets)
     if settings.plan:
-        print("\n".join(about))
         run_id = tracker.run_id_of(key) if tracker else None
-        for line in preview(study, facts, settings.resources, tracker, run_id, probes=settings.plan == "probe"):
+        for line in preview(study, sets, settings.resources, tracker, run_id, probes=settings.plan == "probe"):
             print(line)
         return None
     began = time.monotonic()
     assert tracker is not None
-    for line in about:
+    for line in describe(sets):
         say(line)
-    tags = {"data.digest": facts.digest, **cli.ray_tags()}
+    tags = {"data.digest": digest_of(sets), **cli.ray_tags()}
     config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude"}})
-    shown = _describe(study, facts)
+    shown = _describe(study, sets)
     with tracker.job_run("compare", key, tags, config, shown) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
-        tracker.log_data(run_id, data_name(study.base.data), facts, about)
-        ended = run(study, facts, tracker, run_id, settings.resources, say)
+        for one in sets[:_LOGGED_SETS]:
+            tracker.log_data(run_id, one.name or data_name(study.base.data), one.facts, one.about())
+        ended = run(study, sets, tracker, run_id, settings.resources, say)
         costs = cost_rows(ended.forecast, ended.spent, time.monotonic() - began) if ended.forecast else []
         with scratch() as folder:
-            report = _write_report(study, facts, ended, costs, partial(read, tracker=tracker), folder)
+            report, by_set = _write_report(study, sets, ended, costs, partial(read, tracker=tracker), folder)
             # uploaded from here and not from the user's folder, in which other files may lie
             tracker.log_folder(run_id, folder, "report")
             if settings.figures:
                 shutil.copytree(folder, settings.figures, dirs_exist_ok=True)
-        metrics = {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
+        metrics = _metrics(report)
+        per_set = {f"{name}/{metric}": value for name, of in by_set.items() for metric, value in _metrics(of).items()}
         status = study_status(ended.trials)
-        tracker.log_summary(run_id, metrics, {"status": status})
+        tracker.log_summary(run_id, metrics | per_set, {"status": status})
         tracker.log_last(run_id, {"train_seconds": sum(trial.seconds for trial in ended.trials)})
         link = tracker.link(run_id, "report/report.html")
         shown.results = [report.answer, f"All verdicts and figures: {link}."]
@@ -118,69 +114,83 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     if status == "failed":
         tracker.client.set_terminated(run_id, "FAILED")
     seconds = time.monotonic() - began
-    _tell(settings, report, ended, seconds)
+    _tell(settings, report, by_set, ended, seconds)
     return {
         "status": status,
         "run_id": run_id,
         "experiment": key,
+        **({"sets": list(by_set)} if by_set else {}),
         "metrics": metrics,
-        "verdicts": report.verdicts,
+        "verdicts": {name: of.verdicts for name, of in by_set.items()} or report.verdicts,
         "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},
         **({"cost": cost_report(ended.forecast, ended.spent, seconds)} if ended.forecast else {}),
     }
 
 
-def _key_of(study: Study, facts: Facts) -> str:
-    """Return the key of a study's run. A study that gets another seed, another row or a larger budget of hours stays
-    the same study, and so the same MLflow run."""
-    changeable = {
-        "seeds": True, "variants": True, "budget": {"cpu_hours": True, "gpu_hours": True},
-        "base": {"data": {"exclude": True}},  # the digest says which columns are read
-    }  # fmt: skip
-    config = study.model_dump(mode="json", exclude=overlay(later_defaults(study), changeable))
-    return fingerprint("compare", facts.digest, config)
+def _metrics(report: "Report") -> dict[str, float]:
+    return {f"{row}/{name}": value for name, means in report.means.items() for row, value in means.items()}
 
 
-def _tell(settings: Compare, report: "Report", ended: Ended, seconds: float) -> None:
+def _tell(
+    settings: Compare, report: "Report", by_set: Mapping[str, "Report"], ended: Ended, seconds: float
+) -> None:  # fmt: skip
     """Print what came out of a study, what failed, and what it has cost."""
     if settings.figures:
         say(f"wrote {settings.figures / 'report.html'}")
     for note in report.notes:
         say(f"warning: {note}")
-    _print_table(report)
+    _print_table(report, "sets and seeds" if by_set else "seeds")
     _say_failures(ended.trials)
     if ended.forecast:
         _print_costs(cost_rows(ended.forecast, ended.spent, seconds))
 
 
-def _describe(study: Study, facts: Facts) -> Description:
+def _describe(study: Study, sets: Sequence[StudySet]) -> Description:
     """Return what MLflow's list of runs shows of a study."""
     data = data_name(study.base.data)
     name = f"study of {data}" if study.name == Study.model_fields["name"].default else study.name
+    data = f"{len(sets)} sets of {data}" if study.data else data
     rows, seeds = join_names([*study.variants]), ", ".join(map(str, study.seeds))
     length = f"{study.budget.epochs} epochs" if study.budget.steps is None else study.budget.length
-    about = f"What: compares {rows} on {data} ({facts.rows:,} rows), seeds {seeds}; {length} per trial."
+    about = f"What: compares {rows} on {data} ({_rows(sets):,} rows), seeds {seeds}; {length} per trial."
     return Description(name, about)
 
 
+def _rows(sets: Sequence[StudySet]) -> int:
+    return sum(one.facts.rows for one in sets)
+
+
 def _write_report(
-    study: Study, facts: Facts, ended: Ended, costs: Sequence[CostRow], read: Callable[[Trial], Trial], folder: Path
-) -> "Report":  # fmt: skip
+    study: Study, sets: Sequence[StudySet], ended: Ended, costs: Sequence[CostRow], read: Callable[[Trial], Trial],
+    folder: Path,
+) -> "tuple[Report, dict[str, Report]]":  # fmt: skip
+    """Write the report of a study; return it, and of several data sets that of each one by name."""
     with fast_imports():
         from pipelines.reporting import report  # imports matplotlib, which takes a second
+        from pipelines.reporting import sets as report_of_sets
 
     most = "at most " if study.choose == "finetuned" else ""
-    description = {
-        "data": f"{study.base.data.name}, {facts.rows} rows",
+    facts = {
         "seeds": ", ".join(map(str, study.seeds)),
         "budget": f"{most}{study.budget.length} per trial",
     }
+    abouts = {
+        one.name: report.About(
+            f"{study.name}: {one.name}" if one.name else study.name, study.choose_metric,
+            {"data": f"{study.base.data.name}, {one.facts.rows} rows", **facts}, one.facts.classes,
+            ended.dropped.get(one.name, ()),
+        )
+        for one in sets
+    }  # fmt: skip
+    told = [report.Cost(*row) for row in costs]
+    if not study.data:
+        return report.write(ended.trials, abouts[""]._replace(costs=told), folder, read), {}
+    reports = report_of_sets.write_each(ended.trials, abouts, folder, read)
     about = report.About(
-        study.name, study.choose_metric, description, facts.classes, ended.dropped,
-        [report.Cost(*row) for row in costs],
-    )  # fmt: skip
-    return report.write(ended.trials, about, folder, read)
+        study.name, study.choose_metric, {"data": f"{len(sets)} sets, {_rows(sets):,} rows", **facts}, costs=told
+    )
+    return report_of_sets.write(reports, ended.trials, about, folder), reports
 
 
 def _failures(trials: list[Trial]) -> list[str]:
@@ -210,13 +220,13 @@ def _print_costs(rows: Sequence[CostRow]) -> None:
     Console(width=110, markup=False).print(table)
 
 
-def _print_table(report: "Report") -> None:
+def _print_table(report: "Report", over: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=110, markup=False)  # the user chooses the names of study rows, which may look like markup
     columns = [name for name in _COLUMNS if name in report.means]
-    table = Table("mean over seeds", *columns, title="On the test split", title_justify="left")
+    table = Table(f"mean over {over}", *columns, title="On the test split", title_justify="left")
     rows = list(report.means[columns[0]]) if columns else []
     for row in rows[:_PRINTED_ROWS]:
         table.add_row(row, *(f"{report.means[name].get(row, float('nan')):.4f}" for name in columns))

@@ -58,8 +58,8 @@ ROOMS: dict[str, set[str]] = {
         "aecore.stages", "pipelines.host", "pipelines.graph", "pipelines.store", "pipelines.cluster",
     },
     "pipelines.study": {
-        "aecore.core", "aecore.models", "aecore.config", "aecore.evaluation", "pipelines.host", "pipelines.graph",
-        "pipelines.store", "pipelines.cluster", "pipelines.execution",
+        "aecore.core", "aecore.models", "aecore.config", "aecore.data", "aecore.evaluation", "pipelines.host",
+        "pipelines.graph", "pipelines.store", "pipelines.cluster", "pipelines.execution",
     },
     "pipelines.retraining": {
         "aecore.core", "aecore.models", "aecore.config", "aecore.data", "pipelines.host", "pipelines.graph",

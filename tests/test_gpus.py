@@ -132,6 +132,7 @@ from pipelines.store.connection import connect
 from pipelines.study.agenda import Agenda
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet
 from aecore.config.specs import Numerics
 
 count, folder = int(sys.argv[1]), Path.cwd()
@@ -158,7 +159,8 @@ study = Study(
 tracker = connect(f"sqlite:///{folder}/mlflow.db", "test")
 facts = inspect(study.base.data)
 with tracker.job_run("test", "trials", {}, {}) as top:
-    runner = module.TrialRunner(study, facts, tracker, top, Resources(gpus=0.25, cpus=1))
+    sets = [StudySet("", study, facts, Numerics())]
+    runner = module.TrialRunner(study, sets, tracker, top, Resources(gpus=0.25, cpus=1))
     agenda = Agenda(retries=0)
     agenda.add([plan for plan in plan_trials(study, facts, Numerics()) if plan.row == "a"])
     runner.run(agenda)

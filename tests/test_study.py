@@ -10,10 +10,11 @@ from aecore.config.experiment import Dense
 from aecore.config.facts import Facts
 from aecore.config.specs import FinetuneSpec, MeasureSpec, Numerics, PretrainSpec, ReferenceSpec
 from aecore.core.errors import InputError
-from jobs.compare import _describe, _key_of
+from jobs.compare import _describe
 from pipelines.graph.description import describe_experiment
 from pipelines.study.plan import TrialPlan, experiment_of, plan_trials, settings_to_try, shared_stages
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet, key_of
 
 FACTS = Facts(digest="d", shape=(1, 8, 8), levels=17, classes=tuple("0123456789"), rows=1797)
 ALL = {
@@ -24,6 +25,10 @@ ALL = {
     "contractive": {"variant": {"kind": "contractive"}},
     "variational": {"variant": {"kind": "variational"}},
 }
+
+
+def alone(study: Study) -> StudySet:
+    return StudySet("", study, FACTS, Numerics())
 
 
 def planned(facts: Facts = FACTS, **fields: Any) -> list[TrialPlan]:
@@ -119,8 +124,8 @@ def test_texts_say_steps_where_the_budget_sets_them() -> None:
     budgets: tuple[dict[str, int], ...] = ({"epochs": 20}, {"epochs": 20, "steps": 4000})
     epochs, steps = (Study.model_validate({"budget": budget}) for budget in budgets)
     assert (epochs.budget.length, steps.budget.length) == ("20 passes over the training rows", "4,000 steps")
-    assert _describe(epochs, FACTS).about.endswith("; 20 epochs per trial.")
-    assert _describe(steps, FACTS).about.endswith("; 4,000 steps per trial.")
+    assert _describe(epochs, [alone(epochs)]).about.endswith("; 20 epochs per trial.")
+    assert _describe(steps, [alone(steps)]).about.endswith("; 4,000 steps per trial.")
     trained = [describe_experiment(experiment_of(study, "plain", {}, 0)) for study in (epochs, steps)]
     assert ["20 epochs, lr" in trained[0], "4,000 steps, lr" in trained[1]] == [True, True]
 
@@ -129,13 +134,14 @@ def test_the_key_of_a_study_without_steps_is_that_of_earlier_versions() -> None:
     # of the version before there were steps, shares of features and anomalies
     key = "41f5c40fba1d1f9ff2daffa348891885d93200011220d99dfbb028a78e66959c"
     study = Study.model_validate({"variants": ALL, "budget": {"epochs": 40}})
-    assert _key_of(study, FACTS) == key
+    assert key_of(study, [alone(study)]) == key
     others: list[dict[str, Any]] = [
         {"budget": {"steps": 400}},
         {"labels": {"fit": {"steps": 400}}},
         {"base": {"network": {"kind": "dense", "max_width": 9}}},
     ]
-    assert key not in {_key_of(Study.model_validate({"variants": ALL, **fields}), FACTS) for fields in others}
+    studies = [Study.model_validate({"variants": ALL, **fields}) for fields in others]
+    assert key not in {key_of(study, [alone(study)]) for study in studies}
 
 
 def test_a_stacked_row_differs_in_one_field() -> None:

@@ -44,11 +44,14 @@ def overlay(lower: Any, upper: Any) -> Any:
     return {**lower, **{key: overlay(lower.get(key), value) for key, value in upper.items()}}
 
 
-def _read_paths(value: Any) -> Any:
+def read_paths(value: Any, field: str = "data.path") -> Any:
     """Return one path as text and several as a tuple, with home folders in place of `~` and `~user`.
 
     Text in square brackets is a list, as a command line or a variable of the environment writes it. A list of one path
     is that path.
+
+    Args:
+        field: What names the paths, for the message.
     """
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
@@ -59,7 +62,7 @@ def _read_paths(value: Any) -> Any:
         return value and _at_home(value)
     if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
         raise ValueError(
-            "data.path: name a file or folder, or several as [a.parquet, b.parquet], numbers and dates in quotes, not "
+            f"{field}: name a file or folder, or several as [a.parquet, b.parquet], numbers and dates in quotes, not "
             f"{short_repr(value)}"
         )
     paths = tuple(_at_home(path) for path in value if path)
@@ -100,7 +103,7 @@ class Data(Frozen):
     root: Annotated[Path, Unhashed(), BeforeValidator(_at_home)] = Path("data")
     """Folder of the torchvision sets. A set is downloaded there on first use; a copy that is there is used as it is."""
     # NoDecode: a single path may hold commas and brackets, which pydantic-settings would take for a list
-    path: Annotated[str | tuple[str, ...] | None, Unhashed(), NoDecode, BeforeValidator(_read_paths)] = None
+    path: Annotated[str | tuple[str, ...] | None, Unhashed(), NoDecode, BeforeValidator(read_paths)] = None
     """Parquet file, folder, pattern ("data/2026-*/*.parquet", ** for folders at any depth) or object-store URI, or
     several of these, [a.parquet, b.parquet]; only for data.name parquet, which needs it."""
     column: str | None = None

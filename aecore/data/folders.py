@@ -91,7 +91,7 @@ def filesystem_at(data: Data) -> pafs.FileSystem:
     """Return the filesystem on which a data set lies, without a look at its files."""
     assert data.path is not None
     path = data.path if isinstance(data.path, str) else data.path[0]
-    pattern = _split_pattern(path)
+    pattern = split_pattern(path)
     return filesystem_of(pattern[0] if pattern else path)[0]
 
 
@@ -129,7 +129,7 @@ def _together(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
 
 def _find(path: str) -> tuple[str, Listing]:
     """Return the folder below which the names at a path count, and the files there."""
-    if pattern := _split_pattern(path):
+    if pattern := split_pattern(path):
         return _find_matches(path, *pattern)
     filesystem, inner = filesystem_of(path)
     kind = filesystem.get_file_info(inner).type
@@ -149,7 +149,7 @@ def _find(path: str) -> tuple[str, Listing]:
     return inner.rstrip("/") or "/", listing
 
 
-def _split_pattern(path: str) -> tuple[str, list[str]] | None:
+def split_pattern(path: str) -> tuple[str, list[str]] | None:
     """Return the path or URI before the first wildcard, and the parts from there on; None if there is no wildcard."""
     scheme, _, rest = path.rpartition("://")
     body, _, query = rest.partition("?") if scheme else (rest, "", "")

@@ -52,6 +52,8 @@ class Trial(NamedTuple):
     """GPU-seconds spent on the trial, likewise."""
     number: int = 0
     """Place of the trial in the order in which trials were started."""
+    data: str = ""
+    """Name of the data set, where a study has several."""
 
     @property
     def is_reference(self) -> bool:
@@ -61,7 +63,7 @@ class Trial(NamedTuple):
     @property
     def name(self) -> str:
         """The trial's name in messages and in the report."""
-        return trial_name(self.row, self.settings, self.seed)
+        return in_set(self.data, trial_name(self.row, self.settings, self.seed))
 
     @property
     def notes(self) -> list[str]:
@@ -90,3 +92,8 @@ def trial_name(row: str, settings: Mapping[str, Any], seed: int) -> str:
     """Return a trial's name as people read it, such as `plain finetune.lr=0.001 seed=0`."""
     values = (f"{value:.4g}" if isinstance(value, float) else value for value in settings.values())
     return " ".join([row, *map("{}={}".format, settings, values), f"seed={seed}"])
+
+
+def in_set(data: str, name: str) -> str:
+    """Return the name of a trial or row with that of its data set before it, where a study has several."""
+    return f"{data}: {name}" if data else name

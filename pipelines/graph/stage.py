@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,14 @@ class Stage:
     def trains(self) -> bool:
         """Whether the stage trains a model."""
         return self.fn in PREPARATIONS
+
+    def named_for(self, data: str) -> "Stage":
+        """Return the stage with a name that begins with that of a data set, and with inputs of such names."""
+        inputs: Inputs = {
+            name: tuple(one.named_for(data) for one in each) if isinstance(each, tuple) else each.named_for(data)
+            for name, each in self.inputs.items()
+        }
+        return replace(self, name=f"{data}: {self.name}", inputs=inputs)
 
     def function(self) -> Callable[..., Result]:
         """Import and return the function that `fn` names, `(spec, context, **inputs) -> Result`; imports torch."""

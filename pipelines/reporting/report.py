@@ -1,7 +1,7 @@
 """The report of a study: one HTML page that needs no other file, its figures as PNG, all numbers as Parquet and CSV."""
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,8 @@ CAPTIONS = {
     "importance": "All finished trials of the search. A bar that ends near its tick shows no effect.",
 }
 """The caption of each figure, in the order of the report."""
+QUICK = ("ranking", "scores", "learning_curves", "label_efficiency", "search", "importance")
+"""The figures that take little time: no maps, no pictures, no curves of robustness."""
 
 
 class Cost(NamedTuple):
@@ -79,13 +81,16 @@ class Report(NamedTuple):
     """Which measures are left out or were taken on a sample, and why."""
 
 
-def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Report:
+def write(
+    trials: Sequence[Trial], about: About, folder: Path, read: Read, wanted: Collection[str] = tuple(CAPTIONS)
+) -> Report:  # fmt: skip
     """Write the report of a study into `folder`: `report.html`, `results.parquet`, `results.csv`, `pairs.csv` and
     `figures/*.png`.
 
     Args:
         trials: all trials, however they ended, in the order in which study rows are to appear.
         read: called in a few threads, once for each finished trial with the settings that were chosen.
+        wanted: the names of the figures to draw.
     """
     chosen = choose_settings(trials, about.choose)
     places = [n for n, trial in enumerate(trials) if same_settings(trial.settings) == same_settings(chosen[trial.row])]
@@ -95,14 +100,16 @@ def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Re
     trials = [results.get(place, trial) for place, trial in enumerate(trials)]
     with ThreadPoolExecutor(1) as thread:
         shown = [trial for trial in compared if trial.row in drawn]
-        maps = thread.submit(codes.planes, shown)  # takes as long as all other figures together
+        mapped = shown if "codes_maps" in wanted else []
+        maps = thread.submit(codes.planes, mapped)  # takes as long as all other figures together
         comparisons = compare_measures(compared, [one.row for one in about.dropped])
-        figures = _draw(trials, shown, about)
-        if png := codes.codes_maps(shown, maps.result(), about.classes):
+        figures = _draw(trials, shown, about, wanted)
+        if png := codes.codes_maps(mapped, maps.result(), about.classes):
             figures["codes_maps"] = png
     notes = summary.describe_notes(compared)
     answer = summary.answer(summary.leading(comparisons, about.choose), compared)
-    page = _render(
+    page = render(
+        "report.html.j2",
         about=about,
         answer=answer,
         notes=notes,
@@ -116,8 +123,10 @@ def write(trials: Sequence[Trial], about: About, folder: Path, read: Read) -> Re
     return Report(files, answer.words(), verdicts, {one.measure.name: one.means for one in comparisons}, notes)
 
 
-def _draw(trials: Sequence[Trial], compared: Sequence[Trial], about: About) -> dict[str, bytes]:
-    """Draw all figures except the maps.
+def _draw(
+    trials: Sequence[Trial], compared: Sequence[Trial], about: About, wanted: Collection[str]
+) -> dict[str, bytes]:
+    """Draw the wanted figures, except the maps.
 
     Args:
         compared: the trials of the study rows that are drawn, with the chosen settings.
@@ -125,23 +134,23 @@ def _draw(trials: Sequence[Trial], compared: Sequence[Trial], about: About) -> d
     rows, known = {trial.row for trial in compared}, {id(trial) for trial in compared}
     searched = [trial for trial in trials if trial.row in rows]
     stopped = [trial for trial in searched if trial.status == "stopped" and id(trial) not in known]
-    drawn = {
-        "ranking": detection.ranking_of_rows(compared),
-        "scores": detection.histograms(compared),
-        "strangest": detection.strangest_of_study(compared),
-        "learning_curves": curves.learning_curves([*compared, *stopped]),
-        "label_efficiency": curves.label_efficiency(compared),
-        "robustness": curves.robustness(compared),
-        "contraction": curves.contraction(compared),
-        "reconstructions": images.reconstructions(compared),
-        "triptychs": images.triptychs(compared),
-        "activations": codes.activations(compared),
-        "identity_risk": images.identity_risk(compared),
-        "samples": images.samples(compared),
-        "search": settings.search(searched, about.choose),
-        "importance": settings.importance(trials, about.choose),
+    drawings: dict[str, Callable[[], bytes | None]] = {
+        "ranking": lambda: detection.ranking_of_rows(compared),
+        "scores": lambda: detection.histograms(compared),
+        "strangest": lambda: detection.strangest_of_study(compared),
+        "learning_curves": lambda: curves.learning_curves([*compared, *stopped]),
+        "label_efficiency": lambda: curves.label_efficiency(compared),
+        "robustness": lambda: curves.robustness(compared),
+        "contraction": lambda: curves.contraction(compared),
+        "reconstructions": lambda: images.reconstructions(compared),
+        "triptychs": lambda: images.triptychs(compared),
+        "activations": lambda: codes.activations(compared),
+        "identity_risk": lambda: images.identity_risk(compared),
+        "samples": lambda: images.samples(compared),
+        "search": lambda: settings.search(searched, about.choose),
+        "importance": lambda: settings.importance(trials, about.choose),
     }
-    return {name: png for name, png in drawn.items() if png}
+    return {name: png for name, draw in drawings.items() if name in wanted and (png := draw())}
 
 
 def _compared(
@@ -178,11 +187,12 @@ def _ended(trials: Sequence[Trial], drawn: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _render(**context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+    """Return a page of this room as HTML."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return templates.get_template("report.html.j2").render(**context)
+    return templates.get_template(template).render(**context)
 
 
 def _write_files(

@@ -82,12 +82,17 @@ def failures(trials: Sequence[Trial]) -> Failures:
     return Failures(len(failed), reasons[:_LISTED], failed[:_LISTED])
 
 
+def leading_names(choose: str) -> tuple[str, ...]:
+    """Return the measures that answer which study row to use, the first one that there is: how well anomalies are
+    found, else what settings were chosen by, on test rows."""
+    return _DETECTION, _TESTED_BY.get(choose, choose)
+
+
 def leading(comparisons: Sequence[Comparison], choose: str) -> Comparison | None:
     """Return the comparison that answers which study row to use: by the measure that settings were chosen by, else the
     first one."""
     compared = [one for one in comparisons if one.verdict]
-    names = (_DETECTION, _TESTED_BY.get(choose, choose))
-    wanted = [one for name in names for one in compared if one.measure.name == name]
+    wanted = [one for name in leading_names(choose) for one in compared if one.measure.name == name]
     return next(iter(wanted or compared), None)
 
 

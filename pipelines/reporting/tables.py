@@ -18,14 +18,15 @@ _FIELDS = (
 
 def results_table(trials: Sequence[Trial]) -> pd.DataFrame:
     """Return a table with a line per trial and a column per field, setting (`settings.<name>`) and metric. Settings
-    that are not scalars are written as JSON."""
+    that are not scalars are written as JSON. Where a study has several data sets, the first column names the set."""
 
     def scalar(value: Any) -> Any:
         return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, default=str)
 
     lines = []
     for trial in trials:
-        line = {field: getattr(trial, field) for field in _FIELDS[:2]}
+        line = {"data": trial.data} if trial.data else {}
+        line |= {field: getattr(trial, field) for field in _FIELDS[:2]}
         line |= {f"settings.{name}": scalar(value) for name, value in trial.settings.items()}
         lines.append(line | {field: getattr(trial, field) for field in _FIELDS[2:]} | dict(trial.metrics))
     table = pd.DataFrame(lines)

@@ -284,16 +284,17 @@ class Tracker(Store):
     def log_data(
         self, run_id: str, name: str, facts: Facts, about: Sequence[str] = (), model_id: str | None = None
     ) -> None:
-        """Record which data a run read, unless data are recorded already.
+        """Record which data a run read, unless these data are recorded already.
 
         Args:
             about: What `aecore.data.dataset.describe` says of them.
             model_id: The model that is applied to them; None where a model is trained.
         """
-        if (inputs := self.client.get_run(run_id).inputs) and inputs.dataset_inputs:
-            return
         context, models = ("inference", [LoggedModelInput(model_id)]) if model_id else ("training", None)
-        self.client.log_inputs(run_id, [dataset_of(name, facts, about, context)], models)
+        read, inputs = dataset_of(name, facts, about, context), self.client.get_run(run_id).inputs
+        recorded = {one.dataset.digest for one in inputs.dataset_inputs} if inputs else set()
+        if read.dataset.digest not in recorded:
+            self.client.log_inputs(run_id, [read], models)
 
     def log_summary(
         self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], config: Mapping[str, Any] = {}

@@ -157,9 +157,10 @@ class Desk:
 def config_of(group: Sequence[TrialPlan]) -> dict[str, Any]:
     """Return the config with which one of Tune's trials computes a group of trials."""
     return {
+        "data": group[0].data,  # a group is of one data set
         "trials": [
             {"row": plan.row, "settings": plan.settings, "seed": plan.seed, "key": plan.stage.key} for plan in group
-        ]
+        ],
     }
 
 

@@ -7,22 +7,22 @@ from pipelines.study.plan import TrialPlan
 
 
 def alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Group the trials that differ in numbers alone, in order."""
-    kinds: dict[str, list[TrialPlan]] = {}
+    """Group the trials of a data set that differ in numbers alone, in order."""
+    kinds: dict[tuple[str, str], list[TrialPlan]] = {}
     for plan in plans:
-        kinds.setdefault(_all_but_numbers(plan), []).append(plan)
+        kinds.setdefault((plan.data, _all_but_numbers(plan)), []).append(plan)
     return list(kinds.values())
 
 
 def reference_groups(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
-    """Return the trials of each reference, all seeds as a group.
+    """Return the trials of each reference, all seeds on a data set as a group.
 
     The trials of a group share most of their stages, so one trial of Ray Tune computes the whole group.
     """
-    groups: dict[str, list[TrialPlan]] = {}
+    groups: dict[tuple[str, str], list[TrialPlan]] = {}
     for plan in plans:
         if plan.is_fixed_reference:
-            groups.setdefault(plan.row, []).append(plan)
+            groups.setdefault((plan.data, plan.row), []).append(plan)
     return list(groups.values())
 
 

@@ -1,7 +1,7 @@
 """Measuring the trained trials of a study on CPUs, beside the trials that still train on GPUs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,8 +42,8 @@ class Measuring:
 
     assignment: Assignment
     resources: Resources
-    data: "list[ObjectRef]"
-    """The reference to the data, in a list."""
+    rows: "Mapping[str, ObjectRef]"
+    """The references to the rows of the data sets, by name."""
     pending: "dict[ObjectRef, TrialPlan]" = field(default_factory=dict)
 
     @cached_property
@@ -55,7 +55,7 @@ class Measuring:
         share = Share(0, 1)
         assignment = replace(self.assignment, share=share, tags=plan.tags(), opened=opened)
         options = self._options | {"name": plan.stage.kind}
-        self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, self.data)] = plan
+        self.pending[as_task(_measure).options(**options).remote(plan.stage, assignment, [self.rows[plan.data]])] = plan
 
     def take_ended(self, seconds: float = 0.0) -> Iterator[Measured]:
         """Yield the trials whose measuring has ended.
@@ -103,7 +103,11 @@ class Measuring:
 
 
 def _measure(stage: Stage, assignment: Assignment, data: "list[ObjectRef]") -> Measures:
-    """Compute the last stage of a trial whose other stages are trained, in a Ray task."""
+    """Compute the last stage of a trial whose other stages are trained, in a Ray task.
+
+    Args:
+        data: The reference to the rows of the trial's data set, in a list, where it stays a reference.
+    """
     import ray
 
     began = time.monotonic()

@@ -27,7 +27,7 @@ from aecore.config.specs import (
 )
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
-from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference, trial_name
+from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference, in_set, trial_name
 from aecore.models.spec import LayerSpec
 from pipelines.graph.recipe import Stacked, build, load_stage
 from pipelines.graph.stage import Inputs, Stage
@@ -50,11 +50,13 @@ class TrialPlan(NamedTuple):
     """The variant's kind, or the reference's name."""
     stage: Stage
     """The trial's last stage, which measures the trained network; its key identifies the trial."""
+    data: str = ""
+    """Name of the data set, where a study has several."""
 
     @property
     def name(self) -> str:
         """The trial's name in messages and in the report."""
-        return trial_name(self.row, self.settings, self.seed)
+        return in_set(self.data, trial_name(self.row, self.settings, self.seed))
 
     @property
     def is_reference(self) -> bool:
@@ -79,8 +81,12 @@ class TrialPlan(NamedTuple):
         work = sum(map(guessed_seconds, kept))
         return {
             "row": self.row, "settings": json.dumps(self.settings), "seed": str(self.seed),
-            COST_SHAPE: shape_of(kept), COST_WORK: f"{work:.6g}",
+            COST_SHAPE: shape_of(kept), COST_WORK: f"{work:.6g}", **({"data": self.data} if self.data else {}),
         }  # fmt: skip
+
+    def of_set(self, data: str) -> "TrialPlan":
+        """Return the trial as one of the data set of this name, which its stages are named for; their keys stay."""
+        return self._replace(data=data, stage=self.stage.named_for(data)) if data else self
 
     def stages(self) -> dict[str, Stage]:
         """Return all stages of the trial by key, in an order in which they can run; `stage` comes last."""

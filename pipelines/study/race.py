@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from aecore.evaluation.racing import GOALS, drop, rounds
-from aecore.evaluation.trial import Dropped
+from aecore.evaluation.trial import Dropped, in_set
 from pipelines.host.messages import say
 from pipelines.study.plan import TrialPlan
 from pipelines.study.schema import Study
@@ -65,6 +65,6 @@ class Race:
             if plan.stage.key in scores:
                 values[plan.row][seeds.index(plan.seed)] = scores[plan.stage.key]
         for one in drop(values, goal, len(self.study.seeds), [before.row for before in self.dropped]):
-            say(f"{one.row}: dropped, {one.words}")
+            say(in_set(self._trained[0].data, f"{one.row}: dropped, {one.words}"))
             self.dropped.append(one)
             self._rows.remove(one.row)

@@ -25,7 +25,9 @@ def trial_of(plan: TrialPlan, record: "Record | None", epochs: int, endings: End
     """
     key, planned = plan.stage.key, 0 if plan.is_reference else epochs
     error = endings.errors.get(key, "did not run")
-    trial = Trial(plan.row, plan.settings, plan.seed, plan.kind, "failed", error, epochs_planned=planned)
+    trial = Trial(
+        plan.row, plan.settings, plan.seed, plan.kind, "failed", error, epochs_planned=planned, data=plan.data
+    )
     if record is not None:
         trial = trial._replace(
             run_id=record.run_id, seconds=record.metrics.get("train_seconds", 0.0),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from aecore.config.facts import Facts
 from aecore.evaluation.racing import GOALS
 from aecore.evaluation.trial import Dropped, Trial
 from pipelines.cluster.resources import Resources
@@ -16,12 +15,13 @@ from pipelines.execution.chain import compute
 from pipelines.study.agenda import Agenda, Endings
 from pipelines.study.cost import Cost, Forecast
 from pipelines.study.desk import reason_of
-from pipelines.study.plan import TrialPlan, plan_trials, shared_stages
+from pipelines.study.plan import TrialPlan, shared_stages
 from pipelines.study.preview import forecast_study
 from pipelines.study.race import Race
 from pipelines.study.results import read, trial_of
 from pipelines.study.schema import Study
 from pipelines.study.search import Search
+from pipelines.study.sets import StudySet
 from pipelines.study.spending import spent_by_row
 from pipelines.study.trials import TrialRunner
 
@@ -51,35 +51,42 @@ class Ended(NamedTuple):
     """What the missing trials were to cost; None where none was missing."""
     spent: dict[str, Cost]
     """What this command has spent; see `spent_by_row`."""
-    dropped: list[Dropped]
-    """The study rows that a race dropped."""
+    dropped: dict[str, list[Dropped]]
+    """The study rows that races dropped, by data set."""
 
 
 def run(
-    study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources, say: Say
+    study: Study, sets: Sequence[StudySet], tracker: "Tracker", parent: str, resources: Resources, say: Say
 ) -> Ended:  # fmt: skip
     """Restore the trials that are finished already and run the others; Ray starts only if a trial is missing.
+
+    The data sets come one after another, so that a study which is interrupted has whole sets, and the trials of the
+    next set begin as soon as those of the last leave room. Searches and races take turns instead: each knows more the
+    longer it waits.
 
     Args:
         parent: The study's MLflow run.
     """
     # trials side by side with one thread each are faster than one trial after another with all threads
     resources = resources if resources.cpus else resources.model_copy(update={"cpus": 1})
-    runner = TrialRunner(study, facts, tracker, parent, resources)
+    runner = TrialRunner(study, sets, tracker, parent, resources)
     agenda = Agenda(resources.retries)
     before = tracker.trials_of(parent)
-    race = Race(study, runner.plan_of, partial(_scores, tracker, parent, study)) if study.scheduler == "race" else None
-    plans = plan_trials(study, facts, resources.numerics)
-    _restore([m for m in plans if not race or m.is_reference], before, agenda, study.scheduler == "asha", say)
-    if race:
+    races: dict[str, Race] = {}
+    if study.scheduler == "race":
+        races = {one.name: Race(one.study, one.plan, partial(_scores, tracker, parent, one.study)) for one in sets}
+    planned = [one.plans() for one in sets]
+    known = [[m for m in plans if not races or m.is_reference] for plans in planned]
+    _restore(known, before, agenda, study.scheduler == "asha", say)
+    if races:
         agenda.before = {key: math.nan for key, record in before.items() if record.is_finished}
-        agenda.sources.append(race)
-    for row in study.searched_rows if study.search == "optuna" else ():
-        agenda.sources.append(_search(runner, row, before, agenda))
+        agenda.sources += races.values()
+    for one in sets if study.search == "optuna" else ():
+        agenda.sources += [_search(one, row, _may_be_of(one, sets, before), agenda) for row in one.study.searched_rows]
     expected, shared = None, []
     if agenda.has_work():
-        missing = [plan for plan in plans if not _is_finished(before, plan.stage.key)]
-        expected = forecast_study(study, facts, resources, missing, tracker)
+        missing = [m for plans in planned for m in plans if not _is_finished(before, m.stage.key)]
+        expected = forecast_study(study, sets, resources, missing, tracker)
         shared = _compute_shared_stages(runner, agenda, say)
     if agenda.has_work():
         runner.run(agenda)
@@ -95,7 +102,8 @@ def run(
     computed = [m for m in finished if not _is_finished(before, m) and after[m].tags.get(_PARENT) == parent]
     return Ended(
         trials, len(shared) + len(computed), len(finished) - len(computed), expected,
-        spent_by_row(new, sum(shared, Cost()), runner.spending.of_this_command()), race.dropped if race else [],
+        spent_by_row(new, sum(shared, Cost()), runner.spending.of_this_command()),
+        {name: race.dropped for name, race in races.items()},
     )  # fmt: skip
 
 
@@ -103,21 +111,35 @@ def _is_finished(records: Records, key: str) -> bool:
     return key in records and records[key].is_finished
 
 
-def _restore(plans: Sequence[TrialPlan], before: Records, agenda: Agenda, asha: bool, say: Say) -> None:
-    """Put trials on the agenda, and those that are finished or that ASHA has stopped among the ended ones."""
-    missing = []
-    for plan in plans:
-        record = before.get(plan.stage.key)
-        if record and record.is_finished:
-            agenda.plans[plan.stage.key] = plan
-        elif record and record.stopped is not None and asha:
-            agenda.plans[plan.stage.key] = plan
-            agenda.endings.stopped[plan.stage.key] = record.stopped
-        else:
-            missing.append(plan)
-    if len(missing) < len(plans):
-        say(f"{len(plans) - len(missing)} of {len(plans)} trials restored")
-    agenda.add(missing)
+def _restore(
+    planned: Sequence[Sequence[TrialPlan]], before: Records, agenda: Agenda, asha: bool, say: Say
+) -> None:  # fmt: skip
+    """Put the trials of each data set on the agenda, and those that are finished or that ASHA has stopped among the
+    ended ones."""
+    waiting = 0
+    for plans in planned:
+        missing = []
+        for plan in plans:
+            record = before.get(plan.stage.key)
+            if record and record.is_finished:
+                agenda.plans[plan.stage.key] = plan
+            elif record and record.stopped is not None and asha:
+                agenda.plans[plan.stage.key] = plan
+                agenda.endings.stopped[plan.stage.key] = record.stopped
+            else:
+                missing.append(plan)
+        waiting += len(missing)
+        agenda.add(missing)
+    total = sum(map(len, planned))
+    if waiting < total:
+        say(f"{total - waiting} of {total} trials restored")
+
+
+def _may_be_of(one: StudySet, sets: Sequence[StudySet], records: Records) -> list["Record"]:
+    """Return the trials that may be of a data set, the oldest first: those of which no tag says that they are of
+    another set of the study."""
+    others = {other.name for other in sets} - {one.name}
+    return [record for record in reversed(list(records.values())) if record.tags.get("data") not in others]
 
 
 def _scores(tracker: "Tracker", parent: str, study: Study, plans: Sequence[TrialPlan]) -> dict[str, np.ndarray]:
@@ -131,16 +153,16 @@ def _scores(tracker: "Tracker", parent: str, study: Study, plans: Sequence[Trial
     return scores
 
 
-def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> Search:
-    """Return the search of a row's settings; it goes on from what an earlier call has finished."""
-    study, tried = runner.study, []
-    for record in reversed(list(before.values())):  # the oldest first
+def _search(one: StudySet, row: str, before: Sequence["Record"], agenda: Agenda) -> Search:
+    """Return the search of a row's settings on a data set; it goes on from what an earlier call has finished."""
+    study, tried = one.study, []
+    for record in before:
         if record.tags.get("row") != row or not (record.is_finished or record.stopped):
             continue
         settings, seed = json.loads(record.tags["settings"]), int(record.tags["seed"])
-        if not study.contains(row, settings) or runner.plan_of(row, settings, seed).stage.key != record.key:
+        if not study.contains(row, settings) or (plan := one.plan(row, settings, seed)).stage.key != record.key:
             continue  # the row was another one then
-        agenda.plans[record.key] = runner.plan_of(row, settings, seed)
+        agenda.plans[record.key] = plan
         value = record.metrics.get(study.choose_metric, math.nan) if record.is_finished else math.nan
         if record.is_finished:
             agenda.before[record.key] = value
@@ -148,7 +170,7 @@ def _search(runner: TrialRunner, row: str, before: Records, agenda: Agenda) -> S
             agenda.endings.stopped[record.key] = record.stopped or 0
         if seed == study.seeds[0]:
             tried.append((settings, value))
-    return Search(study, row, runner.plan_of, tried)
+    return Search(study, row, one.plan, tried)
 
 
 def _compute_shared_stages(runner: TrialRunner, agenda: Agenda, say: Say) -> list[Cost]:

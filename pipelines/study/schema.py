@@ -2,12 +2,23 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import NoDecode
 
-from aecore.config.experiment import Experiment, Finetune, Fit, check_parts
+from aecore.config.experiment import Experiment, Finetune, Fit, check_parts, read_paths
 from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen, Later
 from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference
@@ -38,6 +49,7 @@ class Range(Frozen):
 Settings = dict[str, list[Any] | Range]
 """The values to try for each setting, by the dotted name of its field."""
 _SETTINGS = TypeAdapter(Settings)
+_read_data = partial(read_paths, field="data")
 
 
 class Budget(Frozen):
@@ -98,6 +110,11 @@ class Study(Frozen):
     """Title of the report."""
     base: Experiment = Experiment(pretrain=None, finetune=Finetune(task="reconstruct", batch_size=32), control=False)
     """The experiment that all trials share."""
+    # NoDecode: a single path may hold commas and brackets, which pydantic-settings would take for a list
+    data: Annotated[str | tuple[str, ...] | None, Later(), NoDecode, BeforeValidator(_read_data)] = None
+    """Parquet sets to study side by side: a folder, each file or folder in which is a set, a pattern, each match of
+    which is one, or a list of such, [a.parquet, b.parquet]; base.data then holds what they have in common. null studies
+    base.data alone."""
     variants: dict[str, dict[str, Any]] = Field({"plain": {}}, min_length=1)
     """The study rows, by name: what is compared. Each sets fields that differ from the base, in `variant`, `network`,
     `pretrain` or `finetune`, and may have `settings` of its own."""
@@ -119,6 +136,24 @@ class Study(Frozen):
     budget: Budget = Budget()
     labels: Labels = Labels()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _let_data_name_the_sets(cls, values: Any) -> Any:
+        """Let `base.data` be Parquet at the paths of `data`, until each set takes its own path."""
+        if not isinstance(values, Mapping) or not (paths := _read_data(values.get("data"))):
+            return values
+        base = _plain(values.get("base", cls.model_fields["base"].default))
+        data = _plain(base.get("data", {})) if isinstance(base, Mapping) else None
+        if not isinstance(base, Mapping) or not isinstance(data, Mapping):
+            return values  # no tree of fields, which pydantic then says
+        if data.get("path") is not None and read_paths(data["path"]) != paths:
+            raise ValueError("base.data.path: data names the sets of the study already; leave one of the two out")
+        if (name := data.get("name", "digits")) not in ("digits", "parquet"):  # digits may be the default
+            raise ValueError(
+                f"base.data.name: {short_repr(name)}, but data names sets of Parquet; leave one of the two out"
+            )
+        return {**values, "base": {**base, "data": {**data, "name": "parquet", "path": paths}}}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.base.finetune is not None and self.base.finetune.task == "classify":
@@ -129,6 +164,8 @@ class Study(Frozen):
             _check_steps(f"variants.{row}", override)
         if self.scheduler == "asha" and self.choose != "reconstruction":
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
+        if self.scheduler == "asha" and self.data:
+            raise ValueError("scheduler: asha compares errors, which differ between sets of data; set none or race")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} lists a seed twice; name each once")
         spaces = [self.space(row) for row in self.variants]
@@ -205,6 +242,10 @@ class Study(Frozen):
     def searched_rows(self) -> list[str]:
         """The study rows of which settings are searched, references included."""
         return [row for row in (*self.variants, *self.references) if self.space(row)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def _check_row(row: str, override: dict[str, Any], references: Sequence[str]) -> None:

@@ -11,8 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from aecore.config.facts import Facts
-from aecore.config.specs import LoadSpec
 from aecore.core.errors import OutageError, TakenOverError
 from pipelines.cluster.connection import start_ray
 from pipelines.cluster.nodes import check_reach
@@ -29,10 +27,11 @@ from pipelines.host.scratch import scratch
 from pipelines.study.agenda import LATE, Agenda
 from pipelines.study.desk import Desk, Room
 from pipelines.study.measuring import Measuring
-from pipelines.study.plan import TrialPlan, largest_settings, plan_trial
+from pipelines.study.plan import TrialPlan
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet
 from pipelines.study.spending import Spending
-from pipelines.study.worker import choices, compute_trial, share_of_row
+from pipelines.study.worker import SharedSet, choices, compute_trial, share_of_row
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -45,10 +44,12 @@ _LOG_SECONDS, _LOOK_SECONDS = 60.0, 5.0
 
 
 class TrialRunner:
-    """Runs the trials of one study. The data are read once into the memory of Ray, and all trials share them."""
+    """Runs the trials of one study. Each data set is read once into the memory of Ray, and all its trials share it."""
 
-    def __init__(self, study: Study, facts: Facts, tracker: "Tracker", parent: str, resources: Resources) -> None:
-        self.study, self.facts, self.tracker, self.parent, self.resources = study, facts, tracker, parent, resources
+    def __init__(
+        self, study: Study, sets: Sequence[StudySet], tracker: "Tracker", parent: str, resources: Resources
+    ) -> None:  # fmt: skip
+        self.study, self.sets, self.tracker, self.parent, self.resources = study, sets, tracker, parent, resources
         self.deadline = time.monotonic() + 3600 * study.budget.hours if study.budget.hours else None
         self.spending = Spending.after(study.budget, tracker.metrics(parent))
         _, self._origin = tracker.origin_of(parent)
@@ -60,10 +61,6 @@ class TrialRunner:
         """Whether the study's time is up."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def plan_of(self, row: str, settings: dict[str, Any], seed: int) -> TrialPlan:
-        """Return the plan of one trial of the study."""
-        return plan_trial(self.study, row, settings, seed, self.facts, self.resources.numerics)
-
     def run(self, agenda: Agenda) -> None:
         """Run the trials of an agenda until all have ended."""
         start_ray()
@@ -71,11 +68,11 @@ class TrialRunner:
         agenda.grows = not has_embedded_ray()
         share = self._share(agenda)  # once: the last GPU may be lost, and then Ray waits for another
         room = Room(share, self.resources, as_one=self.study.scheduler != "asha")
-        data = [self._load()]
-        with self._measuring(share, data) as measuring:
+        sets = self._load(agenda)
+        with self._measuring(share, {name: one.rows for name, one in sets.items()}) as measuring:
             desk = Desk(self.study, agenda, room, measuring, self.spending)
             try:
-                self._fit(desk, self._assign(share), data)
+                self._fit(desk, self._assign(share), sets)
                 if measuring:
                     desk.take_measured(measuring.take_rest(self.deadline))
             finally:
@@ -85,12 +82,8 @@ class TrialRunner:
             raise TakenOverError(desk.taken_over)
         agenda.close(agenda.halted or LATE)
 
-    def _fit(self, desk: Desk, assignment: Assignment, data: "list[ObjectRef]") -> None:
-        """Let Ray Tune run trials as long as the desk has some, and as the study has time.
-
-        Args:
-            data: The reference to the data, in a list, where a reference that is sent stays a reference.
-        """
+    def _fit(self, desk: Desk, assignment: Assignment, sets: dict[str, SharedSet]) -> None:
+        """Let Ray Tune run trials as long as the desk has some, and as the study has time."""
         # an interrupted job ends as KILLED and at once; Tune's own handler would first wait for its trials
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         # Tune would write each report to three files, and its own state every ten seconds; nobody reads them
@@ -105,10 +98,7 @@ class TrialRunner:
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         # nor is what it says of lost trials true: they have run again as others
         logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-        trainable = tune.with_parameters(
-            compute_trial, study=self.study, facts=self.facts, numerics=self.resources.numerics,
-            assignment=assignment, data=data,
-        )  # fmt: skip
+        trainable = tune.with_parameters(compute_trial, sets=sets, assignment=assignment)
         with redirect_stdout(sys.stderr), scratch() as folder:
             tune.Tuner(
                 tune.with_resources(trainable, partial(_reserved, assignment.share, self.resources)),
@@ -133,12 +123,12 @@ class TrialRunner:
             self.tracker._replace(patience=0.0).log_last(self.parent, self.spending.metrics())
 
     @contextmanager
-    def _measuring(self, share: Share, data: "list[ObjectRef]") -> Iterator[Measuring | None]:
+    def _measuring(self, share: Share, rows: "dict[str, ObjectRef]") -> Iterator[Measuring | None]:
         """Yield what measures trials on CPUs while others train on GPUs; None where trials have no GPU."""
         if not share.gpus:
             yield None
             return
-        with Measuring(self._assign(share), self.resources, data).cancelled_at_the_end() as measuring:
+        with Measuring(self._assign(share), self.resources, rows).cancelled_at_the_end() as measuring:
             yield measuring
 
     def _share(self, agenda: Agenda) -> Share:
@@ -147,10 +137,7 @@ class TrialRunner:
         gpus = count_gpus(self.resources) if self.resources.gpus != 0 and self.study.scheduler != "asha" else 0
         later = {*self.study.searched_rows} if self.study.search == "optuna" else set()
         later |= {*self.study.variants} if self.study.scheduler == "race" else set()
-        groups = agenda.groups(gpus or None) + [
-            (self.plan_of(row, largest_settings(self.study, row, self.facts), self.study.seeds[0]), 1)
-            for row in sorted(later)
-        ]
+        groups = agenda.groups(gpus or None) + [(one.largest(row), 1) for one in self.sets for row in sorted(later)]
         needs = [device_memory(stage, count) for plan, count in groups for stage in plan.stages().values()]
         return share_of(self.resources, max(need or 0 for need in needs))
 
@@ -169,13 +156,19 @@ class TrialRunner:
         assignment = assign(self.tracker, self.parent, share, self.resources, in_study=True)
         return replace(assignment, known=self.known, tags=self._origin)
 
-    def _load(self) -> "ObjectRef":
+    def _load(self, agenda: Agenda) -> dict[str, SharedSet]:
+        """Let tasks read the data sets of the trials that wait or may come, each once, and return them by name."""
         import ray
 
-        row = next(iter(self.study.variants))
-        plan = self.plan_of(row, largest_settings(self.study, row, self.facts), self.study.seeds[0])
-        spec = next(stage.spec for stage in plan.stages().values() if isinstance(stage.spec, LoadSpec))
-        return ray.remote(num_cpus=1)(load_rows).remote(spec)
+        names = {one.name for one in self.sets} if agenda.sources else {plan.data for plan in agenda.waiting()}
+        load = ray.remote(num_cpus=1)(load_rows)
+        sets = {
+            one.name: SharedSet(ray.put(one), load.remote(one.load_spec())) for one in self.sets if one.name in names
+        }
+        if len(sets) > 1:
+            # else trials that wait for a set could hold all the CPUs that the task which reads it needs
+            ray.wait([one.rows for one in sets.values()], num_returns=len(sets), fetch_local=False)
+        return sets
 
 
 def _reserved(share: Share, resources: Resources, config: dict[str, Any]) -> Any:

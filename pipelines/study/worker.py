@@ -2,13 +2,11 @@
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aecore.config.facts import Facts
-from aecore.config.specs import FinetuneSpec, LoadSpec, Numerics
+from aecore.config.specs import FinetuneSpec, LoadSpec
 from aecore.core.imports import fast_imports
 from pipelines.cluster.share import Share
 from pipelines.execution.assignment import Assignment, Opened
@@ -18,8 +16,9 @@ from pipelines.execution.trial import compute_trials
 from pipelines.execution.trial_journal import Results
 from pipelines.graph.stage import Stage
 from pipelines.host.messages import one_line
-from pipelines.study.plan import TrialPlan, plan_trial
+from pipelines.study.plan import TrialPlan
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -28,6 +27,14 @@ _TELL_SECONDS = 1.0
 """Least time between two reports of a trial to Tune where no scheduler uses them."""
 Choice = tuple[str, dict[str, Any], int]
 """Row, settings and seed of a trial."""
+
+
+class SharedSet(NamedTuple):
+    """A data set of a study in Ray's memory, where each trial looks up the one that it needs."""
+
+    planned: "ObjectRef"
+    """The reference to the `StudySet`."""
+    rows: "ObjectRef"
 
 
 def choices(config: Mapping[str, Any]) -> list[Choice]:
@@ -44,11 +51,8 @@ def share_of_row(row: str, share: Share) -> Share:
 def compute_trial(
     config: dict[str, Any],
     *,
-    study: Study,
-    facts: Facts,
-    numerics: Numerics,
+    sets: Mapping[str, SharedSet],
     assignment: Assignment,
-    data: "list[ObjectRef]",
 ) -> None:
     """Compute one of Tune's trials: one trial of the study, or several that are trained together as one.
 
@@ -56,13 +60,18 @@ def compute_trial(
     most one per second, to be displayed. The last report holds the measure by which a search chooses, the errors of
     the trials that failed, and, by the keys of trials, the open runs of those that were trained and are to be measured:
     on GPUs tasks that the driver submits measure them.
+
+    Args:
+        sets: The data sets of the study, by name.
     """
     with fast_imports():
         import ray
         from ray import tune
 
-    with warnings.catch_warnings(action="ignore"):  # the driver has planned the same trials, and shown its warnings
-        plans = [plan_trial(study, *choice, facts, numerics) for choice in choices(config)]
+    here: StudySet
+    here, rows = ray.get(list(sets[config["data"]]))
+    study = here.study
+    plans = [here.plan(*choice) for choice in choices(config)]
     measured_elsewhere = assignment.share.gpus > 0
     assignment = replace(assignment, share=share_of_row(plans[0].row, assignment.share))
     load = next(stage for stage in plans[0].stages().values() if isinstance(stage.spec, LoadSpec))
@@ -79,7 +88,7 @@ def compute_trial(
             told_at = time.monotonic()
 
     assignments = [replace(assignment, tags={**assignment.tags, **plan.tags()}, tell=tell) for plan in plans]
-    results: Results = {load.key: ray.get(data[0])}
+    results: Results = {load.key: rows}
     outcomes = compute_trials([plan.stage for plan in plans], assignments, results, up_to_last=measured_elsewhere)
     tune.report(_last_report(study, plans, outcomes, results))
 

@@ -16,7 +16,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir, closing, redirect_stderr
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,9 @@ from pipelines.study import trials as trials_module
 from pipelines.study.agenda import Agenda
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.schema import Study
+from pipelines.study.sets import StudySet
 from pipelines.study.trials import TrialRunner
-from pipelines.study.worker import choices
+from pipelines.study.worker import SharedSet, choices
 from tests.benchmarks.tables import last, show
 from tests.fits import fit_model
 from tests.here import run_here
@@ -215,16 +216,13 @@ def store(quick: bool, counts: Sequence[int] = RUNS) -> list[dict[str, Any]]:
     return found
 
 
-def stub(
-    config: dict[str, Any], *, study: Study, facts: Facts, numerics: Numerics, assignment: Assignment, data: Any
-) -> None:  # fmt: skip
+def stub(config: dict[str, Any], *, sets: Mapping[str, SharedSet], assignment: Assignment) -> None:
     """The body of a trial that computes nothing."""
+    import ray
     from ray import tune
 
-    from pipelines.study.plan import plan_trial
-
-    ((row, settings, seed),) = choices(config)
-    one = plan_trial(study, row, settings, seed, facts, numerics)
+    (choice,) = choices(config)
+    one = ray.get(sets[""].planned).plan(*choice)
     run = Tracker(*assignment.store).open_trial(one.stage, assignment.parent, [], tags=one.tags())
     run.commit_trial(one.stage.key, Result({}, {}, {"val/reconstruction_mse": 0.0}), [], {}, {})
     tune.report({"epoch": 1, "score": 0.0, "chosen": 0.0, "ended": True})
@@ -247,7 +245,9 @@ def trials(quick: bool) -> list[dict[str, Any]]:
                 )
                 facts = inspect(wanted.base.data)
                 with tracker.job_run("compare", "growth", {}, {}) as top:
-                    runner = TrialRunner(wanted, facts, tracker, top, Resources(cpus=1))
+                    runner = TrialRunner(
+                        wanted, [StudySet("", wanted, facts, Numerics())], tracker, top, Resources(cpus=1)
+                    )
                     members = [m for m in plan_trials(wanted, facts, Numerics()) if m.row == "plain"]
                     if not found:
                         run_all(runner, members[:4])  # Ray and the first workers start
