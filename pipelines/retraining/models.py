@@ -177,7 +177,7 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
         )
     if task != known_task:
         raise InputError(f"finetune.task: {name} was trained to {known_task}, this model to {task}; {remedy}")
-    if missing := [label for label in known.classes if label not in facts.classes]:
+    if missing := [label for label in known.classes if label not in (facts.classes or facts.labels)]:
         raise InputError(f"data: no row has the classes {join_names(missing)} any more, which {name} knows; {remedy}")
     data = candidate.graph.experiment.data
     if (data.split, data.test) != (before["split"], before["test"]):
