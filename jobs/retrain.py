@@ -98,11 +98,14 @@ def _print_table(report: dict[str, Any]) -> None:
 
     metrics, title = report["metrics"], Text(f"{report['status']}: {report['reason']}")
     table = Table("", "all test rows", "frozen", "newest", title=title, title_justify="left")
-    models = [f"{model}/{metric}" for metric in ("accuracy", "reconstruction") for model in ("champion", "challenger")]
-    for row in ("rows", *models, "difference", "difference_low", "difference_high"):
+    styles = {"rows": "{:,.0f}", "anomalies": "{:,.0f}"}
+    scores = {"accuracy": "{:.2%}", "reconstruction": "{:.5f}", "auroc": "{:.4f}", "average_precision": "{:.4f}"}
+    styles |= {f"{model}/{name}": style for name, style in scores.items() for model in ("champion", "challenger")}
+    difference = "{:+.4f}" if "challenger/auroc" in metrics else "{:.2%}"
+    styles |= dict.fromkeys(("difference", "difference_low", "difference_high"), difference)
+    for row, style in styles.items():
         values = [metrics.get(prefix + row) for prefix in ("", "frozen/", "newest/")]
         if any(value is not None for value in values):
-            style = "{:,.0f}" if row == "rows" else "{:.5f}" if row.endswith("reconstruction") else "{:.2%}"
             table.add_row(row, *("" if value is None else style.format(value) for value in values))
     Console(width=110).print(table)
 

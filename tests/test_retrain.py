@@ -73,8 +73,12 @@ def retrained(folder: Path, *args: str, **env: str) -> Done:
 Here = Callable[..., dict[str, Any]]
 
 
-def in_process(patch: pytest.MonkeyPatch, folder: Path) -> Here:
-    """Return the command as a function from arguments to report, whose stages run in this process without Ray."""
+def in_process(patch: pytest.MonkeyPatch, folder: Path, fixed: Sequence[str] = ()) -> Here:
+    """Return the command as a function from arguments to report, whose stages run in this process without Ray.
+
+    Args:
+        fixed: arguments of all calls, by default QUICK.
+    """
 
     def compute(
         stages: Sequence[Stage], tracker: Tracker, parent: str, resources: Resources, say: Any
@@ -87,7 +91,7 @@ def in_process(patch: pytest.MonkeyPatch, folder: Path) -> Here:
         return {name: Outcome(run, tracker.metrics(run), found[name] is not None) for name, run in runs.items()}
 
     def command(*args: str) -> dict[str, Any]:
-        report = run(cli.parse(Retrain, "python -m jobs.retrain", [*QUICK, *args]))
+        report = run(cli.parse(Retrain, "python -m jobs.retrain", [*(fixed or QUICK), *args]))
         assert report is not None and json.dumps(report)
         return report
 

@@ -141,6 +141,8 @@ class ContestSpec(Frozen):
     """How test rows were chosen: `data.split`."""
     test: float
     """How many test rows were chosen: `data.test`."""
+    test_only: Annotated[tuple[str, ...], Later()] = ()
+    """The labels whose rows are never in training: those of anomalies, where training rows are clean."""
 
 
 class DriftSpec(Frozen):
@@ -151,3 +153,5 @@ class DriftSpec(Frozen):
     threshold: float
     """Smallest effect size that counts as drift. An effect size is the largest gap between two distributions, from 0 to
     1."""
+    normal_only: Annotated[bool, Later()] = False
+    """Whether anomalies among the new rows are left out, since the reference rows are normal."""

@@ -67,13 +67,13 @@ def cliffs_delta(new: np.ndarray, old: np.ndarray) -> float:
     return float(2 * stats.mannwhitneyu(new, old, method="asymptotic").statistic / (len(new) * len(old)) - 1)
 
 
-def summary(drifted: Sequence[Comparison], rows: int) -> str:
-    """Say in words which quantities have drifted, of `rows` new rows."""
+def summary(drifted: Sequence[Comparison], rows: int, kind: str = "test rows") -> str:
+    """Say in words which quantities have drifted, of `rows` new rows of this kind."""
     if not drifted:
-        return f"no drift in {rows} new test rows"
+        return f"no drift in {rows} new {kind}"
     shown = [f"{title(row)} {row['effect']:.2f}" for row in drifted[:3]]
     more = f" and {len(drifted) - 3} more" if len(drifted) > 3 else ""
-    return f"drift in {rows} new test rows: {', '.join(shown)}{more}"
+    return f"drift in {rows} new {kind}: {', '.join(shown)}{more}"
 
 
 def title(row: Comparison) -> str:

@@ -319,3 +319,29 @@ def gain(better: np.ndarray, replicates: int = 4000) -> Gain:
     drawn = np.random.default_rng(0).multinomial(len(padded), counts / len(padded), replicates)
     low, high = np.quantile(drawn @ values / len(padded), [0.025, 0.975])
     return Gain(len(better), float(better.mean()), float(low), float(high))
+
+
+def ranking_gain(better: np.ndarray, anomaly: np.ndarray) -> Gain:
+    """Return the difference of two given models' areas under the ROC curve, and its interval: by the paired variance of
+    DeLong et al. (1988), and Student's t with the degrees of freedom of Welch and Satterthwaite.
+
+    Nearly all spread is that of the anomalies, which are few, and the two rows that `gain` adds would be two more of
+    them, both with the largest difference: with 30 anomalies among 520 rows it finds 64 % of simulated gains of 0.08,
+    and Student's t finds 76 %, with 5 % of equal models found to differ. Without the two rows resampling is too sure of
+    itself: with 10 anomalies 13 % of equal models are found to differ, and 6 % by Student's t.
+
+    Args:
+        better: (rows,) the differences of what rows add to the area, see `ranking.rank`.
+        anomaly: (rows,) whether a row is an anomaly. With fewer than two rows of a kind any area is possible.
+    """
+    kinds = [better[own] for own in (anomaly, ~anomaly)]
+    rows, mean = len(better), float(better.mean())
+    if min(map(len, kinds)) < 2:
+        return Gain(rows, mean, -1.0, 1.0)
+    variances = [len(own) * float(own.var(ddof=1)) / rows**2 for own in kinds]
+    total = sum(variances)
+    if not total:
+        return Gain(rows, mean, mean, mean)
+    freedom = total**2 / sum(v**2 / (len(own) - 1) for v, own in zip(variances, kinds, strict=True))
+    width = float(stdtrit(freedom, 0.975)) * total**0.5
+    return Gain(rows, mean, max(-1.0, mean - width), min(1.0, mean + width))

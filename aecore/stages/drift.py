@@ -22,7 +22,8 @@ have, which take 256 MB."""
 
 def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion: Result, earlier: Result) -> Result:
     """Compare the test rows that came since the champion was made with the reference of its training, that is with
-    validation rows of its day; the champion was trained on neither. `evaluation.drift.drift_table` says how.
+    validation rows of its day; the champion was trained on neither. `evaluation.drift.drift_table` says how. Where
+    labels tell anomalies, and validation has none or few of them, only the normal ones of the new rows are compared.
 
     Args:
         earlier: the result of the contest that the champion has won, with the ids of the test rows of that day.
@@ -31,10 +32,11 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
         A result with `drift/...` metrics; in `config` the `table` as CSV, the findings in `words` and whether anything
         has `drifted`; and a figure.
     """
+    kind = "normal test row" if spec.normal_only else "test row"
     new = _measure_new_rows(spec, context, data, Model(champion, context.device), earlier.weights["ids"])
     if not new:
         metrics = {"drift/rows": 0.0, "drift/drifted": 0.0}
-        config = {"table": as_csv([]), "words": "no test row is newer than the model", "drifted": False}
+        config = {"table": as_csv([]), "words": f"no {kind} is newer than the model", "drifted": False}
         return Result(config, {}, metrics)
     features = columns_of(champion.config).features
     table = drift_table(new, champion.weights, earlier.config["facts"]["classes"], spec.threshold, features)
@@ -51,7 +53,7 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
     errors = (champion.weights["reference.error"], new["error"]) if "error" in new else None
     effects = [(title(row), row["effect"], row["drifted"]) for row in table]
     picture = figures.drift(errors, effects, spec.threshold)
-    words = summary(drifted, rows)
+    words = summary(drifted, rows, f"{kind}s")
     if len(table) > LISTED:
         words += f"; the table lists {LISTED:,} of {len(table):,} comparisons, those with drift and the largest effects"
     config = {"table": as_csv(table), "words": words, "drifted": bool(drifted)}
@@ -61,13 +63,16 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
 def _measure_new_rows(
     spec: DriftSpec, context: Context, data: Arrays | Stream, model: Model, seen: np.ndarray
 ) -> Weights:
-    """Measure the test rows whose ids are not among `seen`, at most the first 20,000, or fewer of very many features.
-    Return by name `code` (rows, units), `x` (rows, features) and, where there are any, `error` and `class`, (rows,);
-    nothing if no row is new."""
+    """Measure the test rows whose ids are not among `seen`, of which `spec` may leave out anomalies; at most the first
+    20,000, or fewer of very many features. Return by name `code` (rows, units), `x` (rows, features) and, where there
+    are any, `error` and `class`, (rows,); nothing if no row is new."""
     parts: list[Weights] = []
     rows, most = 0, min(_MOST_ROWS, max(_FEWEST_ROWS, _MOST_VALUES // prod(rows_in_memory(data).test.x.shape[1:])))
     for part in all_test_rows(data, context):
-        fresh = np.flatnonzero(~np.isin(content_hashes(part.x), seen))[: most - rows]
+        new = ~np.isin(content_hashes(part.x), seen)
+        if spec.normal_only and part.y is not None:
+            new &= part.y == 0
+        fresh = np.flatnonzero(new)[: most - rows]
         if not len(fresh):
             continue
         rows += len(fresh)

@@ -12,6 +12,7 @@ from aecore.core.errors import InputError, join_names
 from aecore.core.fingerprint import fingerprint
 from aecore.core.types import describe_shape
 from aecore.data.dataset import inspect
+from aecore.data.labels import label_numbers
 from aecore.models.storage import Result
 from pipelines.cluster.resources import Resources
 from pipelines.graph.recipe import Stacked, build, from_parent
@@ -133,9 +134,16 @@ def candidate_of(
 
 def resolve_metric(rule: Rule, candidate: Candidate, champion: Champion | None) -> Metric:
     """Return the measure by which the models are compared; raise an InputError where a model lacks this measure."""
-    classifies = candidate.spec.task == "classify"
+    classifies, has_anomalies = candidate.spec.task == "classify", candidate.facts.has_anomalies
+    if rule.metric == "auroc" and not has_anomalies:
+        raise InputError(
+            "metric: auroc needs labels that mark anomalies; name them with --data.anomaly, or use "
+            f"{'accuracy' if classifies else 'reconstruction'}"
+        )
     if rule.metric == "accuracy" and not classifies:
         raise InputError("metric: accuracy needs a model that classifies, this one reconstructs; use reconstruction")
+    if rule.metric == "auroc" or (rule.metric == "auto" and has_anomalies):
+        return "auroc"
     if rule.metric != "reconstruction":
         return "accuracy" if classifies else "reconstruction"
     has_autoencoder = champion is None or champion.model.config["autoencoder"]
@@ -169,7 +177,7 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
         )
     if task != known_task:
         raise InputError(f"finetune.task: {name} was trained to {known_task}, this model to {task}; {remedy}")
-    if missing := [label for label in known.classes if label not in facts.classes]:
+    if missing := [label for label in known.classes if label not in (facts.classes or facts.labels)]:
         raise InputError(f"data: no row has the classes {join_names(missing)} any more, which {name} knows; {remedy}")
     data = candidate.graph.experiment.data
     if (data.split, data.test) != (before["split"], before["test"]):
@@ -177,6 +185,22 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
             f"data.test: {data.test:g}, but the test rows of {name} were cut by {before['test']:g} "
             f"({before['split']}), so that it would be tested on rows of its training; {remedy}"
         )
+    # without labels nobody knows what the champion was trained on
+    labels = known.labels or known.classes or facts.labels
+    trained = {*labels} - {*before.get("test_only", ())}
+    if leaked := [label for label in _test_only(candidate) if label in trained]:
+        raise InputError(
+            f"data.anomaly: all rows with the label {join_names(leaked)} are test rows now, but {name} may have been "
+            "trained on some of them; use --data.contamination mixed, or name another --model"
+        )
+
+
+def _test_only(candidate: Candidate) -> tuple[str, ...]:
+    """Return the labels whose rows are never in training: those of anomalies, where training rows are clean."""
+    data = candidate.graph.experiment.data
+    if not data.anomaly or data.contamination != "clean":
+        return ()
+    return tuple(label for label, anomalous in label_numbers(data, candidate.facts).items() if anomalous)
 
 
 def start_from_champion(candidate: Candidate, champion: Champion) -> Candidate:
@@ -192,7 +216,9 @@ def start_from_champion(candidate: Candidate, champion: Champion) -> Candidate:
 
 def drift_stage(candidate: Candidate, champion: Champion, rule: Rule) -> Stage:
     """Return the stage that compares the day's new rows with those that the champion was trained on."""
-    spec = DriftSpec(classes=candidate.facts.classes, threshold=rule.drift_effect)
+    # in a mixed set anomalies are as frequent among the reference rows as among the new ones
+    normal_only = candidate.facts.has_anomalies and candidate.graph.experiment.data.contamination != "mixed"
+    spec = DriftSpec(classes=candidate.facts.classes, threshold=rule.drift_effect, normal_only=normal_only)
     inputs = {"data": candidate.graph.data, "champion": champion.finetune, "earlier": champion.contest}
     return Stage("drift", "drift.drift", spec, inputs)
 
@@ -201,7 +227,9 @@ def contest_stage(candidate: Candidate, champion: Champion | None, metric: Metri
     """Return the stage that compares the candidate with the champion, or scores only the candidate where there is no
     champion yet."""
     data = candidate.graph.experiment.data
-    spec = ContestSpec(metric=metric, facts=candidate.facts, split=data.split, test=data.test)
+    spec = ContestSpec(
+        metric=metric, facts=candidate.facts, split=data.split, test=data.test, test_only=_test_only(candidate)
+    )
     inputs: dict[str, Stage] = {"data": candidate.graph.data, "challenger": candidate.finetune}
     if champion:
         inputs |= {"champion": champion.finetune, "earlier": champion.contest}

@@ -11,7 +11,13 @@ from aecore.config.experiment import Experiment
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import Frozen
 
-Metric = Literal["accuracy", "reconstruction"]
+Metric = Literal["accuracy", "reconstruction", "auroc"]
+_UNITS: dict[Metric, tuple[int, int, str]] = {
+    "accuracy": (100, 2, "points of accuracy"),
+    "reconstruction": (100, 2, "% of the champion's reconstruction error"),
+    "auroc": (1, 3, "AUROC"),
+}
+"""By what number a gain is multiplied in words, with how many digits it is written, and in which unit."""
 
 
 def today() -> date:
@@ -25,11 +31,12 @@ class Rule(Frozen):
     logical_date: date = Field(default_factory=today)
     """The day that this run stands for (YYYY-MM-DD); today, UTC. In data.path, {date} is replaced by it."""
     metric: Literal["auto", Metric] = "auto"
-    """Measure by which champion and challenger are compared, on the same test rows; auto takes accuracy where the model
-    classifies, else reconstruction."""
+    """Measure by which champion and challenger are compared, on the same test rows; auto takes auroc (the area under
+    the ROC curve, by which anomalies rank first) with data.anomaly, accuracy where the model classifies, else
+    reconstruction."""
     margin: NonNegativeFloat = 0.005
-    """Least gain with which the challenger takes over: a difference of accuracies, or a share of the champion's
-    reconstruction error. The 95 % interval of the difference must exclude zero as well."""
+    """Least gain with which the challenger takes over: a difference of accuracies or of areas under the ROC curve, or a
+    share of the champion's reconstruction error. The 95 % interval of the difference must exclude zero as well."""
     warm_start: CliImplicitFlag[bool] = False
     """Finetune from the champion's weights instead of pretraining anew."""
     only_on_drift: CliImplicitFlag[bool] = False
@@ -60,20 +67,24 @@ def judge(metric: Metric, scores: Mapping[str, float], margin: float) -> tuple[b
     Args:
         scores: metrics of the contest of challenger and champion (`aecore.stages.contest`).
     """
-    unit = "points of accuracy" if metric == "accuracy" else "% of the champion's reconstruction error"
+    times, digits, unit = _UNITS[metric]
 
     def describe(prefix: str) -> str:
-        mean, low, high = (100 * scores[f"{prefix}difference{end}"] for end in ("", "_low", "_high"))
-        return f"{mean:+.2f} {unit} (95 % interval {low:+.2f} to {high:+.2f}, {scores[f'{prefix}rows']:,.0f} test rows)"
+        ends = (times * scores[f"{prefix}difference{end}"] for end in ("", "_low", "_high"))
+        mean, low, high = (f"{end:+.{digits}f}" for end in ends)
+        rows = f"{scores[f'{prefix}rows']:,.0f} test rows"
+        if (anomalies := scores.get(f"{prefix}anomalies")) is not None:
+            rows += f", {anomalies:,.0f} of them anomalies"
+        return f"{mean} {unit} (95 % interval {low} to {high}, {rows})"
 
     gain = f"the challenger gains {describe('')}"
     if scores["difference"] < margin:
-        return False, f"{gain}, less than the margin of {100 * margin:g}: a tie, or worse"
+        return False, f"{gain}, less than the margin of {times * margin:g}: a tie, or worse"
     if not scores["difference_low"] > 0:
         return False, f"{gain}, which may be chance: a tie"
     if scores.get("frozen/difference_high", 0.0) < 0:
         return False, f"{gain}, but on the test rows by which the champion was chosen it loses: {describe('frozen/')}"
-    return True, f"{gain}, at least the margin of {100 * margin:g}"
+    return True, f"{gain}, at least the margin of {times * margin:g}"
 
 
 def decide(
