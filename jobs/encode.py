@@ -159,8 +159,9 @@ def _find_rows(
         facts = identify(data)
         check_codes(data, facts, last, model, digest)
         return "decode", data, facts, facts.rows
-    data = settings.data.model_copy(update=absolute_places(settings.data))
-    facts = identify(data, columns_of(result.config))
+    columns = columns_of(result.config)
+    data = settings.data.model_copy(update=absolute_places(settings.data) | {"missing": columns.missing})
+    facts = identify(data, columns)
     return "encode", adapt_data(result, data, facts, model), facts, facts.rows
 
 

@@ -109,8 +109,8 @@ FOUND: dict[str, tuple[pa.Table, dict[str, Any], tuple[str, ...], str | None, di
         table(Id=CLASSES, a=A), {"exclude": ["id"]}, ("a",), None, {"Id": "data.exclude"},
     ),
     "text, dates and nothing": (
-        table(a=A, name=TEXT, day=pa.array([0] * ROWS, pa.date32()), none=pa.nulls(ROWS)), {}, ("a",), None,
-        {"name": "string", "day": "date32[day]", "none": "it has no values"},
+        table(a=A, name=TEXT, day=pa.array([0] * ROWS, pa.date32()), none=pa.nulls(ROWS)), {"categories": 0}, ("a",),
+        None, {"name": "string", "day": "date32[day]", "none": "it has no values"},
     ),
     "numbers beside a vector": (
         table(id=CLASSES, v=[[1.0, 2.0]] * ROWS), {}, ("v",), None, {"id": "the features are in v"},
@@ -164,7 +164,9 @@ REFUSED: dict[str, tuple[pa.Table, dict[str, Any], str]] = {
     ),
     "no such label": (table(a=A), {"labels": "fraud"}, "data.labels: there is no column fraud; the columns are a"),
     "no such exclusion": (table(a=A), {"exclude": ["id"]}, "data.exclude: there is no column id; the columns are a"),
-    "nothing but text": (table(name=TEXT), {}, "data.path: no column of images, vectors or numbers among name"),
+    "nothing but text": (
+        table(name=TEXT), {"categories": 2}, "data.path: no column of images, vectors or numbers among name",
+    ),
     "split of numbers": (
         table(a=A, SPLIT=CLASSES), {},
         "data.path: column SPLIT holds int64; use train, validation and test, rename the column, or leave it out with "
@@ -176,8 +178,8 @@ REFUSED: dict[str, tuple[pa.Table, dict[str, Any], str]] = {
     ),
     "a column of missing values": (
         pa.table({"a": A, "my b": pa.array([None] * ROWS, pa.float64())}), {},
-        "row 0: the value is missing; fill it or drop the row, or train without the column: "
-        "--data.exclude '[\"my b\"]'",
+        "row 0: the value is missing; fill it or drop the row, or train with --data.missing impute, or train without "
+        "the column: --data.exclude '[\"my b\"]'",
     ),
     "1 and -1": (
         table(a=A, label=[1, -1] * (ROWS // 2)), {},
@@ -403,13 +405,22 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:  # be
 def test_what_is_read_and_left_out_is_said(tmp_path: Path) -> None:
     data = set_of(tmp_path, table(customer=np.arange(ROWS), a=A, b=B, name=TEXT, Class=CLASSES), exclude=["customer"])
     assert describe(data, inspect(data)) == [
-        "data: 60 rows, vectors of 2 features",
+        "data: 60 rows, vectors of 5 features",
         "1 file, data.parquet",
+        "columns: a, b, name; labels: Class (3 classes); split: drawn",
+        "left out: customer (data.exclude)",
+        "one-hot: name (3 texts)",
+    ]
+    few = data.model_copy(update={"categories": 2})
+    assert describe(few, inspect(few))[2:] == [
         "columns: a, b; labels: Class (3 classes); split: drawn",
-        "left out: customer (data.exclude), name (string)",
+        "left out: customer (data.exclude), name (3 different texts, more than data.categories)",
     ]
     by_content = data.model_copy(update={"split": "content"})  # before: "drawn"
-    assert describe(by_content, inspect(by_content))[2] == "columns: a, b; labels: Class (3 classes); split: by content"
+    assert (
+        describe(by_content, inspect(by_content))[2]
+        == "columns: a, b, name; labels: Class (3 classes); split: by content"
+    )
 
 
 def test_the_rules_take_time_in_proportion_to_the_columns() -> None:
@@ -417,6 +428,6 @@ def test_the_rules_take_time_in_proportion_to_the_columns() -> None:
     data = Data(name="parquet", path="x")
     began = time.perf_counter()
     columns = find_columns(data, schema)
-    like = described(columns, schema, (), None)
+    like = described(data, columns, schema, {}, None)
     check_part(Part("b", schema), Part("a", schema), find_columns(data, schema, like), data, like)
     assert time.perf_counter() - began < 10, "a square of so many columns takes minutes"

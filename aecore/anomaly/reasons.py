@@ -40,7 +40,7 @@ class Reasons:
         explanation = self.score.explain(self.prepare(raw), scores)
         expected = self.prepare.inverse(explanation.expected.view_as(raw)).flatten(1).cpu().numpy().astype(np.float64)
         values = raw.flatten(1).cpu().numpy().astype(np.float64)
-        offsets = np.array(self.columns.offsets or [0.0] * values.shape[1])
+        offsets = np.array(self.columns.cell_offsets or [0.0] * values.shape[1])
         parts, names = explanation.contributions.cpu().numpy(), feature_names(self.columns, raw.shape[1:])
         order = np.argsort(-parts, 1, kind="stable")[:, :REASONS]
         return [
@@ -55,7 +55,7 @@ class Reasons:
 def feature_names(columns: TableColumns, shape: Shape) -> Sequence[str]:
     """Return the names of the features of a row; those without a name are called by their place in the row, from 0."""
     if columns.features:
-        return columns.features
+        return columns.cells
     if len(shape) == 1:
         return [f"feature {n}" for n in range(shape[0])]
     return [f"pixel {', '.join(map(str, np.unravel_index(n, shape)))}" for n in range(prod(shape))]

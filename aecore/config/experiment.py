@@ -131,7 +131,7 @@ class Data(Frozen):
     missing: Annotated[Literal["refuse", "impute"], Later()] = "refuse"
     """What becomes of missing values in a table: refuse ends the job; impute reads the training rows' median instead,
     and leaves the feature out of the row's loss and score."""
-    categories: Annotated[NonNegativeInt, Later()] = 50
+    categories: Annotated[NonNegativeInt, Unhashed()] = 50
     """Most different values of a text column of a table that is read as a feature, one-hot; columns with more are left
     out, and 0 leaves out all of them."""
     limit: PositiveInt | None = None
@@ -156,6 +156,8 @@ class Data(Frozen):
             raise ValueError(f"data.path is for data.name parquet, not {self.name}: add --data.name parquet")
         if self.name != "parquet" and self.exclude:
             raise ValueError(f"data.exclude is for data.name parquet, not {self.name}: leave it out")
+        if self.name != "parquet" and self.missing == "impute":
+            raise ValueError(f"data.missing: impute is for data.name parquet, as {self.name} has no missing values")
         if self.name != "parquet" and self.in_memory == "never":
             raise ValueError(
                 f"data.in_memory: never needs data.name parquet, as {self.name} is always held in memory; use auto"

@@ -1,8 +1,9 @@
 """The facts of a data set that are known before any of its rows are held in memory."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from aecore.core.fingerprint import Frozen, Later, Unhashed
 from aecore.core.types import Shape
@@ -11,7 +12,7 @@ from aecore.core.types import Shape
 class TableColumns(Frozen):
     """The columns of a table in which each feature has a column of its own.
 
-    Everything is empty for images, for vectors, and for models that earlier versions trained.
+    All but `missing` is empty for images, for vectors, and for models that earlier versions trained.
     """
 
     features: tuple[str, ...] = ()
@@ -23,6 +24,38 @@ class TableColumns(Frozen):
     is subtracted. Where values are large beside their differences, float32 would lose the differences."""
     label: str | None = None
     """Name of the column of labels; None where labels are not used."""
+    categories: tuple[tuple[str, ...], ...] = ()
+    """The texts that each feature can be, in the order in which a row holds a value for each of them: 1 for the text
+    that the feature is, 0 for the others (one-hot). () for a number; empty where all features are numbers."""
+    unread: tuple[tuple[str, str], ...] = ()
+    """Columns of text that are not read because of what they hold, each with the reason."""
+    missing: Literal["refuse", "impute"] = "refuse"
+    """What becomes of missing values, `data.missing`; this one holds for vectors as well."""
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The number of the feature to which each value of a row belongs."""
+        return tuple(n for n, texts in enumerate(self._texts()) for _ in texts or ("",))
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The name of each value of a row: that of its column and, of a category, its text."""
+        named = zip(self.features, self._texts(), strict=True)
+        return tuple(cell for name, texts in named for cell in ([f"{name} = {text}" for text in texts] or [name]))
+
+    @property
+    def cell_offsets(self) -> tuple[int | float, ...]:
+        """What is subtracted from each value of a row; empty where nothing is."""
+        return tuple(self.offsets[number] for number in self.owners) if self.offsets else ()
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Where in a row the values of each category begin and end."""
+        ends = [*accumulate(max(1, len(texts)) for texts in self._texts())]
+        return tuple((end - len(texts), end) for end, texts in zip(ends, self._texts(), strict=True) if texts)
+
+    def _texts(self) -> tuple[tuple[str, ...], ...]:
+        return self.categories or ((),) * len(self.features)
 
 
 def columns_of(config: Mapping[str, Any]) -> TableColumns:

@@ -154,6 +154,8 @@ def layer_specs(
     bottleneck = network.code_activation or code_activation or network.activation
     categorical_levels = facts.levels if likelihood == "categorical" else 0
     reads: dict[str, Any] = {"likelihood": likelihood, "out_activation": "linear", "levels": categorical_levels}
+    blocks = facts.columns.blocks
+    reads |= {"blocks": blocks, "missing": data.missing == "impute" or bool(blocks)}
     shape, specs = facts.shape, []
     for number, (kind, width) in enumerate(plan, 1):
         if isinstance(network, Conv) and kind == "conv":
@@ -183,6 +185,11 @@ def _check_network(network: Dense | Conv, data: Data, facts: Facts, likelihood: 
         raise InputError(
             "network.tied: a categorical decoder has an output per level and cannot share the encoder's weights; "
             "set --network.tied false or --data.likelihood gaussian"
+        )
+    if facts.columns.blocks and likelihood != "gaussian":
+        raise InputError(
+            f"data.likelihood: {likelihood} does not suit a table with columns of text, whose term is a cross-entropy; "
+            "use gaussian, or leave such columns out with --data.categories 0"
         )
     if network.kind == "conv" and len(facts.shape) != 3:
         raise InputError(f"network.kind: conv needs images, but data.name {data.name} has vectors; use dense")

@@ -29,22 +29,25 @@ class CellError(ValueError):
         self.offset = offset
 
 
-def find_decoder(kind: pa.DataType) -> Decoder | None:
+def find_decoder(kind: pa.DataType, missing: bool = False) -> Decoder | None:
     """Return the function that decodes a column of this type, or None if the type is neither images nor vectors.
 
     The decoder raises a CellError for a cell that it cannot decode.
+
+    Args:
+        missing: values inside a list may be missing, and are then NaN.
     """
     if is_encoded(kind):
         return lambda array, channels: _decode_images(encoded_images(array), channels)
     if _is_spark_vector(kind):
         return lambda array, _: _spark_vectors(array)
     if isinstance(kind, pa.FixedShapeTensorType) and is_number(kind.value_type):
-        return lambda array, _: _channels_first(_tensors(array), _axis_names(array.type))
+        return lambda array, _: _channels_first(_tensors(array, missing), _axis_names(array.type))
     inner = kind
     while _is_list(inner):
         inner = inner.value_type
     if inner is not kind and is_number(inner):
-        return lambda array, _: _channels_first(_lists(array))
+        return lambda array, _: _channels_first(_lists(array, missing))
     return None
 
 
@@ -138,7 +141,7 @@ def _decode_images(encoded: Iterable[bytes | None], channels: int | None) -> np.
     return np.stack(images)
 
 
-def _lists(array: pa.Array) -> np.ndarray:
+def _lists(array: pa.Array, missing: bool) -> np.ndarray:
     """Decode nested lists of numbers to (rows, *sizes); sizes that the type does not fix must be equal in all rows."""
     shape = [len(array)]
     while _is_list(array.type):
@@ -152,8 +155,9 @@ def _lists(array: pa.Array) -> np.ndarray:
                 raise CellError(offset, "the list has another length than those before it; make all equally long")
         shape.append(size)
         array = array.flatten()
-        _refuse_missing(array, prod(shape[1:]))
-    return plain(array).to_numpy(zero_copy_only=False).reshape(shape)
+        if _is_list(array.type):
+            _refuse_missing(array, prod(shape[1:]))
+    return _numbers(array, shape[1:], missing).reshape(shape)
 
 
 def _is_spark_vector(kind: pa.DataType) -> bool:
@@ -177,18 +181,31 @@ def _spark_vectors(array: pa.StructArray) -> np.ndarray:
     return np.stack(rows)
 
 
-def _tensors(array: pa.ExtensionArray) -> np.ndarray:
+def _tensors(array: pa.ExtensionArray, missing: bool) -> np.ndarray:
     """Decode fixed-shape tensors to (rows, *shape), with axes in the order that the type names."""
     kind, values = array.type, array.storage.flatten()
-    _refuse_missing(values, prod(kind.shape))
-    x = values.to_numpy(zero_copy_only=False).reshape(len(array), *kind.shape)
+    x = _numbers(values, kind.shape, missing).reshape(len(array), *kind.shape)
     return x.transpose(0, *(axis + 1 for axis in kind.permutation)) if kind.permutation else x
 
 
-def _refuse_missing(values: pa.Array, values_per_row: int) -> None:
+def _numbers(values: pa.Array, shape: Sequence[int], missing: bool) -> np.ndarray:
+    """Return the numbers inside lists, (values,), in the type in which they are written, or with NaN for those that are
+    missing. Bytes have no value for that.
+
+    Args:
+        shape: the shape of a row.
+    """
+    is_vector = len(shape) == 1 and not pa.types.is_uint8(plain_type(values.type))
+    if missing and is_vector and values.null_count:
+        return plain(values).cast(pa.float64()).to_numpy(zero_copy_only=False, writable=True)
+    _refuse_missing(values, prod(shape), ", or train with --data.missing impute" if is_vector else "")
+    return plain(values).to_numpy(zero_copy_only=False)
+
+
+def _refuse_missing(values: pa.Array, values_per_row: int, way_out: str = "") -> None:
     if values.null_count:
         offset = int(values.is_null().to_numpy(zero_copy_only=False).argmax()) // values_per_row
-        raise CellError(offset, "a value inside the list is missing; fill it or drop the row")
+        raise CellError(offset, f"a value inside the list is missing; fill it or drop the row{way_out}")
 
 
 def _axis_names(kind: pa.FixedShapeTensorType) -> list[str]:

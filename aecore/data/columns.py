@@ -7,7 +7,7 @@ and the ways out.
 import json
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     """The columns of a table that are read."""
 
     features: tuple[str, ...]
-    """One column of images or vectors, or several columns of single numbers."""
+    """One column of images or vectors, or several columns of single numbers and texts."""
     labels: str | None
     split: str | None
     left_out: tuple[tuple[str, str], ...] = ()
@@ -70,8 +70,12 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
     else:
         unread = {labels, split, *left_out}
         fields = [field for field in schema if field.name not in unread]
-        features = _matched(data, fields, schema, known) if known.features else _find_features(fields, schema.names)
+        if known.features:
+            features = _matched(data, fields, schema, known)
+        else:  # a model of an earlier version knows no columns of text
+            features = _find_features(fields, schema.names, texts=like is None and data.categories > 0)
     read = {*features, labels, split}
+    left_out = {**dict(known.unread), **left_out}
     reasons = [
         (field.name, left_out.get(field.name) or _why_not_read(field.type, features, schema))
         for field in schema
@@ -81,15 +85,24 @@ def find_columns(data: Data, schema: pa.Schema, like: TableColumns | None = None
 
 
 def described(
-    columns: Columns, schema: pa.Schema, offsets: tuple[int | float, ...], like: TableColumns | None
+    data: Data, columns: Columns, schema: pa.Schema, texts: Mapping[str, Collection[str]], like: TableColumns | None
 ) -> TableColumns:
-    """Return what a model keeps of the columns, if each feature has a column of its own."""
-    kinds = [schema.field(name).type for name in columns.features]
-    if not all(map(is_number, kinds)):
-        return TableColumns()
-    # a column that held the labels for a model is none of the features for others either
-    label = columns.labels or (like.label if like else None)
-    return TableColumns(features=columns.features, types=tuple(map(str, kinds)), offsets=offsets, label=label)
+    """Return what a model keeps of the columns: names, if each feature has a column of its own, but no offsets yet.
+
+    Args:
+        texts: the texts that each column of text can be.
+    """
+    kinds = {name: schema.field(name).type for name in columns.features}
+    if not all(is_number(kind) or name in texts for name, kind in kinds.items()):
+        return TableColumns(missing=data.missing)
+    known = like or TableColumns()
+    categories = tuple(tuple(sorted(texts.get(name, ()))) for name in columns.features)
+    return TableColumns(
+        features=columns.features, types=tuple(map(str, kinds.values())), missing=data.missing,
+        # a column that held the labels for a model is none of the features for others either
+        label=columns.labels or known.label,
+        categories=categories if any(categories) else (),
+    )  # fmt: skip
 
 
 def find_name(name: str, names: Sequence[str]) -> str | None:
@@ -209,28 +222,36 @@ def _why_not_read(kind: pa.DataType, features: Sequence[str], schema: pa.Schema)
     return "it has no values" if pa.types.is_null(kind) else short_type(plain_type(kind))
 
 
-def _find_features(fields: Sequence[pa.Field], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the one column of images or vectors among the fields, or all columns of numbers if there is none."""
+def _find_features(fields: Sequence[pa.Field], names: Sequence[str], texts: bool) -> tuple[str, ...]:
+    """Return the one column of images or vectors among the fields, or if there is none all columns of numbers and, if
+    `texts`, of text."""
     candidates = [field.name for field in fields if find_decoder(field.type)]
     if len(candidates) > 1:
         raise InputError(
             f"data.column: {' and '.join(candidates[:_MAX_CANDIDATES])} could each hold the images or vectors; name "
             "one with --data.column"
         )
-    features = tuple(candidates) or tuple(field.name for field in fields if is_number(field.type))
+    singles = [field.name for field in fields if is_number(field.type) or (texts and is_text(field.type))]
+    features = tuple(candidates) or tuple(singles)
     if not features:
-        raise InputError(
-            f"data.path: no column of images, vectors or numbers among {join_names(names)}; jobs/DATA.md says what is "
-            "read"
-        )
+        raise no_features(names)
     return features
+
+
+def no_features(names: Sequence[str]) -> InputError:
+    """Return the error about a table with no column that can be read."""
+    return InputError(
+        f"data.path: no column of images, vectors or numbers among {join_names(names)}; jobs/DATA.md says what is read"
+    )
 
 
 def _matched(data: Data, fields: Sequence[pa.Field], schema: pa.Schema, like: TableColumns) -> tuple[str, ...]:
     """Return the features in the order of `like`, the columns that a model was trained on."""
     numbers = {field.name for field in fields if is_number(field.type)}
+    texts = {field.name for field in fields if is_text(field.type)}
     names = {*schema.names}
-    for name, kind in zip(like.features, like.types, strict=True):
+    categories = like.categories or [()] * len(like.features)
+    for name, kind, known in zip(like.features, like.types, categories, strict=True):
         if name not in names:
             raise InputError(
                 f"data.path: there is no column {name}, which the model was trained on; the columns are "
@@ -238,10 +259,10 @@ def _matched(data: Data, fields: Sequence[pa.Field], schema: pa.Schema, like: Ta
             )
         if find_name(name, data.exclude):
             raise InputError(f"data.exclude: the model was trained on {name}; take it off this list")
-        if name not in numbers:
+        if name not in (texts if known else numbers):
             raise InputError(
                 f"data.path: column {name} holds {short_type(schema.field(name).type)}, but the model was trained on "
-                f"{kind}; write it as numbers"
+                f"{kind}; write it as {'text' if known else 'numbers'}"
             )
     unknown = numbers - {*like.features}
     if extra := [field.name for field in fields if field.name in unknown]:

@@ -17,7 +17,7 @@ from aecore.core.types import describe_shape
 from aecore.data import named, parquet
 from aecore.data.anomalies import count_kinds, describe_anomalies, describe_kinds, warn_of_few
 from aecore.data.labels import are_anomalies, only_anomalies
-from aecore.data.numbers import SMALLEST_SPREAD
+from aecore.data.numbers import SMALLEST_SPREAD, Moments
 from aecore.data.splits import (
     SPLITS,
     Arrays,
@@ -28,6 +28,7 @@ from aecore.data.splits import (
     missing_classes,
     split_rows,
 )
+from aecore.data.values import refuse_absent
 
 
 def inspect(data: Data, like: TableColumns | None = None) -> Facts:
@@ -114,7 +115,7 @@ def load(data: Data, facts: Facts) -> Arrays:
     hashes = content_hashes(x) if data.split == "content" else None
     parts = zip(SPLITS, split_rows(data, facts, len(x), y, marks, hashes), strict=True)
     train, validation, test = (hide_labels(facts, split, Split(x, y).take(n)) for split, n in parts)
-    return Arrays(train, validation, test, *scaling(data, facts, [train.x]))
+    return Arrays(train, validation, test, *scaling(data, facts, [train.x]), fill_values(facts, train.x))
 
 
 def load_rows(data: Data, facts: Facts) -> Rows:
@@ -128,18 +129,37 @@ def load_rows(data: Data, facts: Facts) -> Rows:
 def scaling(data: Data, facts: Facts, chunks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return `shift` and `scale`: the first layer reads (x - shift) * scale.
 
-    Where features are standardised, mean and standard deviation of each feature are computed from training rows, which
-    come in chunks (Chan et al. 1983, eq. 2.1). Otherwise no chunk is read, and integers are scaled to [0, 1].
+    Where features are standardised, mean and standard deviation of each feature are computed from the training rows in
+    which it is not missing; rows come in chunks. Otherwise no chunk is read, and integers are scaled to [0, 1]. The
+    values of categories, 0 and 1, stay as they are.
     """
     if not resolve_standardize(data, facts):
         return np.zeros((), np.float32), np.asarray(1 / (facts.levels - 1) if facts.levels else 1, np.float32)
-    count, mean, squares = 0, np.zeros(facts.shape), np.zeros(facts.shape)
+    moments = Moments()
     for chunk in chunks:
-        values = chunk.astype(np.float64)
-        chunk_mean = values.mean(0)
-        difference, total = chunk_mean - mean, count + len(values)
-        squares += np.square(values - chunk_mean).sum(0) + difference**2 * count * len(values) / total
-        mean, count = mean + difference * len(values) / total, total
-    spread = np.sqrt(squares / count)
+        moments.add(chunk.astype(np.float64))
+    mean, spread = moments.mean, moments.deviation
+    for start, stop in facts.columns.blocks:
+        mean[start:stop], spread[start:stop] = 0, 1
     # a constant feature carries no information: it becomes zero, and nothing is divided by zero
     return mean.astype(np.float32), (1 / np.where(spread > SMALLEST_SPREAD, spread, 1)).astype(np.float32)
+
+
+def fill_values(facts: Facts, x: np.ndarray) -> np.ndarray | None:
+    """Return what is read in place of missing values, float32 (*shape,): the median of a number over the training rows
+    `x`, and the shares of a category's texts among them. None where no value can be missing.
+
+    Unlike zeros, the shares are what the first layer reads on average, so that a row without a category lies among the
+    rows that it was trained on.
+
+    Raises:
+        InputError: a feature is missing in all training rows.
+    """
+    columns = facts.columns
+    if columns.missing == "refuse" and not columns.blocks:
+        return None
+    refuse_absent(np.isnan(x).all(0), columns, "the training rows")
+    fill = np.nanmedian(x, 0)
+    for start, stop in columns.blocks:
+        fill[start:stop] = np.nanmean(x[:, start:stop], 0, dtype=np.float64)
+    return fill.astype(np.float32)

@@ -38,7 +38,7 @@ def is_too_fine(values: np.ndarray) -> bool:
 
 
 def _offset(values: np.ndarray) -> int | float:
-    if values.dtype.kind not in "iuf" or values.dtype.itemsize < 4 or not np.isfinite(values).all():
+    if values.dtype.kind not in "iuf" or values.dtype.itemsize < 4 or not len(values) or not np.isfinite(values).all():
         return 0
     ordered, count = np.sort(values), len(values)
     median = ordered[count // 2].item()
@@ -50,6 +50,35 @@ def _offset(values: np.ndarray) -> int | float:
     return median if is_lost else 0
 
 
+class Moments:
+    """Mean and spread of each feature over the rows in which it is not missing. Rows are added in batches, which are
+    merged as in Chan et al. 1983, eq. 2.1."""
+
+    def __init__(self) -> None:
+        self.mean, self.squares = np.array(0.0), np.array(0.0)
+        self.count: int | np.ndarray = 0
+        """Rows in which a feature is not missing: one number for all features, or (*shape,)."""
+
+    def add(self, values: np.ndarray) -> None:
+        """Add rows (rows, *shape), float64."""
+        mean, count = values.mean(0), len(values)
+        deviations = values - mean
+        if np.isnan(mean).any():
+            observed = ~np.isnan(values)
+            count = observed.sum(0)
+            mean = np.where(observed, values, 0).sum(0) / np.maximum(count, 1)
+            deviations = np.where(observed, values - mean, 0)
+        total, difference = self.count + count, mean - self.mean
+        divisor = np.maximum(total, 1)
+        self.squares = self.squares + (np.square(deviations).sum(0) + difference**2 * self.count * count / divisor)
+        self.mean, self.count = self.mean + difference * count / divisor, total
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """The standard deviation of each feature, (*shape,)."""
+        return np.sqrt(self.squares / np.maximum(self.count, 1))
+
+
 class Spread:
     """The lowest and highest value of each feature as they are in the files, the spread of its values, and the largest
     error that their cast to float32 makes. Rows are added in batches."""
@@ -57,30 +86,32 @@ class Spread:
     def __init__(self) -> None:
         self.low, self.high = np.empty(0), np.empty(0)
         self.error = np.array(0.0)
-        self._count, self._mean, self._squares = 0, np.array(0.0), np.array(0.0)
+        self._moments = Moments()
 
     def add(self, x: np.ndarray) -> None:
-        """Add rows x (rows, *shape), finite, in the precision in which they were read."""
-        low, high = x.min(0), x.max(0)  # in the type of x, as large integers are no float64
-        self.low = np.minimum(self.low, low) if self.low.size else low
-        self.high = np.maximum(self.high, high) if self.high.size else high
+        """Add rows x (rows, *shape), finite or missing, in the precision in which they were read."""
+        # in the type of x, as large integers are no float64; a missing value is neither lowest nor highest
+        low, high = np.fmin.reduce(x), np.fmax.reduce(x)
+        self.low = np.fmin(self.low, low) if self.low.size else low
+        self.high = np.fmax(self.high, high) if self.high.size else high
         if x.dtype.itemsize < 4 or x.dtype == np.float32:
             return  # float32 holds these values as they are
         values = x.astype(np.float64)
         error = np.abs(values.astype(np.float32) - values)
         if x.dtype.kind in "iu":  # what the cast to float64 has rounded does not show in the difference
             error = np.where(np.abs(values) < _LARGEST_EXACT, error, np.abs(values) * _ROUNDING)
-        self.error = np.maximum(self.error, error.max(0))
-        mean, count = values.mean(0), self._count + len(x)
-        difference = mean - self._mean  # batches are merged as in Chan et al. 1983, eq. 2.1
-        self._squares = self._squares + np.square(values - mean).sum(0)
-        self._squares = self._squares + difference**2 * self._count * len(x) / count
-        self._mean, self._count = self._mean + difference * len(x) / count, count
+        self.error = np.fmax(self.error, np.fmax.reduce(error))
+        self._moments.add(values)
 
     @property
     def constant(self) -> np.ndarray:
         """Whether all rows have the same value, for each feature (*shape,)."""
         return np.asarray(self.low == self.high)
+
+    @property
+    def absent(self) -> np.ndarray:
+        """Whether no row has a value, for each feature (*shape,)."""
+        return np.asarray(self.low != self.low)
 
     def lost(self, names: Sequence[str]) -> str | None:
         """Say which feature has values that float32 does not tell apart, if there is one, and what to do.
@@ -92,7 +123,7 @@ class Spread:
             half_range = (self.high.astype(np.uint64) - self.low.astype(np.uint64)) / 2
         else:
             half_range = self.high / 2 - self.low / 2
-        spread = np.sqrt(self._squares / max(1, self._count))
+        spread = self._moments.deviation
         lost = np.atleast_1d((self.error > _TOLERANCE * spread) | (half_range < SMALLEST_SPREAD))
         lost = (lost & ~self.constant).ravel()
         if not lost.any():

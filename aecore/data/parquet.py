@@ -14,26 +14,32 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from pyarrow import fs as pafs
 
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts, TableColumns
-from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError, escape_unprintable, join_names
 from aecore.core.types import Shape, describe_shape
 from aecore.data.anomalies import describe_anomalies
-from aecore.data.cells import encoded_images, exact_decimals, is_encoded, is_number
-from aecore.data.columns import Columns, described
+from aecore.data.cells import encoded_images, is_encoded
 from aecore.data.files import Batch, file_digest, open_file, read_batches
 from aecore.data.folders import filesystem_at, join_paths
 from aecore.data.labels import check_key, find_classes, label_numbers
 from aecore.data.marks import classes_of_folders, describe_listing
-from aecore.data.numbers import Spread, find_offsets, is_too_fine
+from aecore.data.numbers import Spread
 from aecore.data.parts import Part
 from aecore.data.sets import ParquetSet, Piece, Source, divide, open_set
 from aecore.data.splits import Rows, content_hashes
-from aecore.data.values import as_float32, numbers, read_exactly, read_features, read_labels, read_marks
+from aecore.data.tables import learn_columns
+from aecore.data.values import (
+    as_float32,
+    check_features,
+    read_exactly,
+    read_features,
+    read_labels,
+    read_marks,
+    refuse_absent,
+)
 
 BATCH_BYTES, _BATCH_ROWS = 2**23, 4096
 """Largest size of a batch that is read at once, in bytes of float32 values and in rows."""
@@ -52,6 +58,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     """Return digest, shape, classes and number of rows; this reads all labels and the headers of images, but decodes
     only the first image or vector. For `like` see `find_columns`."""
     source = open_set(data, like)
+    source, table = learn_columns(data, source, like)
     columns, column_of_labels = source.columns, source.columns.labels
     digest, rows, labels = hashlib.sha256(), 0, set[Any]()
     for number, file in enumerate(source.files):
@@ -69,7 +76,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
     first = next(source.batches(columns.features, 1), None)
     if first is None:
         raise InputError(_CHANGED.format(join_paths(data.path)))
-    x = read_features(first, columns)
+    x = read_features(first, columns, table)
     if not x.size or x.ndim > 4:
         raise InputError(
             f"data.column: a row of column {columns.features[0]} has the shape {x.shape[1:]}; write vectors "
@@ -84,11 +91,17 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
             raise InputError(_CHANGED.format(join_paths(data.path)))
         classes = find_classes(data, column_of_labels, labels, rows)
     digest.update(f"{columns.features} {columns.labels} {columns.split}".encode())
-    offsets = _find_offsets(data, source) if like is None else like.offsets
-    if offsets:
-        digest.update(f" minus {offsets}".encode())
+    if table.offsets:
+        digest.update(f" minus {table.offsets}".encode())
+    if table.categories:
+        digest.update(f" texts {table.categories}".encode())
     levels = 256 if x.dtype == np.uint8 else 0
     shape: Shape = x.shape[1:]
+    if data.missing == "impute" and (levels or len(shape) > 1):
+        raise InputError(
+            "data.missing: impute is for tables and for vectors of floating-point numbers, not for pictures and bytes; "
+            "use refuse"
+        )
     if is_encoded(source.first.schema.field(columns.features[0]).type):
         colour, turned = _read_headers(source, shape)
         shape = (3 if colour else 1, *shape[1:])
@@ -98,7 +111,7 @@ def identify(data: Data, like: TableColumns | None = None) -> Facts:
         digest.update(f" {marks}".encode())
     return Facts(
         digest=digest.hexdigest(), shape=shape, levels=levels, classes=classes, rows=rows,
-        columns=described(columns, source.first.schema, offsets, like),
+        columns=table,
     )  # fmt: skip
 
 
@@ -109,7 +122,7 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
         divided: say also how the rows are split.
     """
     source = open_set(data, facts.columns)
-    columns, offsets = source.columns, facts.columns.offsets
+    columns, table = source.columns, facts.columns
     column, told = columns.labels or source.marks.label_key, f"{len(facts.classes)} classes"
     labels = f"{column} ({describe_anomalies(data, facts) or told})" if column else "none"
     unmarked = "drawn" if data.split == "drawn" else "by content"
@@ -122,7 +135,10 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
     ]
     if columns.left_out:
         lines.append(f"left out: {join_names([f'{name} ({reason})' for name, reason in columns.left_out])}")
-    if moved := [name for name, offset in zip(columns.features, offsets, strict=False) if offset]:
+    texts = zip(table.features, table.categories, strict=False)
+    if one_hot := [f"{name} ({len(each)} texts)" for name, each in texts if each]:
+        lines.append(f"one-hot: {join_names(one_hot)}")
+    if moved := [name for name, offset in zip(table.features, table.offsets, strict=False) if offset]:
         lines.append(f"read minus a number near their values, which 32 bits would not tell apart: {join_names(moved)}")
     return [escape_unprintable(line) for line in lines]
 
@@ -159,27 +175,6 @@ def _batch_rows(shape: Shape) -> int:
     return max(1, min(_BATCH_ROWS, BATCH_BYTES // (4 * prod(shape))))
 
 
-def _find_offsets(data: Data, source: ParquetSet) -> tuple[int | float, ...]:
-    """Look at some rows of a table and return `TableColumns.offsets`; nothing where values must keep their range."""
-    names = source.columns.features
-    is_table = all(is_number(source.first.schema.field(name).type) for name in names)
-    if not is_table or data.likelihood not in ("auto", "gaussian"):
-        return ()
-    sample = next(source.batches(names, _batch_rows((2 * len(names),))), None)
-    if sample is None or any(sample.table[name].null_count for name in names):
-        return ()  # reading refuses missing values
-    values = {name: numbers(sample, name) for name in names}
-    for name in names:
-        decimals = exact_decimals(sample.table[name].combine_chunks())
-        varies = decimals is not None and pc.count_distinct(decimals).as_py() > 1
-        if varies and values[name].dtype.kind == "f" and is_too_fine(values[name]):
-            raise InputError(
-                f"data.path: the values of {name} differ by less than 64 bits tell apart; subtract a number near them "
-                "before you write the file, or write fewer digits"
-            )
-    return find_offsets([*values.values()])
-
-
 def load(data: Data, facts: Facts) -> Rows:
     """Read all rows and check their values."""
     spread = Spread()
@@ -209,13 +204,17 @@ def survey(data: Data, facts: Facts, strict: bool = True) -> Rows | None:
     spread, batches = Spread(), []
     for batch in _read_all(data, facts, spread.add):
         batches.append(batch._replace(x=content_hashes(batch.x)))
-    names = source.columns.features
+    table, names = facts.columns, source.columns.features
+    refuse_absent(spread.absent, table, "any row")
     _refuse_equal_rows(spread, facts.rows)
-    if lost := spread.lost(names):
+    if lost := spread.lost(table.cells or names):
         if strict:
             raise InputError(lost)
         warnings.warn(lost, stacklevel=2)
     constant = spread.constant
+    if table.blocks:  # a text that no row has says nothing of the others of its column
+        owners = np.array(table.owners)
+        constant = np.array([constant[owners == number].all() for number in range(len(names))])
     if len(facts.shape) == 1 and constant.any():  # pixels at the border of images often are
         first = int(constant.argmax())
         feature = names[first] if len(names) > 1 else f"number {first} of {names[0]}"
@@ -257,9 +256,9 @@ def read(
     for batch in read_batches(opened, piece.file, columns.names, size, piece.groups, piece.first_row):
         if not {*columns.names} <= {*batch.table.column_names}:
             raise InputError(_CHANGED.format(piece.file))
-        exact = read_exactly(batch, columns, facts.shape[0], facts.columns.offsets)
+        exact = read_exactly(batch, columns, facts.columns, facts.shape[0])
         x = as_float32(exact)
-        _check_features(x, batch, columns, data, facts)
+        check_features(x, batch, columns, data, facts)
         if look:
             look(exact)
         count += len(x)
@@ -324,25 +323,3 @@ def _refuse_equal_rows(spread: Spread, rows: int) -> None:
     """Raise an InputError if all features are constant."""
     if spread.constant.all() and rows > 1:
         raise InputError(f"data.path: all {rows} rows are equal, so there is nothing to learn; name data that vary")
-
-
-def _check_features(x: np.ndarray, batch: Batch, columns: Columns, data: Data, facts: Facts) -> None:
-    """Raise an InputError if rows have another shape than the set's first row, or hold values that cannot be used."""
-
-    def refuse(bad: np.ndarray, message: str) -> None:
-        if bad.any():
-            offset, feature = divmod(int(bad.argmax()), prod(facts.shape))
-            name = columns.features[feature if len(columns.features) > 1 else 0]
-            raise InputError(f"{batch.place(name, offset)}: {message}")
-
-    if x.shape[1:] != facts.shape:
-        raise InputError(
-            f"{batch.place(columns.features[0])}: the row has the shape {x.shape[1:]}, the set's first row "
-            f"{facts.shape}; make all rows alike"
-        )
-    if x.dtype != np.uint8:
-        refuse(~np.isfinite(x), "the value is not finite, or too large for 32 bits; correct it or drop the row")
-    likelihood = resolve_likelihood(data, facts)
-    if not facts.levels and likelihood.endswith("bernoulli"):
-        remedy = "rescale the values or set --data.likelihood gaussian"
-        refuse((x < 0) | (x > 1), f"{likelihood} needs values in [0, 1]; {remedy}")

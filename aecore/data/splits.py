@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     """Rows of a data set in their order, before they are split."""
 
     x: np.ndarray
-    """(rows, *shape), uint8 or float32, finite."""
+    """(rows, *shape), uint8 or float32, finite; NaN where a value is missing."""
     y: np.ndarray | None
     """(rows,) int64 class numbers, or with `data.anomaly` 1 for anomalies and 0 for normal rows; None without
     labels."""
@@ -54,6 +54,9 @@ class Arrays(NamedTuple):
     """float32, () or *shape."""
     scale: np.ndarray
     """float32, () or *shape."""
+    fill: np.ndarray | None = None
+    """What the first layer reads in place of a missing value, before it is shifted and scaled: float32, *shape. None
+    where no value is missing."""
 
 
 class Shares(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.data import parquet, splits
-from aecore.data.dataset import scaling
+from aecore.data.dataset import fill_values, scaling
 from aecore.data.sets import Piece, divide
 from aecore.data.splits import SPLITS, Arrays, Shares, Split
 
@@ -86,7 +86,8 @@ def open_stream(data: Data, facts: Facts, read_pieces: ReadPieces = read_in_turn
     train, validation, test = _draw_sample(data, facts, shares, [pieces[n] for n in order])
     training_rows = read_pieces(partial(read, data, facts, shares, "train"), pieces)
     shift, scale = scaling(data, facts, (rows.x for rows in training_rows))
-    return Stream(data, facts, shares, pieces, counts, Arrays(train, validation, test, shift, scale))
+    fill = fill_values(facts, train.x)  # a median of all rows would need them all at once
+    return Stream(data, facts, shares, pieces, counts, Arrays(train, validation, test, shift, scale, fill))
 
 
 def read(data: Data, facts: Facts, shares: Shares, split: str, piece: Piece) -> Iterator[Split]:

@@ -5,13 +5,18 @@ Functions raise an InputError that names the file, column and row where a value 
 
 from collections.abc import Sequence
 from decimal import Decimal
+from math import prod
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from aecore.config.experiment import Data
+from aecore.config.facts import Facts, TableColumns
+from aecore.config.resolve import resolve_likelihood
 from aecore.core.errors import InputError, short_repr
-from aecore.data.cells import CellError, exact_decimals, find_decoder, is_number, plain, short_type
+from aecore.data.cells import CellError, exact_decimals, find_decoder, is_number, is_text, plain, short_type
 from aecore.data.columns import Columns, exclusion
 from aecore.data.files import Batch, short_reason
 from aecore.data.splits import SPLITS
@@ -24,42 +29,129 @@ _FITS = 2.0**62
 """A difference of this size, even if it is rounded, surely fits into 64 bits."""
 
 
-def read_features(
-    batch: Batch, columns: Columns, channels: int | None = None, offsets: Sequence[float] = ()
-) -> np.ndarray:  # fmt: skip
-    """Return the features of a batch, (rows, *shape), uint8 or float32; values too large for float32 are infinite.
+def read_features(batch: Batch, columns: Columns, table: TableColumns, channels: int | None = None) -> np.ndarray:
+    """Return the features of a batch, (rows, *shape), uint8 or float32; values too large for float32 are infinite, and
+    missing ones NaN.
 
     Args:
+        table: what is subtracted from numbers, which texts a category can be, and whether values may be missing.
         channels: channels of encoded images, see `cells.Decoder`.
-        offsets: numbers that are subtracted from the features before they become float32; see `TableColumns.offsets`.
     """
-    return as_float32(read_exactly(batch, columns, channels, offsets))
+    return as_float32(read_exactly(batch, columns, table, channels))
 
 
-def read_exactly(
-    batch: Batch, columns: Columns, channels: int | None = None, offsets: Sequence[float] = ()
-) -> np.ndarray:  # fmt: skip
+def read_exactly(batch: Batch, columns: Columns, table: TableColumns, channels: int | None = None) -> np.ndarray:
     """Return the same as `read_features`, but numbers of tables as float64, and numbers in lists in their own type."""
-    for name in columns.features:
-        column = batch.table[name]
-        if column.null_count:
-            place = batch.place(name, int(np.argmax(column.is_null().to_numpy())))
-            others = f", or train without the column: {exclusion([name])}" if len(columns.features) > 1 else ""
-            raise InputError(f"{place}: the value is missing; fill it or drop the row{others}")
     first = columns.features[0]
     kind = batch.table.schema.field(first).type
-    if len(columns.features) > 1 or is_number(kind):
-        shifts = offsets or [0.0] * len(columns.features)
-        return np.stack([shifted(numbers(batch, n), by) for n, by in zip(columns.features, shifts, strict=True)], 1)
-    decode = find_decoder(kind)
-    if decode is None:
+    imputes, is_table = table.missing == "impute", bool(table.features)
+    for name in columns.features:
+        if not (imputes and is_table):
+            _refuse_nulls(batch, name, len(columns.features) > 1)
+    if is_table:
+        offsets = table.offsets or [0] * len(columns.features)
+        texts = table.categories or [()] * len(columns.features)
+        read = zip(columns.features, offsets, texts, strict=True)
+        x = np.concatenate([_read_column(batch, *each) for each in read], 1)
+    else:
+        decode = find_decoder(kind, imputes)
+        if decode is None:
+            raise InputError(
+                f"data.column: column {first} holds {short_type(kind)}, neither images nor vectors; name another"
+            )
+        try:
+            x = decode(batch.table[first].combine_chunks(), channels)
+        except CellError as error:
+            raise InputError(f"{batch.place(first, error.offset)}: {error}") from error
+    is_missing = np.isnan(x) if imputes or table.categories else np.False_
+    # there are many values that are NaN, and rows are known by their bytes
+    return np.where(is_missing, np.nan, x) if is_missing.any() else x
+
+
+def _refuse_nulls(batch: Batch, name: str, has_others: bool) -> None:
+    column = batch.table[name]
+    if not column.null_count:
+        return
+    place = batch.place(name, int(np.argmax(column.is_null().to_numpy())))
+    kind = batch.table.schema.field(name).type
+    ways = ["train with --data.missing impute"] if is_number(kind) or is_text(kind) else []
+    ways += [f"train without the column: {exclusion([name])}"] if has_others else []
+    raise InputError(f"{place}: the value is missing; {', or '.join(['fill it or drop the row', *ways])}")
+
+
+def _read_column(batch: Batch, name: str, offset: float, texts: Sequence[str]) -> np.ndarray:
+    """Return the values of a feature of a table, (rows, values)."""
+    return one_hot(checked(batch, name), texts) if texts else _shifted(batch, name, offset)
+
+
+def one_hot(column: pa.Array, texts: Sequence[str]) -> np.ndarray:
+    """Return a column of text as (rows, texts), float32: 1 for the text that it is, 0 for the others, and NaN where it
+    is missing or is none of the texts."""
+    found = pc.index_in(column, pa.array(texts, column.type)).fill_null(-1).to_numpy(zero_copy_only=False)
+    rows = np.eye(len(texts), dtype=np.float32)[found]
+    rows[found < 0] = np.nan
+    return rows
+
+
+def _shifted(batch: Batch, name: str, offset: float) -> np.ndarray:
+    """Return a column of numbers minus an offset, (rows, 1); missing values are NaN."""
+    column = batch.table[name].combine_chunks()
+    if not column.null_count:
+        return shifted(numbers(batch, name), offset)[:, None]
+    present = batch._replace(table=batch.table.select([name]).filter(column.is_valid()))
+    values = shifted(numbers(present, name), offset)
+    x = np.full((len(column), 1), np.nan, values.dtype)
+    x[column.is_valid().to_numpy(zero_copy_only=False), 0] = values
+    return x
+
+
+def refuse_absent(absent: np.ndarray, table: TableColumns, rows: str) -> None:
+    """Raise an InputError for the first feature that has no value in some rows.
+
+    Args:
+        absent: whether each value of a row is missing in all of them, (features,).
+        rows: what the rows are called.
+    """
+    if not absent.any():
+        return
+    first = int(absent.argmax())
+    if table.features:
+        name = table.features[table.owners[first]]
+        raise InputError(f"data.path: column {name} has no value in {rows}; leave it out with {exclusion([name])}")
+    raise InputError(f"data.path: feature {first} of the vectors has no value in {rows}; leave it out of them")
+
+
+def check_features(x: np.ndarray, batch: Batch, columns: Columns, data: Data, facts: Facts) -> None:
+    """Raise an InputError if rows have another shape than the set's first row, or hold values that cannot be used."""
+    table = facts.columns
+    owners = table.owners
+
+    def refuse(bad: np.ndarray, message: str) -> None:
+        if bad.any():
+            offset, value = divmod(int(bad.argmax()), prod(facts.shape))
+            name = columns.features[owners[value] if owners else 0]
+            raise InputError(f"{batch.place(name, offset)}: {message}")
+
+    if x.shape[1:] != facts.shape:
         raise InputError(
-            f"data.column: column {first} holds {short_type(kind)}, neither images nor vectors; name another"
+            f"{batch.place(columns.features[0])}: the row has the shape {x.shape[1:]}, the set's first row "
+            f"{facts.shape}; make all rows alike"
         )
-    try:
-        return decode(batch.table[first].combine_chunks(), channels)
-    except CellError as error:
-        raise InputError(f"{batch.place(first, error.offset)}: {error}") from error
+    if x.dtype != np.uint8:
+        bad, missing = ~np.isfinite(x), np.isnan(x)
+        if table.missing == "impute":
+            bad &= ~missing
+        for start, stop in table.blocks:
+            bad[:, start:stop] = False  # a text that the model does not know
+        is_missing = len(facts.shape) == 1 and missing.flat[bad.argmax()]
+        way_out = ", or train with --data.missing impute" if is_missing else ""
+        refuse(bad, f"the value is not finite, or too large for 32 bits; correct it or drop the row{way_out}")
+        if table.blocks or table.missing == "impute":
+            refuse(missing & missing.all(1, keepdims=True), "no value of the row is known; drop it")
+    likelihood = resolve_likelihood(data, facts)
+    if not facts.levels and likelihood.endswith("bernoulli"):
+        remedy = "rescale the values or set --data.likelihood gaussian"
+        refuse((x < 0) | (x > 1), f"{likelihood} needs values in [0, 1]; {remedy}")
 
 
 def as_float32(x: np.ndarray) -> np.ndarray:
@@ -94,7 +186,7 @@ def read_labels(batch: Batch, column: str) -> tuple[list[Any], np.ndarray]:
     Whole floating-point and decimal numbers count as integers.
     """
     array = exact_decimals(batch.table[column].combine_chunks())
-    array = _checked(batch, column) if array is None else array
+    array = checked(batch, column) if array is None else array
     if array.null_count:
         place = batch.place(column, int(array.is_null().to_numpy(zero_copy_only=False).argmax()))
         raise InputError(f"{place}: the label is missing; drop such rows or set --data.labels null")
@@ -121,7 +213,7 @@ def _problem_of(label: Any) -> str | None:
 
 def read_marks(batch: Batch, column: str) -> np.ndarray:
     """Return the split for which each row is marked, (rows,), one of `splits.SPLITS`."""
-    encoded = _checked(batch, column).dictionary_encode("encode")
+    encoded = checked(batch, column).dictionary_encode("encode")
     marks, indices = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
     for index, mark in enumerate(marks):
         if (mark or "").casefold() not in SPLIT_OF_MARK:
@@ -133,7 +225,7 @@ def read_marks(batch: Batch, column: str) -> np.ndarray:
     return np.array([SPLIT_OF_MARK[mark.casefold()] for mark in marks], "<U10")[indices]
 
 
-def _checked(batch: Batch, column: str) -> pa.Array:
+def checked(batch: Batch, column: str) -> pa.Array:
     """Return a column of single values, after checking that its text is valid."""
     array = batch.table[column].combine_chunks()
     try:

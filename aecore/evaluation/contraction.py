@@ -31,6 +31,7 @@ def contraction(
         fp32, whatever the precision of training: the difference of two codes in bf16 is mostly their rounding. Where
         256 rows of a large network would take minutes the norm is that of fewer rows, which is added to `notes`.
     """
+    x = stack.filled(x)
     with torch.no_grad(), numerics("fp32", x.device):
         # one layer's Jacobian may have a closed form
         encoder = stack.first if len(stack.layers) == 1 else Stack(list(stack))

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from aecore.core.errors import escape_unprintable, shorten
+from aecore.data.numbers import Moments
 from aecore.evaluation.statistics import LEVEL, holm
 from aecore.models.storage import Weights
 
@@ -126,23 +127,34 @@ def _codes(new: Weights, reference: Weights) -> Iterator[Comparison]:
 
 def _means(new: Weights, reference: Weights, features: Sequence[str]) -> Iterator[Comparison]:
     """Compare each feature's mean by Welch's test; of the reference's features only means and spreads are known."""
-    x, count = new["x"], len(reference["reference.code"])
-    if min(len(x), count) < 2:
-        return
+    x, rows = new["x"], len(reference["reference.code"])
+    counts, old_counts = (~np.isnan(x)).sum(0), reference.get("reference.observed", np.full(x.shape[1], rows))
     old_mean, old_std = (reference[f"reference.{name}"].astype(np.float64) for name in ("mean", "std"))
-    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    mean, std = _mean_and_spread(x)
     spread = np.sqrt((old_std**2 + std**2) / 2)
     varies = spread > 0
     gap = mean - old_mean
     with np.errstate(invalid="ignore", divide="ignore"):
         # a feature that never varies has moved by nothing or, in units of no spread, by very much: call it 9
         shift = np.where(varies, gap / spread, np.where(mean == old_mean, 0.0, np.sign(gap) * 9))
-        p = stats.ttest_ind_from_stats(mean, std, len(x), old_mean, old_std, count, equal_var=False).pvalue
+        p = stats.ttest_ind_from_stats(mean, std, counts, old_mean, old_std, old_counts, equal_var=False).pvalue
     p = np.where(varies, p, np.where(shift == 0, 1.0, 0.0))
     for number, feature in enumerate(features or range(x.shape[1])):
+        sizes = int(counts[number]), int(old_counts[number])
+        if min(sizes) < 2:
+            continue
         # the largest gap between two normal distribution functions whose means are `shift` deviations apart
         effect = erf(abs(shift[number]) / (2 * sqrt(2)))
-        yield _comparison((f"feature {feature}", "all", "Welch"), (len(x), count), shift[number], effect, p[number])
+        yield _comparison((f"feature {feature}", "all", "Welch"), sizes, shift[number], effect, p[number])
+
+
+def _mean_and_spread(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each feature, (features,), over the rows in which it is not missing."""
+    if not np.isnan(x).any():
+        return x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    moments = Moments()
+    moments.add(x.astype(np.float64))
+    return moments.mean, moments.deviation
 
 
 def _shares_of_classes(old: np.ndarray, new: np.ndarray) -> Iterator[Comparison]:

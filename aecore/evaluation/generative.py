@@ -25,7 +25,9 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor, notes: Note
     active units. Rows with a Bernoulli likelihood also get the importance-weighted bound, of binarised rows; of very
     many rows a sample is used, which is added to `notes`."""
     with fixed_noise(x.device), torch.no_grad():
-        binary = torch.bernoulli(x) if stack.likelihood == "bernoulli" else x
+        binary = x
+        if stack.likelihood == "bernoulli":
+            binary = torch.where(x.isnan(), x, torch.bernoulli(x.nan_to_num()))  # a missing value stays one
         bound = generation.bound(stack, binary if variant.binarize else x)
         metrics = {
             "vae/bound": -sum(bound.values()),

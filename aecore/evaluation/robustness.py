@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aecore.core.types import Noise
 from aecore.evaluation.probes import Probe
-from aecore.evaluation.reconstruction import squared_error
+from aecore.evaluation.reconstruction import observed_count, squared_error
 from aecore.evaluation.scoring import batch_rows, fixed_noise, to_numpy
 from aecore.models.corruption import corrupt, draw_noise
 from aecore.models.stack import Stack
@@ -41,7 +41,7 @@ def robustness_curves(stack: Stack, x: Tensor, probe: Probe | None, y: np.ndarra
                 code = stack.encode(corrupt(clean, noise, level, part))
                 error += squared_error(clean, stack.mean(code))
                 codes.append(to_numpy(code.flatten(1)))
-        scores = {"mse": error / x.numel()}
+        scores = {"mse": error / observed_count(x)}
         if probe is not None:
             scores["accuracy"] = float((probe.predict(np.concatenate(codes)) == y).mean())
         return scores

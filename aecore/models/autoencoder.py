@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from aecore.core.types import LikelihoodKind
 from aecore.models import likelihood
+from aecore.models.spec import LayerSpec
 
 Batch = Float[Tensor, "batch ..."]
 """A tensor with one entry per row of a batch, such as rows, codes, or the parameters of a likelihood."""
@@ -17,6 +18,12 @@ class Autoencoder(nn.Module, ABC):
 
     likelihood: LikelihoodKind
     """The reconstruction term of the rows that the model reads."""
+    reads: LayerSpec
+    """The spec of the layer that reads the rows."""
+
+    @abstractmethod
+    def filled(self, x: Batch) -> Batch:
+        """Return `x` as the encoder reads it: with a value in place of each one that is missing."""
 
     @abstractmethod
     def encode(self, x: Batch) -> Batch:
@@ -41,5 +48,6 @@ class Autoencoder(nn.Module, ABC):
 
     def reconstruction_loss(self, code: Batch, target: Batch) -> Float[Tensor, ""]:
         """Return the reconstruction term of `target` (batch, *in_shape) given its code: a sum over features, averaged
-        over the batch."""
-        return likelihood.reconstruction_loss(self.likelihood, self.decode(code), target)
+        over the batch. Missing values of the target are left out of the sum."""
+        spec = self.reads
+        return likelihood.reconstruction_loss(spec.likelihood, self.decode(code), target, spec.blocks, spec.missing)

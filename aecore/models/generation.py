@@ -4,10 +4,10 @@ data."""
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from aecore.models import likelihood
 from aecore.models.divergences import kl_to_prior
 from aecore.models.stack import Stack
 
@@ -89,8 +89,7 @@ def importance_weighted(stack: Stack, x: Tensor, count: int = _IMPORTANCE_SAMPLE
             code = mean + (0.5 * log_variance).exp() * noise
             # the normalising constants of prior and posterior cancel
             prior_to_posterior = 0.5 * (noise.square() + log_variance - code.square()).flatten(1).sum(1)
-            likelihood = F.binary_cross_entropy_with_logits(stack.decode(code), rows, reduction="none")
-            weights.append(prior_to_posterior - likelihood.flatten(1).sum(1))
+            weights.append(prior_to_posterior - likelihood.bernoulli_rows(stack.decode(code), rows))
         total += float((torch.stack(weights).logsumexp(0) - math.log(count)).sum())
     return total / len(x)
 

@@ -17,6 +17,8 @@ _CHUNK_VALUES = 2**22
 def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Float[Tensor, " batch"]:
     """Return the squared Frobenius norm of the encoder's Jacobian, ||d encode(x) / dx||_F^2, one value per row.
 
+    The Jacobian is taken where the encoder reads the row, at the value that it keeps for a missing one.
+
     The result is differentiable. One dense layer has a closed form: the sum over units of their squared slope times the
     squared norm of their weights (Rifai et al. 2011, eq. 5, for any activation). Other encoders are estimated without
     bias along random directions v of +-1, by E||v^T J||^2 = ||J||_F^2 (Hutchinson 1990), or computed exactly. The code
@@ -26,6 +28,7 @@ def squared_norm(model: Autoencoder, x: Batch, probes: int | None = None) -> Flo
         probes: number of random directions per row; None computes the norm exactly, with one backward pass per unit of
             the code. Passes run in batches of bounded memory; where gradients are recorded, all passes stay in memory.
     """
+    x = model.filled(x)
     if isinstance(model, Layer) and _has_closed_form(model.spec):
         affine = model.encoder.affine
         assert affine.bias is not None

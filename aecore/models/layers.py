@@ -42,12 +42,19 @@ def keep_largest(code: Batch, k: int) -> Batch:
 
 
 class Encoder(nn.Module):
-    """Maps rows (batch, *in_shape) to codes (batch, *code_shape): affine, normalisation, activation, top-k, dropout."""
+    """Maps rows (batch, *in_shape) to codes (batch, *code_shape): affine, normalisation, activation, top-k, dropout.
+
+    Where values may be missing, it reads `fill` (*in_shape) in their place, which is saved with its weights.
+    """
+
+    fill: Tensor
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
         channels = spec.code_shape[0]
+        if spec.missing:
+            self.register_buffer("fill", torch.zeros(spec.in_shape))
         self.affine = _affine(spec)
         self.norm: nn.Module = nn.Identity()
         if spec.normalization == "batch":
@@ -55,8 +62,12 @@ class Encoder(nn.Module):
         elif spec.normalization == "layer":
             self.norm = nn.LayerNorm(spec.code_shape)
 
+    def filled(self, x: Batch) -> Batch:
+        """Return `x` with the value that the encoder keeps for a feature in place of each one that is missing."""
+        return torch.where(x.isnan(), self.fill, x) if self.spec.missing else x
+
     def forward(self, x: Batch) -> Batch:
-        h = _apply(self.affine, x)
+        h = _apply(self.affine, self.filled(x))
         if self.spec.normalization != "none":
             h = self.norm(h.to(self.affine.weight.dtype))  # means and variances lose too much in bf16
         h = ACTIVATIONS[self.spec.activation].value(h)
@@ -102,17 +113,20 @@ class Layer(Autoencoder):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.likelihood = spec.likelihood
+        self.likelihood, self.reads = spec.likelihood, spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.log_variance = _affine(spec) if spec.stochastic else None
+
+    def filled(self, x: Batch) -> Batch:
+        return self.encoder.filled(x)
 
     def encode(self, x: Batch) -> Batch:
         return self.encoder(x)
 
     def posterior(self, x: Batch) -> tuple[Batch, Batch]:
         assert self.log_variance is not None, "only a stochastic layer has a posterior"
-        return self.encode(x), _apply(self.log_variance, x)
+        return self.encode(x), _apply(self.log_variance, self.filled(x))
 
     def decode(self, code: Batch) -> Batch:
         out = self.decoder(keep_largest(code, self.spec.top_k), self.encoder.affine.weight if self.spec.tied else None)
@@ -120,6 +134,6 @@ class Layer(Autoencoder):
         return out if activation.is_rectifier else activation.value(out)
 
     def mean(self, code: Batch) -> Batch:
-        mean = likelihood.mean(self.likelihood, self.decode(code))
+        mean = likelihood.mean(self.likelihood, self.decode(code), self.spec.blocks)
         activation = ACTIVATIONS[self.spec.out_activation]
         return activation.value(mean) if activation.is_rectifier else mean

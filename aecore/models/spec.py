@@ -1,9 +1,9 @@
 """The description that a layer is built from. This module does not import torch."""
 
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
-from aecore.core.fingerprint import Frozen
+from aecore.core.fingerprint import Frozen, Later
 from aecore.core.types import Activation, LikelihoodKind, Shape
 
 _SCORING_ROWS = 2048
@@ -45,6 +45,11 @@ class LayerSpec(Frozen):
     """Number of codes per row, the largest, that the encoder emits outside of training; 0 is all of them."""
     stochastic: bool = False
     """Whether the code is the mean of a Gaussian whose log-variance the layer learns too."""
+    missing: Annotated[bool, Later()] = False
+    """Whether values of the rows may be missing, that is NaN: the encoder then reads a value that it keeps for each
+    feature in their place, and the reconstruction term leaves them out."""
+    blocks: Annotated[tuple[tuple[int, int], ...], Later()] = ()
+    """Where in a row the values of each category begin and end, with a softmax over each; none in rows of numbers."""
 
     @property
     def scoring_rows(self) -> int:

@@ -17,7 +17,7 @@ class Stack(Autoencoder):
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.likelihood = layers[0].spec.likelihood
+        self.likelihood, self.reads = layers[0].spec.likelihood, layers[0].spec
         self.code_shape = layers[-1].spec.code_shape
 
     def __iter__(self) -> Iterator[Layer]:
@@ -27,6 +27,9 @@ class Stack(Autoencoder):
     def first(self) -> Layer:
         """The layer that reads the data."""
         return next(iter(self))
+
+    def filled(self, x: Batch) -> Batch:
+        return self.first.filled(x)
 
     def encode(self, x: Batch) -> Batch:
         for layer in self:
@@ -45,4 +48,4 @@ class Stack(Autoencoder):
         return self.first.decode(code)
 
     def mean(self, code: Batch) -> Batch:
-        return likelihood.mean(self.likelihood, self.decode(code))
+        return likelihood.mean(self.likelihood, self.decode(code), self.reads.blocks)

@@ -102,7 +102,8 @@ class Model:
     def _raw(self, x: Tensor) -> np.ndarray:
         """Return rows that the first layer reads as the data set holds them; float64 where a number was subtracted."""
         raw = self.prepare.inverse(x).cpu().numpy()
-        return raw.astype(np.float64) + np.array(self.columns.offsets, np.float64) if self.columns.offsets else raw
+        offsets = self.columns.cell_offsets
+        return raw.astype(np.float64) + np.array(offsets, np.float64) if offsets else raw
 
     def as_served(self, rows: np.ndarray) -> Any:
         """Return rows (rows, *shape) as `predict` is asked for them: a frame with names for a model of a table."""
@@ -126,9 +127,10 @@ class Model:
             rows: an array (rows, *shape); a model of a table also reads what `table.read_table` describes.
 
         Raises:
-            InputError: columns are missing or unknown, or a value is missing, not finite or no number.
+            InputError: columns are missing or unknown, or a value is not finite, of another kind or, for a model that
+                was not trained with missing values, missing.
         """
-        raw = read_table(rows, self.columns) if self.columns.features else read_array(rows)
+        raw = read_table(rows, self.columns) if self.columns.features else read_array(rows, self.columns.missing == "impute")
         columns = self.measure(raw)
         table = pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
         if self.score is not None:

@@ -1,7 +1,11 @@
-"""What a model is asked about: tables whose columns are matched by name, and arrays. Missing values are refused."""
+"""What a model is asked about: tables whose columns are matched by name, and arrays.
+
+Missing values are refused, unless the model was trained with them (`data.missing` impute).
+"""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from math import prod
 from numbers import Integral, Real
@@ -14,53 +18,107 @@ import pyarrow as pa
 from aecore.config.facts import TableColumns
 from aecore.core.errors import InputError, join_names, short_repr
 from aecore.data.columns import find_name, resembling
+from aecore.data.tables import unknown_texts
 from aecore.data.values import as_float32, shifted
 
 _NUMBERS = "biuf"
 """Kinds of numpy's types that are numbers or truth values."""
+_REMEDY = "correct it or leave the row out"
+_MISSING = f"the value is missing; {_REMEDY}"
 
 
 def read_table(table: Any, columns: TableColumns) -> np.ndarray:
-    """Return the rows of a table as a model that was trained on `columns` reads them: (rows, features), float32.
+    """Return the rows of a table as a model that was trained on `columns` reads them: (rows, values), float32, with NaN
+    for what is missing. So is a text that the model does not know, of which a warning tells.
 
     Args:
         table: a DataFrame (of pandas, Arrow, Polars or what else has `to_pandas`), a mapping from names to values, a
             list of such mappings or one row as a Series with names, whose columns are matched by name; or an array, a
             list of rows or a frame without names (0, 1, ...), whose columns are taken by position.
-            Columns hold numbers or truth values of any type: numpy's, pandas' nullable types, Arrow's, Decimal.
+            Columns hold numbers or truth values of any type: numpy's, pandas' nullable types, Arrow's, Decimal; or
+            text, where the model was trained with text.
 
     Raises:
-        InputError: a column is missing, unknown or holds no numbers, or a value is missing or not finite.
+        InputError: a column is missing, unknown or of another kind, or a value cannot be used.
     """
     frame, names = _as_frame(table), {*columns.features}
     if frame.shape[1] == 1 and frame.columns[0] not in names and not names.isdisjoint(frame.index):
         frame = frame.T  # a row of a frame, which is a Series
     frame = frame.iloc[:, _find_columns(frame, columns)].set_axis(columns.features, axis=1)
-    if not columns.offsets and all(isinstance(kind, np.dtype) and kind.kind in _NUMBERS for kind in frame.dtypes):
+    if columns.categories:
+        values = _read_mixed(frame, columns)
+    elif not columns.offsets and all(isinstance(kind, np.dtype) and kind.kind in _NUMBERS for kind in frame.dtypes):
         values = frame.to_numpy(np.float64)
     else:
         offsets = columns.offsets or [0] * len(columns.features)
         read = zip(columns.features, offsets, strict=True)
         values = np.stack([_read_numbers(frame[name], name, offset) for name, offset in read], 1)
     rows = as_float32(values)
-    _refuse_missing(rows, values, lambda number: f"column {columns.features[number]}")
+    _refuse_missing(rows, values, columns, lambda number: f"column {columns.cells[number]}")
     return rows
 
 
+def _read_mixed(frame: pd.DataFrame, columns: TableColumns) -> np.ndarray:
+    """Return the rows of a table that has columns of text, (rows, values), float64."""
+    offsets, parts = columns.offsets or [0] * len(columns.features), []
+    for name, offset, texts in zip(columns.features, offsets, columns.categories, strict=True):
+        if texts:
+            parts.append(_read_texts(frame[name], name, texts, columns.missing == "impute"))
+        else:
+            parts.append(_read_numbers(frame[name], name, offset)[:, None])
+    return np.concatenate(parts, 1)
+
+
+def _read_texts(column: pd.Series, name: str, texts: Sequence[str], imputes: bool) -> np.ndarray:
+    """Return the one-hot values of a column of text, (rows, texts); those of missing and unknown texts are NaN."""
+    values = column.astype(object)
+    missing = values.isna().to_numpy()
+    if missing.any() and not imputes:
+        raise InputError(f"input: row {missing.argmax()} column {name}: {_MISSING}")
+    for row, value in enumerate(values):
+        if not (missing[row] or isinstance(value, str)):
+            raise InputError(f"input: row {row} column {name}: {short_repr(value, 40)} is no text; write text")
+    numbers = pd.Categorical(values, categories=list(texts)).codes
+    if unknown := values[(numbers < 0) & ~missing].unique().tolist():
+        warnings.warn(f"input: {unknown_texts(name, unknown)}", stacklevel=6)
+    x = np.eye(len(texts))[numbers]
+    x[numbers < 0] = np.nan
+    return x
+
+
 def write_table(rows: np.ndarray, columns: TableColumns) -> pd.DataFrame:
-    """Return rows (rows, features) as the frame from which `read_table` reads them."""
-    return pd.DataFrame(rows.astype(np.float64) + (columns.offsets or 0), columns=list(columns.features))
+    """Return rows (rows, values) as the frame from which `read_table` reads them; of a category, its largest value
+    counts."""
+    if not columns.categories:
+        return pd.DataFrame(rows.astype(np.float64) + (columns.offsets or 0), columns=list(columns.features))
+    owners, offsets = np.array(columns.owners), columns.offsets or [0] * len(columns.features)
+    frame: dict[str, Any] = {}
+    for number, (name, offset, texts) in enumerate(zip(columns.features, offsets, columns.categories, strict=True)):
+        values = rows[:, owners == number].astype(np.float64)
+        if texts:
+            frame[name] = [None if np.isnan(row).any() else texts[row.argmax()] for row in values]
+        else:
+            frame[name] = values[:, 0] + offset
+    return pd.DataFrame(frame)
 
 
-def read_array(rows: Any) -> np.ndarray:
+def read_array(rows: Any, imputes: bool = False) -> np.ndarray:
     """Return rows (rows, *shape) of images or vectors as an array, after checking that each value is a finite number;
-    an InputError names the row."""
+    an InputError names the row.
+
+    Args:
+        imputes: values may be missing, that is None or NaN.
+    """
     array = np.asarray(rows)
+    if imputes and array.dtype == object:
+        with suppress(TypeError, ValueError):
+            array = array.astype(np.float64)
     if array.dtype.kind not in _NUMBERS:
         raise InputError(f"input: the values are {array.dtype}, not numbers; write numbers")
     if array.dtype.kind == "f" and array.ndim:
         flat = array.reshape(len(array), prod(array.shape[1:]))
-        _refuse_missing(flat, flat, lambda number: f"feature {number}")
+        table = TableColumns(missing="impute" if imputes else "refuse")
+        _refuse_missing(flat, flat, table, lambda number: f"feature {number}")
     return array
 
 
@@ -144,16 +202,27 @@ def _difference(value: Any, offset: float) -> float:
         return np.inf
 
 
-def _refuse_missing(rows: np.ndarray, values: np.ndarray, name_of: Callable[[int], str]) -> None:
-    """Raise an InputError for the first of the values (rows, features) that is missing or, as a float32, not finite.
+def _refuse_missing(
+    rows: np.ndarray, values: np.ndarray, columns: TableColumns, name_of: Callable[[int], str]
+) -> None:  # fmt: skip
+    """Raise an InputError for a row of which nothing is known, or for the first value that the model cannot read: one
+    that is missing or, as a float32, not finite.
 
     Args:
         rows: the values as the model reads them.
-        name_of: returns the name of a feature by its number.
+        name_of: returns the name of a value by its number.
     """
-    if (finite := np.isfinite(rows)).all():
+    if (bad := ~np.isfinite(rows)).any():
+        missing = np.isnan(rows)
+        if missing.all(1).any() and (columns.missing == "impute" or columns.blocks):
+            raise InputError(f"input: row {missing.all(1).argmax()}: no value of the row is known; leave the row out")
+        if columns.missing == "impute":
+            bad &= ~missing
+        for start, stop in columns.blocks:
+            bad[:, start:stop] = False  # a text that the model does not know
+    if not bad.any():
         return
-    row, number = (int(place[0]) for place in np.nonzero(~finite))
+    row, number = (int(place[0]) for place in np.nonzero(bad))
     value = values[row, number]
-    reason = "the value is missing" if np.isnan(value) else f"{value} is not finite in float32"
-    raise InputError(f"input: row {row} {name_of(number)}: {reason}; correct it or leave the row out")
+    reason = _MISSING if np.isnan(value) else f"{value} is not finite in float32; {_REMEDY}"
+    raise InputError(f"input: row {row} {name_of(number)}: {reason}")

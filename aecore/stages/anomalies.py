@@ -21,7 +21,7 @@ from aecore.evaluation.reconstruction import reconstruction_mse
 from aecore.evaluation.scoring import build_trained, over_batches, over_prepared, to_numpy
 from aecore.models.storage import Result
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
-from aecore.stages.rows import preprocessing
+from aecore.stages.rows import filled, preprocessing
 
 EXPLAINED_ROWS = 12
 """The strangest test rows, which the report explains."""
@@ -31,9 +31,11 @@ def detect(spec: DetectorSpec, context: Context, *, data: Arrays | Stream) -> Re
     """Fit one of scikit-learn's detectors to the training and validation rows, which the first layer would read, and
     return as `score` (rows,) how strange the test rows are."""
     prepare = preprocessing(data, context.device)
-    known = torch.cat(known_rows(context, data)).flatten(1)
+    known = filled(torch.cat(known_rows(context, data)), data).flatten(1)
     score, notes = fit_detector(spec.kind, to_numpy(known), spec.seed)
-    tests = (over_batches(prepare, rows.x, context.device).flatten(1) for rows in all_test_rows(data, context))
+    tests = (
+        filled(over_batches(prepare, rows.x, context.device), data).flatten(1) for rows in all_test_rows(data, context)
+    )
     parts = [score(to_numpy(x)) for x in tests]
     config: dict[str, Any] = {"history": [], **({"notes": notes} if notes else {})}
     return Result(config, {"score": np.concatenate(parts).astype(np.float32)}, {})

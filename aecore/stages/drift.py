@@ -38,7 +38,7 @@ def drift(spec: DriftSpec, context: Context, *, data: Arrays | Stream, champion:
         metrics = {"drift/rows": 0.0, "drift/drifted": 0.0}
         config = {"table": as_csv([]), "words": f"no {kind} is newer than the model", "drifted": False}
         return Result(config, {}, metrics)
-    features = columns_of(champion.config).features
+    features = columns_of(champion.config).cells
     table = drift_table(new, champion.weights, earlier.config["facts"]["classes"], spec.threshold, features)
     drifted = [row for row in table if row["drifted"]]
     rows = len(new["x"])

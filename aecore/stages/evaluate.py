@@ -25,7 +25,7 @@ from aecore.evaluation.probes import (
     notes_on_accuracy,
     read_out,
 )
-from aecore.evaluation.reconstruction import reconstruction_mse
+from aecore.evaluation.reconstruction import observed_count, reconstruction_mse
 from aecore.evaluation.scoring import (
     TrainedStack,
     build_trained,
@@ -180,6 +180,7 @@ def _streamed_mse(stack: Stack, prepare: Prepare, data: Stream, context: Context
     for rows in all_test_rows(data, context):
         for start in range(0, len(rows.x), size):  # a whole chunk as floats, with its outputs, may take 100s of MB
             x = over_batches(prepare, rows.x[start : start + size], context.device)
-            total += reconstruction_mse(x, over_prepared(stack.reconstruct, x, stack)) * x.numel()
-            values += x.numel()
+            count = observed_count(x)
+            total += reconstruction_mse(x, over_prepared(stack.reconstruct, x, stack)) * count
+            values += count
     return total / values

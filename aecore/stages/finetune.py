@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aecore.anomaly.score import fit as fit_score
 from aecore.config.specs import FinetuneSpec
@@ -14,7 +15,7 @@ from aecore.core.types import Precision
 from aecore.data.splits import Arrays, Split
 from aecore.data.stream import Stream
 from aecore.evaluation.probes import few_rows
-from aecore.evaluation.reconstruction import row_errors
+from aecore.evaluation.reconstruction import observed_mean, row_errors
 from aecore.evaluation.scoring import TrainedStack, as_trained, over_batches
 from aecore.models.classifier import Classifier
 from aecore.models.layers import Layer
@@ -23,7 +24,7 @@ from aecore.models.rebuild import build_autoencoder, build_layer, build_stack, g
 from aecore.models.stack import Stack
 from aecore.models.storage import Result, Weights
 from aecore.stages.context import Context, rows_in_memory
-from aecore.stages.rows import preprocessing, training_rows
+from aecore.stages.rows import preprocessing, set_fill, training_rows
 from aecore.stages.training import Training, curves, summary, train
 from aecore.training.job import Fitted, Job
 from aecore.training.numerics import get_random_state, own_random_state
@@ -48,7 +49,7 @@ def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
           finetuned from, since a classifier has no decoder;
         - `reference.*` of at most 2,000 validation rows, with which new data are compared: `error` (rows,), the squared
           error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
-          of what the first layer reads;
+          of what the first layer reads, where values are missing over the `observed` rows (features,);
         - `anomaly.*`, where the spec asks for it: the default score of anomalies, see `aecore.anomaly.score.Fitted`.
     """
     return train(prepare(spec, context, **inputs))
@@ -74,6 +75,7 @@ def prepare(
     with own_random_state(device, seed):
         net, model = _build(spec, layers, stack, parent)
         model = model.to(device)
+        set_fill(net.first.encoder, data)  # the classifier's too; a parent's data are of another day
         random = get_random_state(device)
     arrays = rows_in_memory(data)
     # a result that is not served needs no rows, so `finish` does not hold them in memory
@@ -145,12 +147,13 @@ def _unsupervised(layers: Sequence[Result], stack: Result | None, parent: Result
 def reference_rows(
     model: Classifier | Stack, autoencoder: Stack | None, prepare: Prepare, rows: Split, precision: Precision = "fp32"
 ) -> Weights:
-    """Return `mean`, `std`, `code`, `error` and `label` of some validation rows, for the result of `finetune`."""
+    """Return `mean`, `std`, `code`, `error` and `label` of some validation rows, for the result of `finetune`; where
+    values are missing, `observed` as well."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows.x))[:_REFERENCE_ROWS])
     device = prepare.shift.device
     x = over_batches(prepare, rows.x[chosen], device)
     model.eval()
-    reference = {"mean": x.flatten(1).mean(0), "std": x.flatten(1).std(0, correction=0)}
+    reference = _moments(x.flatten(1))
     with torch.no_grad():
         with as_trained(precision, device):
             reference["code"] = torch.cat([model.encode(part).flatten(1).float() for part in x.split(_BATCH_ROWS)])
@@ -169,6 +172,15 @@ def anomaly_weights(
     `finetune`."""
     train, validation = (over_batches(prepare, split.x, stack.device) for split in known)
     return fit_score(stack, train, validation, spec.anomalies == "mixed").to_weights()
+
+
+def _moments(x: Tensor) -> dict[str, Tensor]:
+    """Return mean and standard deviation of each feature, (features,), and where values are missing the number of rows
+    in which the feature is not."""
+    if not x.isnan().any():
+        return {"mean": x.mean(0), "std": x.std(0, correction=0)}
+    mean = observed_mean(x)
+    return {"mean": mean, "std": observed_mean((x - mean).square()).sqrt(), "observed": (~x.isnan()).sum(0)}
 
 
 def few_labels(data: Arrays, count: int, seed: int, least: int) -> Arrays:

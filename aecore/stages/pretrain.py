@@ -14,7 +14,7 @@ from aecore.models.layers import Layer
 from aecore.models.rebuild import build_layer, get_weights
 from aecore.models.storage import Result
 from aecore.stages.context import Context
-from aecore.stages.rows import preprocessing, training_rows
+from aecore.stages.rows import preprocessing, set_fill, training_rows
 from aecore.stages.training import Training, curves, summary, train
 from aecore.training.job import Fitted, Job
 from aecore.training.numerics import get_random_state, own_random_state
@@ -42,6 +42,7 @@ def prepare(spec: PretrainSpec, context: Context, *, data: Arrays | Stream, belo
     seed = derive_seed(spec.seed, "pretrain", spec.number)
     with own_random_state(device, seed):
         layer = Layer(spec.layer).to(device)
+        set_fill(layer.encoder, data)
         random = get_random_state(device)
 
     def finish(fitted: Fitted) -> Result:

@@ -16,7 +16,7 @@ from aecore.models.rebuild import get_weights
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
 from aecore.stages.context import Context, rows_in_memory
-from aecore.stages.rows import preprocessing
+from aecore.stages.rows import filled, preprocessing, set_fill
 from aecore.training.numerics import own_random_state
 
 _FEW_FEATURES, _EXACT_SIDE = 2048, 4096
@@ -29,15 +29,16 @@ def reference(spec: ReferenceSpec, context: Context, *, data: Arrays | Stream) -
     seed = derive_seed(spec.seed, "finetune")  # random weights are those from which training from scratch starts
     with own_random_state(context.device, seed):
         stack = Stack([Layer(layer) for layer in spec.layers])
+    set_fill(stack.first.encoder, data)
     weights = get_weights(stack)
     config: dict[str, Any] = {"layers": [layer.model_dump(mode="json") for layer in spec.layers], "history": []}
     if spec.kind == "pca":
         prepare = preprocessing(data, context.device)
         rows = rows_in_memory(data).train.x
-        x = over_batches(prepare, rows, context.device).flatten(1).cpu().numpy()
+        x = filled(over_batches(prepare, rows, context.device), data).flatten(1).cpu().numpy()
         axes, centre, notes = _principal_axes(x, prod(spec.layers[0].code_shape))
         config |= {"notes": notes} if notes else {}
-        weights = {
+        weights |= {
             "layers.0.encoder.affine.weight": axes, "layers.0.encoder.affine.bias": -axes @ centre,
             "layers.0.decoder.weight": axes.T, "layers.0.decoder.bias": centre,
         }  # fmt: skip

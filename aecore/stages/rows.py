@@ -41,6 +41,27 @@ def preprocessing(data: Arrays | Stream, device: torch.device) -> Prepare:
     return Prepare(torch.tensor(data.shift), torch.tensor(data.scale)).to(device)
 
 
+def set_fill(encoder: Encoder, data: Arrays | Stream) -> None:
+    """Give the encoder that reads the data the values that it reads in place of missing ones, if there may be any."""
+    if encoder.spec.missing:
+        encoder.fill.copy_(fill_of(data, encoder.fill.device))
+
+
+def filled(x: Tensor, data: Arrays | Stream) -> Tensor:
+    """Return preprocessed rows with what the first layer reads in place of missing values, for methods that cannot
+    leave them out."""
+    if rows_in_memory(data).fill is None:
+        return x
+    return torch.where(x.isnan(), fill_of(data, x.device), x)
+
+
+def fill_of(data: Arrays | Stream, device: torch.device) -> Tensor:
+    """Return what the first layer reads in place of missing values, (*in_shape)."""
+    fill = rows_in_memory(data).fill
+    assert fill is not None, "values may be missing, so that the data say what to read instead"
+    return preprocessing(data, device)(torch.tensor(fill, device=device))
+
+
 def training_rows(
     data: Arrays | Stream, read: nn.Module, context: Context, features: int, labelled: bool, precision: Precision
 ) -> TrainingRows:

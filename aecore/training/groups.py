@@ -104,9 +104,14 @@ def _share_rows(job: Job, other: Job) -> Job:
 
     def shared(mine: Tensor) -> Tensor:
         alike = (x for x in known if (x.shape, x.dtype, x.device) == (mine.shape, mine.dtype, mine.device))
-        return next((x for x in alike if torch.equal(x, mine)), mine)
+        return next((x for x in alike if torch.equal(_bits(x), _bits(mine))), mine)
 
     return replace(job, train=tuple(map(shared, job.train)), validation=tuple(map(shared, job.validation)))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return floats as the integers of the same bits: NaN, a missing value, is not equal to itself."""
+    return x.view(torch.int32) if x.dtype == torch.float32 else x
 
 
 def how_many_fit(jobs: Sequence[Job]) -> int:

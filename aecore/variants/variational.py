@@ -52,7 +52,8 @@ class Variational(Objective):
         import torch
 
         if self.binarize and model.likelihood == "bernoulli":
-            x = (torch.rand_like(x) < x).to(x.dtype)  # takes a quarter of torch.bernoulli's time on CPU
+            drawn = (torch.rand_like(x) < x).to(x.dtype)  # takes a quarter of torch.bernoulli's time on CPU
+            x = torch.where(x.isnan(), x, drawn) if model.reads.missing else drawn
         mean, log_variance = (parameter.float() for parameter in model.posterior(x))
         code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         return {

@@ -13,6 +13,7 @@ from aecore.core.fingerprint import fingerprint
 from aecore.core.types import describe_shape
 from aecore.data.dataset import inspect
 from aecore.data.labels import label_numbers
+from aecore.models.spec import LayerSpec
 from aecore.models.storage import Result
 from pipelines.cluster.resources import Resources
 from pipelines.graph.recipe import Stacked, build, from_parent
@@ -164,6 +165,8 @@ def check_schema(candidate: Candidate, champion: Champion) -> None:
         warnings.warn(nameless(name), stacklevel=2)
     if its_columns not in ((), own_columns):  # it has become champion since the data were read
         raise InputError(f"data: the columns were read in another order than {name} reads them; run the command again")
+    if facts.columns.missing == "impute" and not LayerSpec.model_validate(champion.model.config["layers"][0]).missing:
+        raise InputError(f"data.missing: {name} was trained with refuse, and cannot read a row with a gap; {remedy}")
     if facts.levels != known.levels:
         kinds = ["bytes" if levels else "floats" for levels in (facts.levels, known.levels)]
         raise InputError(f"data: values are {kinds[0]}, those of {name} {kinds[1]}; {remedy}")
@@ -208,8 +211,8 @@ def start_from_champion(candidate: Candidate, champion: Champion) -> Candidate:
 
     Raises an InputError where the two networks differ in more than dropout.
     """
-    known = [{**layer, "dropout": 0} for layer in champion.model.config["layers"]]
-    if known != [{**layer.model_dump(mode="json"), "dropout": 0} for layer in candidate.spec.layers]:
+    known = [LayerSpec.model_validate({**layer, "dropout": 0}) for layer in champion.model.config["layers"]]
+    if known != [layer.model_copy(update={"dropout": 0}) for layer in candidate.spec.layers]:
         raise InputError(f"warm_start: the network is not that of {champion.name}; leave warm_start out once")
     return replace(candidate, graph=from_parent(candidate.graph, champion.finetune))
 

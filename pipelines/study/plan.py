@@ -334,6 +334,7 @@ def _untrained(study: Study, kind: Reference, settings: Mapping[str, Any], seed:
             LayerSpec(
                 kind="dense", in_shape=facts.shape, code_shape=(width,), activation="linear", likelihood="gaussian",
                 out_activation="linear", levels=0, dropout=0, normalization="none", tied=False,
+                missing=layers[0].missing,
             ),
         )  # fmt: skip
     spec = ReferenceSpec(kind=kind, layers=layers, seed=0 if kind == "pca" else seed)

@@ -23,7 +23,7 @@ def reconstructions(x: np.ndarray, reconstruction: np.ndarray, mse: float) -> by
         return _lines_of_images(title, 2.0, {"input": x, "output": reconstruction})
     figure = titled(7, 4.2, title)
     grid = figure.subplots(3, 1, sharex=True)
-    limit = np.abs(x).max() or 1.0
+    limit = np.nanmax(np.abs(x)) or 1.0  # missing values stay white
     maps = {"input": x, "output": reconstruction, "difference": x - reconstruction}
     for axes, (name, values) in zip(grid, maps.items(), strict=True):
         shown = show_values(axes, values, limit)
