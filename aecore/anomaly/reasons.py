@@ -36,34 +36,47 @@ class Reasons:
         self.score, self.prepare, self.columns = score, prepare, columns
 
     def of(self, raw: torch.Tensor, scores: torch.Tensor) -> list[list[Reason]]:
-        """Return for raw rows (rows, *shape) with these scores the features that add most, the largest first."""
+        """Return for raw rows (rows, *shape) with these scores the features that add most, the largest first. A
+        category is one feature: what its values add is summed."""
         explanation = self.score.explain(self.prepare(raw), scores)
-        expected = self.prepare.inverse(explanation.expected.view_as(raw)).flatten(1).cpu().numpy().astype(np.float64)
-        values = raw.flatten(1).cpu().numpy().astype(np.float64)
-        offsets = np.array(self.columns.cell_offsets or [0.0] * values.shape[1])
-        parts, names = explanation.contributions.cpu().numpy(), feature_names(self.columns, raw.shape[1:])
+        expected = _doubles(self.prepare.inverse(explanation.expected.view_as(raw)))
+        values, parts = _doubles(raw), _doubles(explanation.contributions)
+        owners = np.array(self.columns.owners or range(values.shape[1]))
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        parts = np.add.reduceat(parts, starts, 1)
+        places = [slice(*ends) for ends in zip(starts, [*starts[1:], len(owners)], strict=True)]
+        names = feature_names(self.columns, raw.shape[1:])
         order = np.argsort(-parts, 1, kind="stable")[:, :REASONS]
         return [
-            [
-                Reason(names[n], _shown(value[n], offsets[n]), _shown(usual[n], offsets[n]), float(part[n]))
-                for n in chosen
-            ]
-            for chosen, value, usual, part in zip(order, values, expected, parts, strict=True)
-        ]  # fmt: skip
+            [Reason(names[n], self._shown(n, v[places[n]]), self._shown(n, e[places[n]]), p[n]) for n in chosen]
+            for chosen, v, e, p in zip(order.tolist(), values, expected, parts.tolist(), strict=True)
+        ]
+
+    def _shown(self, number: int, cells: np.ndarray) -> str:
+        """Return what a row holds of a feature as text: a number in the units of the data, or the likeliest text."""
+        if not np.isfinite(cells).all():
+            return "missing"
+        texts = self.columns.categories[number] if self.columns.categories else ()
+        if texts:
+            return texts[int(cells.argmax())]
+        return _number(cells[0], self.columns.offsets[number] if self.columns.offsets else 0)
 
 
 def feature_names(columns: TableColumns, shape: Shape) -> Sequence[str]:
     """Return the names of the features of a row; those without a name are called by their place in the row, from 0."""
     if columns.features:
-        return columns.cells
+        return columns.features
     if len(shape) == 1:
         return [f"feature {n}" for n in range(shape[0])]
     return [f"pixel {', '.join(map(str, np.unravel_index(n, shape)))}" for n in range(prod(shape))]
 
 
-def _shown(value: float, offset: float) -> str:
+def _number(value: float, offset: float) -> str:
     """Return a number plus what was subtracted from it, with the six digits of the number that float32 holds."""
-    if not np.isfinite(value):
-        return "missing"
     decimals = _DIGITS - 1 - floor(log10(abs(value))) if value else 0
     return repr(round(float(value + offset), decimals)).removesuffix(".0")
+
+
+def _doubles(values: torch.Tensor) -> np.ndarray:
+    """Return values (rows, *shape) as an array (rows, cells) of double precision."""
+    return values.flatten(1).cpu().numpy().astype(np.float64)

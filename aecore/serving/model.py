@@ -130,7 +130,11 @@ class Model:
             InputError: columns are missing or unknown, or a value is not finite, of another kind or, for a model that
                 was not trained with missing values, missing.
         """
-        raw = read_table(rows, self.columns) if self.columns.features else read_array(rows, self.columns.missing == "impute")
+        raw = (
+            read_table(rows, self.columns)
+            if self.columns.features
+            else read_array(rows, self.columns.missing == "impute")
+        )
         columns = self.measure(raw)
         table = pd.DataFrame({name: list(column) if column.ndim > 1 else column for name, column in columns.items()})
         if self.score is not None:
