@@ -226,7 +226,7 @@ def test_anomalies_are_scored_in_rows_with_gaps(data: Data, rows: tuple[Facts, A
     reasons = Reasons(NeighbourScore(stack, fit(stack, train, validation, False)), build_prepare(result), facts.columns)
     raw = torch.tensor(arrays.test.x[:4])
     named = {reason.feature for row in reasons.of(raw, torch.tensor(scores["neighbours"][:4])) for reason in row}
-    assert named <= {*facts.columns.cells}
+    assert named <= {*facts.columns.features}
 
 
 def test_gaps_are_drawn() -> None:
