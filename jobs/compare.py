@@ -121,6 +121,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
         "experiment": key,
         **({"sets": list(by_set)} if by_set else {}),
         "metrics": metrics,
+        **({"over_sets": report.verdicts} if by_set else {}),
         "verdicts": {name: of.verdicts for name, of in by_set.items()} or report.verdicts,
         "trials": {kind: sum(t.status == kind for t in ended.trials) for kind in ("finished", "stopped", "failed")},
         "stages": {"computed": ended.computed, "restored": ended.restored},

@@ -70,6 +70,12 @@ def test_sets_that_lack_a_row_are_left_out_and_equal_values_share_ranks() -> Non
     )
 
 
+def test_two_sets_that_agree_prove_nothing() -> None:
+    values = {row: {"a": float(n), "b": float(n)} for n, row in enumerate("xyz")}
+    found = compare_ranks(values, higher=True)
+    assert found.p == pytest.approx(1 / 6) and found.critical_difference == np.inf
+
+
 @pytest.mark.parametrize("sets", [0, 1])
 def test_one_set_compares_nothing(sets: int) -> None:
     found = compare_ranks(draw(3, sets=sets), higher=True)

@@ -1,6 +1,7 @@
 """Comparison of study rows over many data sets by their ranks (Demsar, JMLR 7 (2006) 1-30)."""
 
 from collections.abc import Mapping
+from math import exp, lgamma
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +60,11 @@ def _friedman(ranks: np.ndarray) -> float:
         return 1.0
     chi = between / spread
     rest = sets * (rows - 1) - chi
+    # even if all sets agree, p is the chance that they do so by permutation, which the F distribution does not know
+    least = exp(-(sets - 1) * lgamma(rows + 1))
     if rest <= 1e-12 * chi:
-        return 0.0
-    return float(stats.f.sf((sets - 1) * chi / rest, rows - 1, (rows - 1) * (sets - 1)))
+        return least
+    return max(least, float(stats.f.sf((sets - 1) * chi / rest, rows - 1, (rows - 1) * (sets - 1))))
 
 
 def _nemenyi(rows: int, sets: int) -> float:

@@ -38,7 +38,7 @@ CAPTIONS = {
     "importance": "All finished trials of the search. A bar that ends near its tick shows no effect.",
 }
 """The caption of each figure, in the order of the report."""
-QUICK = ("ranking", "scores", "learning_curves", "label_efficiency", "search", "importance")
+QUICK = ("ranking", "scores", "strangest", "learning_curves", "label_efficiency", "search", "importance")
 """The figures that take little time: no maps, no pictures, no curves of robustness."""
 
 
@@ -79,6 +79,8 @@ class Report(NamedTuple):
     """Means over seeds of the chosen settings, by measure and study row."""
     notes: list[str]
     """Which measures are left out or were taken on a sample, and why."""
+    comparisons: Sequence[Comparison]
+    """The measures with their differences; empty for a page on several data sets."""
 
 
 def write(
@@ -120,7 +122,8 @@ def write(
     )
     files = _write_files(folder, page, figures, tables.results_table(trials), tables.pairs_table(comparisons))
     verdicts = {one.measure.name: one.words for one in comparisons if one.words}
-    return Report(files, answer.words(), verdicts, {one.measure.name: one.means for one in comparisons}, notes)
+    means = {one.measure.name: one.means for one in comparisons}
+    return Report(files, answer.words(), verdicts, means, notes, comparisons)
 
 
 def _draw(

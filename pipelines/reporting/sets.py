@@ -1,6 +1,6 @@
 """The report of a study of several data sets: a page of each set, and one that lays them side by side."""
 
-from collections import Counter
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,16 +9,18 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from aecore.evaluation.figures.ranks import critical_difference
+from aecore.evaluation.figures.trials import looks
+from aecore.evaluation.ranks import Ranks, compare_ranks
 from aecore.evaluation.trial import Trial
+from aecore.evaluation.verdicts import listed
 from pipelines.reporting import report, summary, tables
-from pipelines.reporting.measures import MEASURES, Measure
+from pipelines.reporting.measures import MEASURES, Comparison, Measure
 from pipelines.reporting.report import About, Report
 from pipelines.reporting.selection import Read
 
 _MOST_WITH_ALL_FIGURES = 3
 """The most sets whose pages have all figures, which take seconds; those of more sets have `report.QUICK`."""
-_NAMED = 4
-"""The most rows that the answer names."""
 
 
 class Cell(NamedTuple):
@@ -26,16 +28,59 @@ class Cell(NamedTuple):
 
     value: float
     text: str
+    rank: str
+    """`best`: it wins alone on the set; `tied`: it is among the best; `worse`; or empty."""
     leads: bool
     """Whether the mean is the best one on the set."""
 
 
 class Line(NamedTuple):
-    """A data set in the table of the page."""
+    """A data set in a table of the page."""
 
     name: str
     link: str
     cells: list[Cell]
+
+
+class Wins(NamedTuple):
+    """On how many data sets a study row is better or worse than a reference beyond doubt."""
+
+    better: int
+    worse: int
+    sets: int
+    """Number of sets on which both were compared."""
+
+    @property
+    def text(self) -> str:
+        """The numbers of better, tied and worse sets."""
+        return f"{self.better} / {self.sets - self.better - self.worse} / {self.worse}" if self.sets else "–"
+
+
+class Overview(NamedTuple):
+    """A measure on all data sets."""
+
+    measure: Measure
+    rows: list[str]
+    """The study rows, the best mean rank first."""
+    references: tuple[str, ...]
+    means: dict[str, float]
+    """Means over the sets on which all rows have the measure, by study row."""
+    ranks: Ranks
+    wins: dict[str, dict[str, Wins]]
+    """By study row and reference."""
+    lines: list[Line]
+    png: bytes
+    """The diagram of mean ranks; empty where there are too few sets to rank rows."""
+
+    @property
+    def mean_texts(self) -> list[str]:
+        """The means as the table shows them, in the order of `rows`."""
+        return [self.measure.show(self.means[row], 3) if row in self.means else "" for row in self.rows]
+
+    @property
+    def image(self) -> str:
+        """The diagram in base64."""
+        return b64encode(self.png).decode()
 
 
 def write_each(trials: Sequence[Trial], abouts: Mapping[str, About], folder: Path, read: Read) -> dict[str, Report]:
@@ -53,36 +98,45 @@ def write_each(trials: Sequence[Trial], abouts: Mapping[str, About], folder: Pat
 
 
 def write(reports: Mapping[str, Report], trials: Sequence[Trial], about: About, folder: Path) -> Report:
-    """Write the page on all data sets into `folder`: `report.html`, `results.parquet` and `results.csv`.
+    """Write the page on all data sets into `folder`: `report.html`, `results.parquet`, `results.csv` and the diagrams
+    of mean ranks in `figures`.
 
     Args:
         reports: See `write_each`.
         trials: All trials of all sets.
 
     Returns:
-        What holds for all sets: means over them, and no verdicts.
+        What holds for all sets: means over them, and verdicts on mean ranks.
     """
-    measure = _leading(reports, about.choose)
-    table = _means(reports, measure.name) if measure else pd.DataFrame()
-    answer = _answer(table, measure) if measure else "Nothing to choose from: fewer than two rows finished."
+    overviews = overview(reports, trials, about.choose)
+    answer = _answer(overviews[0]) if overviews else "Nothing to choose from: fewer than two rows finished."
     page = report.render(
-        "sets.html.j2",
-        about=about,
-        answer=answer,
-        measure=measure,
-        rows=list(table),
-        lines=[_line(name, table.loc[name], measure) for name in table.index] if measure else [],
-        status=summary.describe_status(trials),
+        "sets.html.j2", about=about, answer=answer, overviews=overviews, status=summary.describe_status(trials),
         failures=summary.failures(trials),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    )  # fmt: skip
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("report.html", "results.parquet", "results.csv")]
     files[0].write_text(page, encoding="utf-8")
     results = tables.results_table(trials)
     results.to_parquet(files[1], index=False)
     results.to_csv(files[2], index=False)
+    for one in overviews:
+        if one.png:
+            files.append(folder / "figures" / f"ranks_{one.measure.name.replace('/', '_')}.png")
+            files[-1].write_bytes(one.png)
     notes = [f"{name}: {note}" for name, one in reports.items() for note in one.notes]
-    return Report(files, answer, {}, means_over_sets(reports), notes)
+    verdicts = {one.measure.name: _verdict(one) for one in overviews}
+    return Report(files, answer, verdicts, means_over_sets(reports), notes, ())
+
+
+def overview(reports: Mapping[str, Report], trials: Sequence[Trial], choose: str) -> list[Overview]:
+    """Return the measures by which study rows are compared on all data sets, the one that answers first."""
+    compared = {one.measure.name for each in reports.values() for one in each.comparisons if one.verdict}
+    known = [measure for measure in MEASURES if measure.name in compared]
+    leading = summary.leading_names(choose)
+    known.sort(key=lambda measure: leading.index(measure.name) if measure.name in leading else len(leading))
+    references = tuple(dict.fromkeys(trial.row for trial in trials if trial.is_reference))
+    return [_overview(reports, trials, measure, references) for measure in known]
 
 
 def means_over_sets(reports: Mapping[str, Report]) -> dict[str, dict[str, float]]:
@@ -104,31 +158,83 @@ def _means(reports: Mapping[str, Report], measure: str) -> pd.DataFrame:
     )
 
 
-def _leading(reports: Mapping[str, Report], choose: str) -> Measure | None:
-    """Return the measure that answers which study row to use: the one that settings were chosen by, else the first."""
-    compared = {name for one in reports.values() for name, means in one.means.items() if len(means) > 1}
-    known = [measure for measure in MEASURES if measure.better and measure.name in compared]
-    wanted = [measure for name in summary.leading_names(choose) for measure in known if measure.name == name]
-    return next(iter(wanted or known), None)
+def _overview(
+    reports: Mapping[str, Report], trials: Sequence[Trial], measure: Measure, references: tuple[str, ...]
+) -> Overview:
+    table = _means(reports, measure.name)
+    values = {str(row): {str(name): float(mean) for name, mean in table[row].items()} for row in table}
+    ranks = compare_ranks(values, measure.better == "higher")
+    rows = list(ranks.means)
+    found = {name: one for name, each in reports.items() for one in each.comparisons if one.measure == measure}
+    present = tuple(row for row in references if row in rows)
+    wins = {row: {other: _wins(found, row, other) for other in present if other != row} for row in rows}
+    whole = table.dropna()
+    return Overview(
+        measure, rows, present, {str(row): float(mean) for row, mean in whole.mean().items()} if len(whole) else {},
+        ranks, wins, [_line(name, values, rows, found.get(name), measure) for name in reports],
+        critical_difference(ranks, looks(trials)) if ranks.sets > 1 and len(rows) > 1 else b"",
+    )  # fmt: skip
 
 
-def _best(values: "pd.Series[float]", measure: Measure) -> str:
-    """Return the study row with the best mean on a data set; nothing if none has one."""
-    values = values.dropna()
-    return "" if values.empty else str(values.idxmin() if measure.better == "lower" else values.idxmax())
+def _wins(found: Mapping[str, Comparison], row: str, reference: str) -> Wins:
+    """Count the data sets on which a study row is better or worse than a reference, by their pair's verdict."""
+    better = worse = sets = 0
+    for one in found.values():
+        for pair in one.pairs:
+            if {pair.first, pair.second} == {row, reference} and pair.seeds:
+                lead = pair.difference if pair.first == row else -pair.difference
+                ahead = (lead > 0) == (one.measure.better == "higher")
+                sets, better, worse = sets + 1, better + (pair.holds and ahead), worse + (pair.holds and not ahead)
+    return Wins(better, worse, sets)
 
 
-def _line(name: str, values: "pd.Series[float]", measure: Measure) -> Line:
-    best = _best(values, measure)
-    cells = [
-        Cell(value, measure.show(value, 3) if np.isfinite(value) else "", row == best) for row, value in values.items()
-    ]
+def _line(
+    name: str, values: Mapping[str, Mapping[str, float]], rows: Sequence[str], one: Comparison | None, measure: Measure
+) -> Line:
+    best = one.verdict.best if one and one.verdict else ()
+    cells = []
+    for row in rows:
+        value = values[row].get(name, np.nan)
+        rank = "worse" if row not in best else "best" if len(best) == 1 else "tied"
+        if np.isfinite(value):
+            cells.append(Cell(value, measure.show(value, 3), rank if best else "", row == next(iter(best), "")))
+        else:
+            cells.append(Cell(value, "", "", False))
     return Line(name, f"sets/{quote(name)}/report.html", cells)
 
 
-def _answer(table: pd.DataFrame, measure: Measure) -> str:
-    """Say which study row has the best mean on the most data sets, and which are next."""
-    wins = Counter(filter(None, (_best(values, measure) for _, values in table.iterrows())))
-    (row, most), *others = wins.most_common(_NAMED)
-    rest = "".join(f", {other} on {count}" for other, count in others)
-    return f"{row}: by {measure.short.lower()} it has the best mean on {most} of {len(table)} sets{rest}."
+def _verdict(one: Overview) -> str:
+    """Say which study row has the best mean rank, and which are not worse beyond doubt."""
+    best = one.rows[0]
+    if one.ranks.sets < 2:
+        return "Fewer than two sets have all rows: not ranked."
+    mean = one.ranks.means[best]
+    rank = f"{best} has the best mean rank, {mean:.2f} of {len(one.rows)} rows on {one.ranks.sets} sets"
+    if not np.isfinite(one.ranks.critical_difference):
+        return f"{rank}; no difference of ranks holds."
+    tied = next((group[1:] for group in one.ranks.groups if group[0] == best), ())
+    if not tied:
+        return f"{rank}, and all others are worse beyond doubt."
+    difference = f"critical difference {one.ranks.critical_difference:.2f}"
+    return f"{rank}; not worse beyond doubt ({difference}): {listed(tied)}."
+
+
+def _answer(one: Overview) -> str:
+    """Say which study row to use over all data sets: how it ranks, its mean, and what it is worth beside the best
+    reference."""
+    best = one.rows[0]
+    is_reference = " (a reference)" if best in one.references else ""
+    text = f"{_verdict(one).replace(best, best + is_reference, 1)}"
+    if best in one.means:
+        text += f" Its mean is {one.measure.show(one.means[best], 3)}."
+    others = [row for row in one.rows if row in one.references and row != best]
+    if others and not is_reference:
+        rival = others[0]
+        wins = one.wins[best][rival]
+        mean = f" ({one.measure.show(one.means[rival], 3)})" if rival in one.means else ""
+        ties = wins.sets - wins.better - wins.worse
+        text += (
+            f" Beside {rival}{mean}, the best reference, it is better beyond doubt on {wins.better} of {wins.sets} "
+            f"sets, worse on {wins.worse}, and ties on {ties}."
+        )
+    return text
