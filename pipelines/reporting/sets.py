@@ -131,4 +131,4 @@ def _answer(table: pd.DataFrame, measure: Measure) -> str:
     wins = Counter(filter(None, (_best(values, measure) for _, values in table.iterrows())))
     (row, most), *others = wins.most_common(_NAMED)
     rest = "".join(f", {other} on {count}" for other, count in others)
-    return f"{row}: by {measure.short.lower()} it has the best mean on {most} of {len(table)} sets{rest}."
+    return f"{row}: by {measure.in_words} it has the best mean on {most} of {len(table)} sets{rest}."
