@@ -28,6 +28,11 @@ class Measure(NamedTuple):
     ratios: bool = False
     """Whether study rows are compared by their ratio, as is done with errors."""
 
+    @property
+    def in_words(self) -> str:
+        """The short label as it stands within a sentence."""
+        return self.short if self.short.isupper() else self.short[0].lower() + self.short[1:]
+
     def show(self, value: float, places: int = 4) -> str:
         """Return a value as text: an accuracy in percent, any other value with `places` significant digits."""
         if not np.isfinite(value):

@@ -115,8 +115,7 @@ def answer(one: Comparison | None, trials: Sequence[Trial]) -> Answer:
         return Answer("", "Nothing to choose from: fewer than two rows finished.")
     best, ranked = one.verdict.best, one.verdict.ranked
     values = {row: one.measure.show(one.means[row], 3) for row in ranked}
-    short = one.measure.short
-    by = f"by {short if short.isupper() else short[0].lower() + short[1:]}"
+    by = f"by {one.measure.in_words}"
     if len(best) == 1:
         return Answer(best[0], f"{by} it wins with {values[best[0]]}; {ranked[1]}, the next, has {values[ranked[1]]}.")
     seconds = {row: _mean_seconds(trials, row) for row in best}
