@@ -152,11 +152,7 @@ def test_copies_of_training_rows_in_the_test_are_counted(tmp_path: Path) -> None
 
 VECTOR_COLUMN = WAYS["vectors"][0]
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no features": (
-        {"label": LABELS, "name": ["x"] * ROWS},
-        {"categories": 0},
-        "no column of images, vectors or numbers",
-    ),
+    "no features": ({"label": LABELS, "name": ["x"] * ROWS}, {}, "no column of images, vectors or numbers"),
     "two candidates": ({"a": VECTOR_COLUMN, "b": VECTOR_COLUMN}, {}, "a and b could each hold the images or vectors"),
     "unknown column": ({"a": VECTOR_COLUMN}, {"column": "z"}, "there is no column z; the columns are a"),
     "unknown labels": ({"a": VECTOR_COLUMN}, {"labels": "z"}, "there is no column z; the columns are a"),

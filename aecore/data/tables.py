@@ -66,8 +66,8 @@ def _why_not_read(texts: Collection[str] | None, data: Data) -> str:
     """Say why a column of these texts is not read; nothing if it is."""
     if texts is None:
         return "not in all files"
-    if not texts:
-        return "it has no values"
+    if len(texts) < 2:
+        return "all rows have one text" if texts else "it has no values"
     count = f"{_MOST_TEXTS:,} or more" if len(texts) >= _MOST_TEXTS else f"{len(texts):,}"
     return f"{count} different texts, more than data.categories" if len(texts) > data.categories else ""
 
