@@ -84,7 +84,7 @@ def key_of(study: Study, sets: Sequence[StudySet]) -> str:
     the same study, and so the same MLflow run; so does one whose folder of data sets gets another set."""
     changeable = {
         "seeds": True, "variants": True, "budget": {"cpu_hours": True, "gpu_hours": True},
-        "base": {"data": {"exclude": True}},  # the digest says which columns are read
+        "base": {"data": {"exclude": True, "categories": True}},  # the digest says which columns are read
     }  # fmt: skip
     config = study.model_dump(mode="json", exclude=overlay(later_defaults(study), changeable))
     return fingerprint("compare", sets[0].facts.digest if study.data is None else "", config)
