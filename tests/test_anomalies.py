@@ -439,3 +439,13 @@ def test_an_anomaly_study_trains_and_is_evaluated_without_labels(mode: str, tmp_
     spec = MeasureSpec(variant=None, classes=facts.classes, labels=(), seed=0, pictures=True)
     found = measure(spec, Context(), data=rows, layers=layers)
     assert "map" in found.weights and "map_labels" not in found.weights
+
+
+@pytest.mark.parametrize("name", ["anomaly", "Outlier", "is_anomaly"])
+def test_columns_that_are_called_so_mark_anomalies(tmp_path: Path, name: str) -> None:
+    data = table(tmp_path, rare())
+    frame = pd.read_parquet(str(data.path)).rename(columns={"label": name})
+    frame.to_parquet(str(data.path), index=False)
+    assert inspect(data).columns.features == ("a", "b", "c", "n")
+    # without the task it is a feature like any other
+    assert inspect(data.model_copy(update={"anomaly": ()})).columns.features == ("a", "b", "c", "n", name)

@@ -109,8 +109,9 @@ class Data(Frozen):
     column: str | None = None
     """Parquet column with the images or feature vectors; null looks for it."""
     labels: str | None = "auto"
-    """Parquet column with the labels, in any case; auto looks for label, labels, target, class or y. null ignores the
-    labels of any data set: such columns are then not read, but y beside a column x is a feature."""
+    """Parquet column with the labels, in any case; auto looks for label, labels, target, class or y and, with
+    data.anomaly, for anomaly or outlier. null ignores the labels of any data set: such columns are then not read, but y
+    beside a column x is a feature."""
     exclude: Annotated[tuple[str, ...], Unhashed()] = ()
     """Parquet columns that are not read, such as the numbers of customers or rows."""
     validation: Annotated[float, Field(gt=0)] = 0.15

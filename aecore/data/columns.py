@@ -19,6 +19,8 @@ from aecore.data.cells import find_decoder, is_number, is_text, plain_type, shor
 
 LABEL_NAMES = ("label", "labels", "target", "class", "y")
 """Usual names of a column of labels, in lower case; the first one that a table has is taken."""
+_ANOMALY_NAMES = ("anomaly", "outlier", "is_anomaly", "is_outlier")
+"""Names that are usual as well where labels mark anomalies."""
 LABELS_ARE_NULL = "its name is one of labels, and data.labels is null"
 """Why a column with such a name is left out where no labels are read."""
 SPLIT_NAME = "split"
@@ -105,6 +107,11 @@ def described(
     )  # fmt: skip
 
 
+def label_names(data: Data) -> tuple[str, ...]:
+    """Return the usual names of a column of labels, in lower case."""
+    return LABEL_NAMES + _ANOMALY_NAMES if data.anomaly else LABEL_NAMES
+
+
 def find_name(name: str, names: Sequence[str]) -> str | None:
     """Return the one of `names` that is `name` or, if there is only one, that is equal to it as `folded`."""
     alike = [one for one in names if folded(one) == folded(name)]
@@ -153,8 +160,8 @@ def _find_split(schema: pa.Schema) -> str | None:
 def _find_labels(data: Data, schema: pa.Schema, like: TableColumns) -> tuple[str | None, dict[str, str]]:
     """Return the column of labels, if there is one, and columns that may hold labels too and are therefore not read,
     with the reason."""
-    usual = [name for name in schema.names if folded(name) in LABEL_NAMES]
-    usual.sort(key=lambda name: LABEL_NAMES.index(folded(name)))
+    names = label_names(data)
+    usual = sorted((n for n in schema.names if folded(n) in names), key=lambda name: names.index(folded(name)))
     if like.label and (trained_on := find_name(like.label, schema.names)):
         usual = [trained_on, *(name for name in usual if name != trained_on)]
     measured = _beside_x(usual, schema)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from aecore.config.experiment import Data
 from aecore.core.errors import InputError, join_names
-from aecore.data.columns import LABEL_NAMES, SPLIT_NAME, folded
+from aecore.data.columns import LABEL_NAMES, SPLIT_NAME, folded, label_names
 from aecore.data.folders import File, Listing
 from aecore.data.splits import SPLITS
 from aecore.data.values import SPLIT_OF_MARK
@@ -121,7 +121,7 @@ def _label_key(data: Data, keys: Sequence[str], columns: set[str]) -> str | None
     """Return the key of the folders that name the classes; None where a column holds the labels, or nothing does."""
     if data.labels is None:
         return None
-    for name in LABEL_NAMES if data.labels == "auto" else (folded(data.labels),):
+    for name in label_names(data) if data.labels == "auto" else (folded(data.labels),):
         if name in columns:
             return None
         if key := next((key for key in keys if folded(key) == name), None):

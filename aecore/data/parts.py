@@ -9,7 +9,7 @@ from aecore.config.experiment import Data
 from aecore.config.facts import TableColumns
 from aecore.core.errors import InputError, join_names
 from aecore.data.cells import find_decoder, is_encoded, is_number, is_text, plain_type, short_type
-from aecore.data.columns import LABEL_NAMES, Columns, find_columns, find_name, folded
+from aecore.data.columns import LABEL_NAMES, Columns, find_columns, find_name, folded, label_names
 
 
 class Part(NamedTuple):
@@ -37,7 +37,7 @@ def check_part(part: Part, first: Part, columns: Columns, data: Data, like: Tabl
     # what is left out of the first file on purpose is left out of the others
     unread = {name for name, _ in columns.left_out if is_number(first.schema.field(name).type)}
     if columns.labels or data.labels is None:
-        unread |= {name for name in part.schema.names if folded(name) in LABEL_NAMES}
+        unread |= {name for name in part.schema.names if folded(name) in label_names(data)}
     fields = [field for field in part.schema if field.name in read or field.name not in unread]
     exclude = tuple(name for name in data.exclude if find_name(name, [field.name for field in fields]))
     try:
