@@ -89,7 +89,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     for line in describe(sets):
         say(line)
     tags = {"data.digest": digest_of(sets), **cli.ray_tags()}
-    config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude"}})
+    config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude", "categories"}})
     shown = _describe(study, sets)
     with tracker.job_run("compare", key, tags, config, shown) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")
