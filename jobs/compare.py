@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_settings import CliPositionalArg
 
+from aecore.config.experiment import Data
 from aecore.core.errors import InputError, join_names
+from aecore.core.fingerprint import unhashed
 from aecore.core.imports import fast_imports
 from aecore.evaluation.trial import Trial, study_status
 from jobs import cli
@@ -89,7 +91,7 @@ def compare(settings: Compare) -> dict[str, Any] | None:
     for line in describe(sets):
         say(line)
     tags = {"data.digest": digest_of(sets), **cli.ray_tags()}
-    config = study.base.model_dump(mode="json", exclude={"data": {"root", "path", "exclude", "categories"}})
+    config = study.base.model_dump(mode="json", exclude={"data": unhashed(Data)})
     shown = _describe(study, sets)
     with tracker.job_run("compare", key, tags, config, shown) as run_id:
         tracker.client.log_dict(run_id, cli.without_secrets(settings.model_dump(mode="json")), "study.json")

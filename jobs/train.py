@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
-from aecore.config.experiment import Experiment
+from aecore.config.experiment import Data, Experiment
 from aecore.config.facts import Facts
 from aecore.core.errors import InputError
-from aecore.core.fingerprint import fingerprint
+from aecore.core.fingerprint import fingerprint, unhashed
 from aecore.data.dataset import describe, inspect
 from jobs import cli
 from pipelines.cluster.resources import Resources
@@ -75,7 +75,7 @@ def train(settings: Train) -> dict[str, Any] | None:
 
     tags = {"data.digest": facts.digest, **cli.ray_tags()}
     config = graph.experiment.model_dump(mode="json")
-    places = {name: config["data"].pop(name) for name in ("root", "path", "exclude")}
+    places = {name: config["data"].pop(name) for name in sorted(unhashed(Data))}
     shown = Description(experiment_name(graph.experiment, facts), describe_experiment(graph.experiment))
     with tracker.job_run("train", key, tags, config, shown) as run_id:
         resources = settings.resources.model_dump(mode="json")

@@ -70,6 +70,12 @@ def _is_later_default(field: FieldInfo, value: Any) -> bool:
     return later and bool(value == field.get_default(call_default_factory=True))
 
 
+def unhashed(config: type[BaseModel]) -> set[str]:
+    """Return the names of the fields marked `Unhashed`."""
+    fields = config.model_fields.items()
+    return {name for name, field in fields if any(isinstance(mark, Unhashed) for mark in field.metadata)}
+
+
 def later_defaults(config: BaseModel) -> dict[str, Any]:
     """Return the fields marked `Later` that have their default, at any depth, as `model_dump` takes them in
     `exclude`."""

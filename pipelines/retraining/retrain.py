@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from aecore.config.experiment import Experiment
+from aecore.config.experiment import Data, Experiment
 from aecore.core.errors import InputError, OutageError, join_names, shorten
-from aecore.core.fingerprint import fingerprint
+from aecore.core.fingerprint import fingerprint, unhashed
 from aecore.core.types import describe_shape
 from aecore.data.dataset import describe
 from pipelines.cluster.resources import Resources
@@ -201,8 +201,7 @@ def _conclude(firing: Firing, run_id: str, decision: Decision, tags: Mapping[str
     firing.tracker.log_summary(run_id, {}, {**(tags or {}), "reason": decision.reason})
     # last and by itself: a run with this tag is decided, and then has all the others. The recipe, which may be another
     # in each firing until one has decided, comes in the same request, since params never change
-    places = {"data": {"root", "path", "exclude"}}
-    config = firing.experiment.model_dump(mode="json", exclude=places)
+    config = firing.experiment.model_dump(mode="json", exclude={"data": unhashed(Data)})
     firing.tracker.log_summary(run_id, {}, {"decision": decision.status}, config)
 
 

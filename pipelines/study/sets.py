@@ -84,7 +84,8 @@ def key_of(study: Study, sets: Sequence[StudySet]) -> str:
     the same study, and so the same MLflow run; so does one whose folder of data sets gets another set."""
     changeable = {
         "seeds": True, "variants": True, "budget": {"cpu_hours": True, "gpu_hours": True},
-        "base": {"data": {"exclude": True, "categories": True}},  # the digest says which columns are read
+        # the digest says which columns are read; the folder and files that were named are part of the key
+        "base": {"data": {"exclude": True, "categories": True}},
     }  # fmt: skip
     config = study.model_dump(mode="json", exclude=overlay(later_defaults(study), changeable))
     return fingerprint("compare", sets[0].facts.digest if study.data is None else "", config)
