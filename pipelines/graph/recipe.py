@@ -145,7 +145,9 @@ def _warn_of_identity(experiment: Experiment, specs: tuple[LayerSpec, ...]) -> N
     fit = experiment.pretrain or experiment.finetune
     if fit is None or (experiment.pretrain is None and experiment.finetune and experiment.finetune.task == "classify"):
         return  # nothing is trained to reconstruct
-    constrained = experiment.variant.kind != "plain" or fit.weight_decay
+    constrained = experiment.variant.kind != "plain" or fit.weight_decay > 0
+    if experiment.pretrain is None:  # trained as a whole, the narrowest layer is the bottleneck
+        constrained |= min(prod(spec.code_shape) for spec in specs) < prod(specs[0].in_shape)
     for number, spec in enumerate(_with_dropout(specs, fit, experiment.network.dropout), 1):
         inputs, codes = prod(spec.in_shape), prod(spec.code_shape)
         if codes >= inputs and not (constrained or spec.dropout):
