@@ -1,12 +1,11 @@
 """Champion against challenger: two models on the same test rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from aecore.anomaly.score import Fitted, NeighbourScore
 from aecore.config.specs import ContestSpec
 from aecore.data.splits import Arrays, Split, content_hashes
 from aecore.data.stream import Stream
@@ -82,41 +81,35 @@ def _score_test_rows(
     """Score all test rows by each of the models; errors are in the units of the first one."""
     built = {name: Model(result, context.device) for name, result in models.items()}
     scale = next(iter(built.values())).prepare.scale
-    score = {name: _scorer(spec, model, models[name], scale) for name, model in built.items()}
     parts = []
     for rows in all_test_rows(data, context):
         anomaly = np.zeros(len(rows.x), bool)
         if spec.facts.has_anomalies and rows.y is not None:
             anomaly = rows.y == 1
-        parts.append(_Tested(content_hashes(rows.x), anomaly, {name: each(rows) for name, each in score.items()}))
+        scores = {name: _score(spec, model, rows, scale) for name, model in built.items()}
+        parts.append(_Tested(content_hashes(rows.x), anomaly, scores))
     ids, anomaly = (np.concatenate(column) for column in zip(*(part[:2] for part in parts), strict=True))
     return _Tested(ids, anomaly, {name: np.concatenate([part.scores[name] for part in parts]) for name in models})
 
 
-def _scorer(
-    spec: ContestSpec, model: Model, result: Result, scale: torch.Tensor
-) -> Callable[[Split], np.ndarray]:  # fmt: skip
-    """Return the function that scores rows, (rows,): whether their class is predicted; how strange they are; or their
-    squared error per feature in units of `scale`, since two models may have standardised the features differently.
-
-    How strange rows are is told by the score that the model keeps or, if it keeps none, by its squared errors."""
+def _score(spec: ContestSpec, model: Model, rows: Split, scale: torch.Tensor) -> np.ndarray:
+    """Score each row, (rows,): whether its class is predicted; how strange it is; or its squared error per feature in
+    units of `scale`, since the two models may have standardised the features differently."""
+    if spec.metric == "auroc":
+        measured = model.measure(rows.x)
+        # models of earlier versions have no score
+        return measured.get("score", measured["reconstruction_mse"]).astype(np.float64)
     if spec.metric == "accuracy":
-        classes = np.array(spec.facts.classes)
-        return lambda rows: (model.measure(rows.x)["prediction"] == classes[rows.y]).astype(np.float64)
+        assert rows.y is not None
+        return (model.measure(rows.x)["prediction"] == np.array(spec.facts.classes)[rows.y]).astype(np.float64)
     autoencoder, units = model.autoencoder, scale / model.prepare.scale
     assert autoencoder is not None
-    kept = {name: f"anomaly.{name}" for name in Fitted._fields}
-    neighbours = None
-    if spec.metric == "auroc" and {*kept.values()} <= {*result.weights}:  # models of earlier versions keep none
-        neighbours = NeighbourScore(autoencoder, Fitted(**{name: result.weights[key] for name, key in kept.items()}))
 
-    def score(raw: torch.Tensor) -> torch.Tensor:
+    def errors(raw: torch.Tensor) -> torch.Tensor:
         x = model.prepare(raw)
-        if neighbours is not None:
-            return neighbours.score(x)
         return row_errors(x * units, autoencoder.reconstruct(x) * units)
 
-    return lambda rows: over_batches(score, rows.x, model.device, model.batch).cpu().numpy().astype(np.float64)
+    return over_batches(errors, rows.x, model.device, model.batch).cpu().numpy().astype(np.float64)
 
 
 def _compare(spec: ContestSpec, tested: _Tested, unit: float) -> dict[str, float]:
