@@ -98,7 +98,7 @@ def test_three_days(
     better = here(*day(3))
     assert better["status"] == "promoted" and aliases(better) == ("3", "1", "3"), better
     assert better["metrics"]["difference_low"] > 0.02 and better["metrics"]["drift/drifted"] == 1
-    assert "at least the margin of 0.005; drift in" in better["reason"]
+    assert "at least the margin of 0.02; drift in" in better["reason"]
     cells = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     lines = {name.strip(): values for _, name, *values, _ in cells}
     assert [float(cell) for cell in lines["anomalies"]] == [80, 40, 40]

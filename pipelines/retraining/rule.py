@@ -34,9 +34,10 @@ class Rule(Frozen):
     """Measure by which champion and challenger are compared, on the same test rows; auto takes auroc (the area under
     the ROC curve, by which anomalies rank first) with data.anomaly, accuracy where the model classifies, else
     reconstruction."""
-    margin: NonNegativeFloat = 0.005
+    margin: NonNegativeFloat | None = None
     """Least gain with which the challenger takes over: a difference of accuracies or of areas under the ROC curve, or a
-    share of the champion's reconstruction error. The 95 % interval of the difference must exclude zero as well."""
+    share of the champion's reconstruction error; null is 0.005, and 0.02 of areas, which differ more between seeds. The
+    95 % interval of the difference must exclude zero as well."""
     warm_start: CliImplicitFlag[bool] = False
     """Finetune from the champion's weights instead of pretraining anew."""
     only_on_drift: CliImplicitFlag[bool] = False
@@ -49,6 +50,10 @@ class Rule(Frozen):
     for each date in order (all)."""
     max_lag: NonNegativeInt | None = None
     """Days after which a logical date is given up; null never gives one up."""
+
+    def least_gain(self, metric: Metric) -> float:
+        """Return the margin in units of the metric."""
+        return self.margin if self.margin is not None else 0.02 if metric == "auroc" else 0.005
 
 
 class Decision(NamedTuple):
@@ -101,7 +106,7 @@ def decide(
     if not parent:
         promote, reason = True, f"version {number} is the first champion"
     else:
-        promote, reason = judge(metric, scores, rule.margin)
+        promote, reason = judge(metric, scores, rule.least_gain(metric))
         reason = f"version {number} against {parent}: {reason}"
     if drift:
         reason = f"{reason}; {drift['words']}"
