@@ -14,6 +14,10 @@ SHOWN_ROWS = 12
 """The most study rows that a figure or a table of pairs shows."""
 
 
+DETECTION = ("test/auroc", "test/average_precision", "test/precision_at_n", "auroc/")
+"""How the names of the measures begin that say how well anomalies are found."""
+
+
 class Measure(NamedTuple):
     """A metric of the trials, as the report shows it."""
 
@@ -34,9 +38,12 @@ class Measure(NamedTuple):
         return self.short if self.short.isupper() else self.short[0].lower() + self.short[1:]
 
     def show(self, value: float, places: int = 4) -> str:
-        """Return a value as text: an accuracy in percent, any other value with `places` significant digits."""
+        """Return a value as text: an accuracy in percent, a measure of detection with three decimals, any other value
+        with `places` significant digits."""
         if not np.isfinite(value):
             return "–"
+        if self.name.startswith(DETECTION):
+            return f"{value:.3f}"
         return f"{100 * value:.2f} %" if self.name.endswith("accuracy") else f"{value:.{places}g}"
 
     def show_difference(self, value: float) -> str:
