@@ -17,7 +17,7 @@ from aecore.config.experiment import Data
 from aecore.core.errors import InputError, join_names
 from aecore.core.fingerprint import unhashed
 from aecore.core.imports import fast_imports
-from aecore.evaluation.trial import Trial, study_status
+from aecore.evaluation.trial import Trial, in_set, study_status
 from jobs import cli
 from pipelines.cluster.resources import Resources
 from pipelines.execution.store import open_store
@@ -46,6 +46,10 @@ _COLUMNS = (
 """Measures of the printed table."""
 _PRINTED_ROWS = 20
 """Most study rows of the printed table."""
+_LABELS_OF_ANOMALIES = (
+    "those of test rows alone are used, to measure; epochs and settings are chosen by the reconstruction error of "
+    "validation rows"
+)
 _LOGGED_SETS = 50
 """Most data sets that MLflow shows as the inputs of a study."""
 _NAMED = 3
@@ -174,13 +178,14 @@ def _write_report(
         from pipelines.reporting import sets as report_of_sets
 
     most = "at most " if study.choose == "finetuned" else ""
-    facts = {
+    facts = {"labels": _LABELS_OF_ANOMALIES} if study.base.data.anomaly else {}
+    facts |= {
         "seeds": ", ".join(map(str, study.seeds)),
         "budget": f"{most}{study.budget.length} per trial",
     }
     abouts = {
         one.name: report.About(
-            f"{study.name}: {one.name}" if one.name else study.name, study.choose_metric,
+            in_set(one.name, study.name), study.choose_metric,
             {"data": f"{study.base.data.name}, {one.facts.rows} rows", **facts}, one.facts.classes,
             ended.dropped.get(one.name, ()),
         )
