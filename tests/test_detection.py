@@ -1,6 +1,7 @@
 """Studies of anomalies: their trials, the stages that measure them, and the report."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,8 +154,11 @@ def test_detectors_are_those_of_scikit_learn() -> None:
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_detectors_fit_very_few_rows(kind: Any) -> None:
-    scores = fit_detector(kind, np.eye(3, 2, dtype=np.float32), 0).score(np.ones((4, 2), np.float32))
-    assert scores.shape == (4,) and np.isfinite(scores).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for rows in (np.eye(3, 2), np.ones((3, 2))):
+            scores = fit_detector(kind, rows.astype(np.float32), 0).score(np.full((4, 2), 2, np.float32))
+            assert scores.shape == (4,) and np.isfinite(scores).all()
 
 
 def test_trials_are_measured_by_the_labels_of_test_rows(trials: list[Trial], table: tuple[Data, Facts, Arrays]) -> None:
@@ -220,6 +224,34 @@ def test_a_training_job_is_scored_too(table: tuple[Data, Facts, Arrays]) -> None
     ends = [found.metrics[f"reference/difference{end}"] for end in ("_low", "", "_high")]
     assert ends == sorted(ends)
     assert ends[1] == pytest.approx(found.metrics["test/auroc"] - found.metrics["reference/auroc"], abs=1e-6)
+
+
+def test_a_single_anomaly_proves_nothing(table: tuple[Data, Facts, Arrays]) -> None:
+    data, facts, arrays = table
+    plan = next(plan for plan in plans(data, facts) if plan.row == "denoising")
+    trained = computed(plan.trained, arrays)
+    spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True, anomalies="clean", columns=facts.columns)
+    one = arrays._replace(test=arrays.test._replace(y=(np.arange(len(arrays.test.x)) == 3).astype(np.int64)))
+    found = evaluate(spec, Context(), data=one, finetuned=trained).metrics
+    assert "test/auroc_low" not in found and found["reference/difference_low"] == -found["reference/difference_high"]
+
+
+def test_a_huge_value_leaves_scores_finite(table: tuple[Data, Facts, Arrays]) -> None:
+    """Squares of such values are infinite in 32 bits, and nothing can be drawn of scores that are."""
+    data, facts, arrays = table
+    x = arrays.test.x.copy()
+    x[2, 1] = 1e30
+    huge = arrays._replace(test=arrays.test._replace(x=x))
+    planned = {plan.row: plan for plan in plans(data, facts)}
+    trained = computed(planned["denoising"].trained, arrays)
+    spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True, anomalies="clean", columns=facts.columns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = evaluate(spec, Context(), data=huge, finetuned=trained)
+        scores = {kind: detect(DetectorSpec(kind=kind, seed=0), Context(), data=huge) for kind in DETECTORS}
+    assert {"codes", "ranking", "scores", "strangest"} < found.figures.keys()
+    assert all(np.isfinite(each.weights["score"]).all() for each in scores.values())
+    assert all(each.weights["score"].argmax() == 2 for kind, each in scores.items() if kind != "iforest")
 
 
 @pytest.mark.parametrize("kind", ["plain", "sparse", "contractive", "variational"])

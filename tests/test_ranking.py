@@ -63,14 +63,22 @@ def test_perfect_and_reversed_scores() -> None:
     perfect, worst = (summarize(rank(sign * anomaly.astype(float), anomaly)) for sign in (1, -1))
     assert perfect == pytest.approx({"auroc": 1.0, "average_precision": 1.0, "precision_at_n": 1.0})
     assert (worst["auroc"], worst["precision_at_n"]) == pytest.approx((0.0, 0.0))
-    assert interval(rank(anomaly.astype(float), anomaly)["auroc"]) == {}
+    assert interval(rank(anomaly.astype(float), anomaly)["auroc"], anomaly) == {}
+
+
+def test_a_single_anomaly_tells_no_interval() -> None:
+    """Nothing is known of how other anomalies score, so that an interval would be much too narrow."""
+    scores, anomaly = draw(0, 50)[0], np.arange(50) == 7
+    assert interval(rank(scores, anomaly)["auroc"], anomaly) == {}
+    assert interval(rank(scores, ~anomaly)["auroc"], ~anomaly) == {}
 
 
 def test_intervals_hold_the_true_area_as_often_as_they_promise() -> None:
     scores, anomaly = draw(0, 200_000, gap=1.0, share=0.1)
     truth, hits = roc_auc_score(anomaly, scores), 0
     for seed in range(400):
-        ends = interval(rank(*draw(seed + 1, 400, gap=1.0, share=0.1))["auroc"])
+        drawn = draw(seed + 1, 400, gap=1.0, share=0.1)
+        ends = interval(rank(*drawn)["auroc"], drawn[1])
         hits += ends["test/auroc_low"] <= truth <= ends["test/auroc_high"]
     assert 0.91 <= hits / 400 <= 0.98
 

@@ -68,5 +68,6 @@ def _lof(rows: np.ndarray, seed: int) -> Score:
 def _pca(rows: np.ndarray, seed: int) -> Score:
     from sklearn.decomposition import PCA
 
-    pca = PCA(_VARIANCE, svd_solver="full").fit(rows)
+    with np.errstate(invalid="ignore"):  # where all rows are equal, no component has a share of the variance
+        pca = PCA(_VARIANCE, svd_solver="full").fit(rows)
     return lambda x: np.square(x - pca.inverse_transform(pca.transform(x))).sum(1)

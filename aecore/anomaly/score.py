@@ -26,9 +26,10 @@ _CALIBRATION_ROWS = 2000
 """Most references whose own scores tell how usual a score is, and how far rows lie from those like them."""
 _ROUNDS, _SUSPECTS, _SUSPECT_SHARE = 3, 5, 4
 """How often `explain` looks for the suspect features, and how many they are: five, but at most one in four."""
-_TINY = torch.finfo(torch.float32).tiny
-_LARGEST = 1e12
-"""Values as the first layer reads them are cut off here, so that their squares are finite."""
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_LARGEST, _LEAST_SPREAD = 1e12, 1e-5
+"""Values as the first layer reads them are cut off at the first number, and no spread is smaller than the second, so
+that squares are finite: where all training rows are equal, the spreads are rounding errors or 0."""
 _PREFIX = "anomaly."
 """Prefix of the names that the arrays of `Fitted` have among the weights of a model."""
 
@@ -84,7 +85,7 @@ class NeighbourScore:
 
     def vectors(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows values"]:
         """Return prepared rows and their residuals in units of their spreads, (rows, 2 * features)."""
-        x = _bounded(x)
+        x = bounded(x)
         return torch.cat([x.flatten(1) / self.spread, residuals(self.stack, x) / self.residual_spread], 1)
 
     def score(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, " rows"]:
@@ -99,7 +100,7 @@ class NeighbourScore:
         seem strange too. Therefore the features that deviate most are left out of the search for neighbours, the
         network reads what the neighbours have in their place, and all deviations are computed again, twice.
         """
-        x = _bounded(x)
+        x = bounded(x)
         rows = x.flatten(1)
         units = rows / self.spread
         features = References(self.references.rows[:, : rows.shape[1]])
@@ -110,7 +111,7 @@ class NeighbourScore:
             residual = rows - read + residuals(self.stack, read.view_as(x))
             deviations = ((units - expected) / self.neighbour_spread).square()
             deviations += (residual / self.residual_spread).square()
-            deviations = deviations.nan_to_num()
+            deviations = deviations.nan_to_num().clamp(max=_HUGE / rows.shape[1])  # so that their sum is finite
             most = deviations.topk(suspects, 1).indices
             compared = units.scatter(1, most, torch.nan)
             read = rows.scatter(1, most, (expected * self.spread).gather(1, most))
@@ -118,7 +119,8 @@ class NeighbourScore:
         return Explanation(scores[:, None] * (deviations / total), expected * self.spread)
 
 
-def _bounded(x: Tensor) -> Tensor:
+def bounded(x: Tensor) -> Tensor:
+    """Return prepared rows with values whose squares are finite."""
     return x.clamp(-_LARGEST, _LARGEST)
 
 
@@ -139,7 +141,7 @@ def fit(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> 
     """
     rows = torch.cat([train, validation])
     chosen = torch.from_numpy(sample_rows(len(rows), most_references(2 * rows[0].numel()))).to(rows.device)
-    spread = _variance(rows.flatten(1)).mean().sqrt().clamp(min=_TINY)
+    spread = _variance(rows.flatten(1)).mean().sqrt().clamp(min=_LEAST_SPREAD)
     spreads = [spread, _floored(residuals(stack, validation))]
     blank = np.empty((0, 0), np.float32)
     units = Fitted(blank, to_numpy(spread), to_numpy(spreads[1]), blank, blank)
@@ -163,7 +165,7 @@ def fit(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> 
 def _floored(values: Float[Tensor, "rows features"]) -> Float[Tensor, " features"]:
     """Return the root mean square of each feature over the rows that have it, at least a tenth of all features'."""
     squares = values.square().nanmean(0).nan_to_num()
-    return squares.clamp(min=max(float(_FLOOR * squares.mean()), _TINY)).sqrt()
+    return squares.clamp(min=max(float(_FLOOR * squares.mean()), _LEAST_SPREAD**2)).sqrt()
 
 
 def _variance(rows: Float[Tensor, "rows features"]) -> Float[Tensor, " features"]:

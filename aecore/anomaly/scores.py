@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aecore.anomaly.neighbours import References, most_references
-from aecore.anomaly.score import NeighbourScore, fit, residuals
+from aecore.anomaly.score import NeighbourScore, bounded, fit, residuals
 from aecore.evaluation.sampling import sample_rows
 from aecore.evaluation.scoring import TrainedStack, fixed_noise, over_prepared, to_numpy
 from aecore.models.divergences import kl_to_prior
@@ -44,6 +44,7 @@ class AllScores:
 
     def __call__(self, x: Tensor) -> Scores:
         """Score prepared rows."""
+        x = bounded(x)
         codes = self._codes(x)
         error = (residuals(self.stack, x) / self.default.residual_spread).square().nanmean(1)
         scores = {

@@ -54,16 +54,17 @@ def measure(scores: Mapping[str, np.ndarray], anomaly: np.ndarray, default: str)
     return measures | {f"auroc/{name}": summarize(rank(each, anomaly))["auroc"] for name, each in others.items()}
 
 
-def interval(auroc: np.ndarray) -> dict[str, float]:
+def interval(auroc: np.ndarray, anomaly: np.ndarray) -> dict[str, float]:
     """Return the ends of the 95 % interval of the area under the ROC curve as `test/auroc_low` and `test/auroc_high`,
-    by the normal approximation (DeLong et al. 1988); nothing where all anomalies come first, since then the rows tell
-    no spread.
+    by the normal approximation (DeLong et al. 1988); nothing where all anomalies come first or where there is a single
+    row of a kind, since then the rows tell no spread.
 
     Args:
         auroc: (rows,) what `rank` returns.
+        anomaly: (rows,) whether a row is an anomaly.
     """
     mean, error = float(auroc.mean()), float(auroc.std()) / np.sqrt(len(auroc))
-    if not error:
+    if not error or min(anomaly.sum(), (~anomaly).sum()) < 2:
         return {}
     return {"test/auroc_low": max(0.0, mean - 1.96 * error), "test/auroc_high": min(1.0, mean + 1.96 * error)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aecore.anomaly.detectors import fit_detector
 from aecore.anomaly.reasons import Reasons
-from aecore.anomaly.score import NeighbourScore
+from aecore.anomaly.score import NeighbourScore, bounded
 from aecore.anomaly.scores import DEFAULT, AllScores, Scores, with_ranks
 from aecore.config.facts import TableColumns
 from aecore.config.specs import DetectionSpec, DetectorSpec
@@ -31,10 +31,11 @@ def detect(spec: DetectorSpec, context: Context, *, data: Arrays | Stream) -> Re
     """Fit one of scikit-learn's detectors to the training and validation rows, which the first layer would read, and
     return as `score` (rows,) how strange the test rows are."""
     prepare = preprocessing(data, context.device)
-    known = filled(torch.cat(known_rows(context, data)), data).flatten(1)
+    known = bounded(filled(torch.cat(known_rows(context, data)), data)).flatten(1)
     score, notes = fit_detector(spec.kind, to_numpy(known), spec.seed)
     tests = (
-        filled(over_batches(prepare, rows.x, context.device), data).flatten(1) for rows in all_test_rows(data, context)
+        bounded(filled(over_batches(prepare, rows.x, context.device), data)).flatten(1)
+        for rows in all_test_rows(data, context)
     )
     parts = [score(to_numpy(x)) for x in tests]
     config: dict[str, Any] = {"history": [], **({"notes": notes} if notes else {})}

@@ -35,7 +35,7 @@ from aecore.evaluation.scoring import (
     over_prepared,
     to_numpy,
 )
-from aecore.evaluation.statistics import gain
+from aecore.evaluation.statistics import ranking_gain
 from aecore.evaluation.threads import Threads, side_by_side
 from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
@@ -158,9 +158,9 @@ def _evaluate_anomalies(
         pen.draw("strangest", detection.strangest, explain_strangest(score.default, context, data, spec.columns))
     reference = detect(DetectorSpec(kind="knn", seed=0), context, data=data).weights["score"]
     own, other = (ranking.rank(each, anomaly)["auroc"] for each in (scores[DEFAULT], reference))
-    difference = gain(own - other)
+    difference = ranking_gain(own - other, anomaly)
     return {
-        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own), "reference/auroc": float(other.mean()),
+        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own, anomaly), "reference/auroc": float(other.mean()),
         "reference/difference": difference.mean, "reference/difference_low": difference.low,
         "reference/difference_high": difference.high,
     }  # fmt: skip

@@ -115,7 +115,9 @@ def plane(codes: np.ndarray) -> np.ndarray:
     der Maaten & Hinton 2008)."""
     if codes.shape[1] <= 2:
         return np.column_stack([codes, np.zeros((len(codes), 2 - codes.shape[1]), codes.dtype)])
-    if not np.isfinite(codes).all() or not codes.std(0).any():
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = codes.std(0)
+    if not np.isfinite(spread).all() or not spread.any():
         return np.zeros((len(codes), 2), np.float32)
     with fast_imports():
         from sklearn.manifold import TSNE
