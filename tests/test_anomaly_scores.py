@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from aecore.anomaly import neighbours
 from aecore.anomaly.neighbours import NEIGHBOURS, References, most_references
-from aecore.anomaly.reasons import REASONS, feature_names
-from aecore.anomaly.score import Fitted
+from aecore.anomaly.reasons import REASONS, Reason, Reasons, feature_names
+from aecore.anomaly.score import Explanation, Fitted, NeighbourScore
 from aecore.config.experiment import Data, Dense
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import layer_specs
 from aecore.config.specs import FinetuneSpec
 from aecore.data.splits import Arrays, Split
+from aecore.models.rebuild import build_prepare
 from aecore.models.storage import Result, load_weights, save_weights
 from aecore.serving.model import Model
 from aecore.serving.table import write_table
@@ -217,3 +220,37 @@ def test_a_model_without_a_score_answers_as_before(planted: Planted) -> None:
 def test_features_without_names_are_called_by_their_place() -> None:
     assert feature_names(TableColumns(), (3,)) == ["feature 0", "feature 1", "feature 2"]
     assert feature_names(TableColumns(), (1, 2, 2))[3] == "pixel 0, 1, 1"
+
+
+def test_equal_training_rows_give_finite_scores() -> None:
+    """The spreads are then rounding errors or 0, and the features of another row are strange all the same."""
+    equal = np.ones((40, 4), np.float32)
+    splits = (Split(equal, None), Split(equal[:8], None), Split(equal[:8], None))
+    facts = Facts(digest="0" * 64, shape=(4,), levels=0, classes=(), rows=56)
+    spec = {
+        "layers": layer_specs(Dense(widths=(8,)), Data(likelihood="gaussian"), facts), "task": "reconstruct",
+        "classes": (), "seed": 0, "numerics": {}, "anomalies": "clean", "variant": Denoising(),
+        "fit": {"epochs": 2}, "columns": TableColumns(features=("a", "b", "c", "d"), types=("double",) * 4),
+    }  # fmt: skip
+    arrays = Arrays(*splits, equal[0], np.ones(4, np.float32))
+    model = Model(finetune(FinetuneSpec.model_validate(spec), Context(), data=arrays))
+    asked = np.array([[1, 1, 1, 1], [1, 1, 3, 1], [1e30, 1, 1, 1]], np.float32)
+    scores = model.measure(asked)["score"]
+    assert np.isfinite(scores).all() and scores[0] < scores[1] < scores[2]
+    _, second, third = model.explain(asked, scores)
+    assert second[0].feature == "c" and third
+    assert 0 < sum(each.contribution for each in third) <= scores[2] * (1 + 1e-5)
+
+
+def test_a_usual_category_tells_its_share_and_what_adds_nothing_is_no_reason(planted: Planted) -> None:
+    columns = TableColumns(
+        features=("colour", "size"), types=("string", "double"), categories=(("blue", "red"), ()), missing="impute"
+    )
+    score = SimpleNamespace(
+        explain=lambda x, scores: Explanation(torch.tensor([[1.5, 0.5, 0.0]]), torch.tensor([[0.4, 0.6, 7.0]]))
+    )
+    prepare = build_prepare(planted.result)
+    prepare.scale, prepare.shift = torch.ones(()), torch.zeros(())
+    reasons = Reasons(cast(NeighbourScore, score), prepare, columns)
+    raw = torch.tensor([[0.0, 1.0, torch.nan]])
+    assert reasons.of(raw, torch.tensor([2.0])) == [[Reason("colour", "red", "red (60 %)", 2.0)]]

@@ -24,7 +24,8 @@ class Reason(NamedTuple):
     value: str
     """What the row has; `missing` where it has nothing."""
     expected: str
-    """What the references that are alike otherwise have, on average."""
+    """What the references that are alike otherwise have, on average; of a category the most frequent text, and the share
+    of them that has it."""
     contribution: float
     """What the feature adds to the row's score."""
 
@@ -36,8 +37,8 @@ class Reasons:
         self.score, self.prepare, self.columns = score, prepare, columns
 
     def of(self, raw: torch.Tensor, scores: torch.Tensor) -> list[list[Reason]]:
-        """Return for raw rows (rows, *shape) with these scores the features that add most, the largest first. A
-        category is one feature: what its values add is summed."""
+        """Return for raw rows (rows, *shape) with these scores the features that add most, the largest first; features
+        that add nothing are left out. A category is one feature: what its values add is summed."""
         explanation = self.score.explain(self.prepare(raw), scores)
         expected = _doubles(self.prepare.inverse(explanation.expected.view_as(raw)))
         values, parts = _doubles(raw), _doubles(explanation.contributions)
@@ -48,17 +49,23 @@ class Reasons:
         names = feature_names(self.columns, raw.shape[1:])
         order = np.argsort(-parts, 1, kind="stable")[:, :REASONS]
         return [
-            [Reason(names[n], self._shown(n, v[places[n]]), self._shown(n, e[places[n]]), p[n]) for n in chosen]
+            [
+                Reason(names[n], self._shown(n, v[places[n]]), self._shown(n, e[places[n]], mean=True), p[n])
+                for n in chosen
+                if p[n] > 0
+            ]
             for chosen, v, e, p in zip(order.tolist(), values, expected, parts.tolist(), strict=True)
         ]
 
-    def _shown(self, number: int, cells: np.ndarray) -> str:
-        """Return what a row holds of a feature as text: a number in the units of the data, or the likeliest text."""
+    def _shown(self, number: int, cells: np.ndarray, mean: bool = False) -> str:
+        """Return what a row, or a mean of rows, holds of a feature as text: a number in the units of the data, or the
+        most frequent text, with its share in a mean: else the row's own text may seem to be what is strange in it."""
         if not np.isfinite(cells).all():
             return "missing"
         texts = self.columns.categories[number] if self.columns.categories else ()
         if texts:
-            return texts[int(cells.argmax())]
+            text = texts[int(cells.argmax())]
+            return f"{text} ({100 * cells.max():.0f} %)" if mean else text
         return _number(cells[0], self.columns.offsets[number] if self.columns.offsets else 0)
 
 

@@ -99,11 +99,19 @@ def _histogram(axes: Any, ranked: Ranked, labelled: bool = True) -> None:
     is_log = bool(len(positive)) and scores.max() > 20 * np.median(positive)
     low = np.quantile(positive, 0.001) if is_log else scores.min()
     edges = np.geomspace(low, scores.max(), _BINS) if is_log else np.linspace(low, scores.max() or 1.0, _BINS)
-    for mask, colour, name in (
-        (~ranked.anomaly.astype(bool), _NORMAL, "normal rows"), (ranked.anomaly.astype(bool), _ANOMALY, "anomalies"),
+    anomaly = ranked.anomaly.astype(bool)
+    for mask, colour, one, several in (
+        (~anomaly, _NORMAL, "normal row", "normal rows"), (anomaly, _ANOMALY, "anomaly", "anomalies"),
     ):  # fmt: skip
         shares = np.histogram(np.clip(scores[mask], edges[0], edges[-1]), edges)[0] / max(1, mask.sum())
-        axes.stairs(shares, edges, fill=True, alpha=0.55, color=colour, label=f"{mask.sum():,} {name}")
+        axes.stairs(
+            shares,
+            edges,
+            fill=True,
+            alpha=0.55,
+            color=colour,
+            label=f"{mask.sum():,} {one if mask.sum() == 1 else several}",
+        )
     if is_log:
         axes.set_xscale("log")
     if labelled:
@@ -117,7 +125,7 @@ def _histogram(axes: Any, ranked: Ranked, labelled: bool = True) -> None:
 def _separation(ranked: Ranked) -> str:
     threshold = np.median(ranked.scores[ranked.anomaly.astype(bool)])
     above = float((ranked.scores[~ranked.anomaly.astype(bool)] >= threshold).mean())
-    return f"{above:.1%} of the normal rows score as high as the median anomaly"
+    return f"{100 * above:.1f} % of the normal rows score as high as the median anomaly"
 
 
 def strangest(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -129,7 +137,7 @@ def strangest(rows: Sequence[Mapping[str, Any]]) -> bytes:
     rows = rows[:_SHOWN]
     known = [row["anomaly"] for row in rows if row["anomaly"] is not None]
     title = f"The {len(rows)} strangest test rows, and the features that make them strange"
-    title += f": {sum(known)} are anomalies" if known else ""
+    title += f": {sum(known)} {'is an anomaly' if sum(known) == 1 else 'are anomalies'}" if known else ""
     figure = titled(WIDTH, 0.6 + 0.78 * len(rows), title)
     axes = figure.subplots()
     places, names = [], []
@@ -142,7 +150,7 @@ def strangest(rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.text(share, place, text, va="center", fontsize=FONT - 2)
         kind = {True: "\nanomaly", False: "\nnormal", None: ""}[row["anomaly"]]
         places.append(number)
-        names.append(f"row {row['row']}{kind}")
+        names.append(f"test row {row['row']}{kind}")
     axes.set_yticks(places, names, fontsize=FONT - 1)
     axes.invert_yaxis()
     axes.set_xlim(0, 2)
