@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -163,7 +164,7 @@ def main(job: str, run: Callable[[], dict[str, Any] | None], addresses: Sequence
     if ending.message:
         say(ending.message)
     if ending.report is not None:
-        line = json.dumps({"job": job, **ending.report, "seconds": round(time.monotonic() - began, 2)})
+        line = json.dumps(finite({"job": job, **ending.report, "seconds": round(time.monotonic() - began, 2)}))
         print(line, flush=True)
         for address in addresses or ():
             post(address, line, tries=1 if ending.code == 130 else 3)
@@ -230,6 +231,16 @@ def without_secrets(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [without_secrets(value) for value in config]
     return hide_secrets(config) if isinstance(config, str) else config
+
+
+def finite(value: Any) -> Any:
+    """Return a report with null in place of numbers that are not finite, such as an error that is too large: JSON has
+    no word for these, and strict readers refuse those that Python writes."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ray_tags() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Reading settings: precedence, another `kind`, and every kind of mistake."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import yaml
 from aecore.config.experiment import Conv, Experiment
 from aecore.core.errors import InputError
 from aecore.variants import Denoising
-from jobs.cli import options_of, parse, without_secrets
+from jobs.cli import finite, options_of, parse, without_secrets
 from jobs.compare import Compare
 from jobs.retrain import Retrain
 from jobs.train import Train
@@ -167,6 +169,13 @@ def test_a_stored_configuration_has_no_secrets() -> None:
     )
     assert kept == {"a": {"path": "s3://***@bucket/x?***", "n": 3}, "b": "mail@host", "c": ["/a@b", "s3://***@b"]}
     assert str(InputError("s3://a:b@c/d is gone, 'gs://e?f=g' too")) == "s3://***@c/d is gone, 'gs://e?***' too"
+
+
+def test_numbers_that_are_not_finite_are_null_in_a_report() -> None:
+    report = {"metrics": {"a": math.inf, "b": 0.5, "c": 2}, "rows": [math.nan, {"d": -math.inf}], "status": "finished"}
+    found = finite(report)
+    assert found == {"metrics": {"a": None, "b": 0.5, "c": 2}, "rows": [None, {"d": None}], "status": "finished"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
