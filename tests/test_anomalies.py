@@ -33,7 +33,9 @@ from aecore.data.splits import (
 from aecore.data.stream import Stream, open_stream, read_in_turn
 from aecore.stages.context import Context
 from aecore.stages.measure import measure
+from jobs.cli import parse
 from jobs.encode import Encode, encode
+from jobs.train import Train
 from pipelines.graph.recipe import build
 from pipelines.study.plan import plan_trials
 from pipelines.study.schema import Study
@@ -203,6 +205,23 @@ def test_one_normal_training_row_is_too_few(mode: str, tmp_path: Path) -> None:
     data = table(tmp_path, [1] * 8 + [0] * 18 + [1], marks, in_memory=mode)
     with pytest.raises(InputError, match="data: training gets only 1 of 27 rows, fewer than two"):
         open_stream(data, identify(data)) if mode == "never" else inspect(data)
+
+
+@pytest.mark.parametrize(
+    "value, names",
+    [
+        (1, ("1",)), ("[fraud, fault]", ("fraud", "fault")), ('["idle, hot", "off"]', ("idle, hot", "off")),
+        ("['a','b']", ("a", "b")), ("idle, hot", ("idle, hot",)), ("[1, 1]", ("1",)), ("[]", ()), (None, ()),
+    ],
+)  # fmt: skip
+def test_values_of_anomalies_are_read_as_a_command_line_writes_them(value: Any, names: tuple[str, ...]) -> None:
+    assert Data(anomaly=value).anomaly == names
+
+
+def test_an_empty_value_of_anomalies_is_refused() -> None:
+    """A variable that the shell does not know would else make an experiment without anomalies."""
+    with pytest.raises(InputError, match=r"data.anomaly: the value is empty; write the label of anomalies"):
+        parse(Train, "test", ["--data.anomaly", ""])
 
 
 def test_settings_that_exclude_each_other(tmp_path: Path) -> None:

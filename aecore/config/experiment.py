@@ -44,6 +44,17 @@ def overlay(lower: Any, upper: Any) -> Any:
     return {**lower, **{key: overlay(lower.get(key), value) for key, value in upper.items()}}
 
 
+def _read_list(value: Any) -> Any:
+    """Return text in square brackets as a list, as a command line or a variable of the environment writes it; other
+    values as they are."""
+    if not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:  # without quotation marks, as in [a.parquet, b.parquet]
+        return [part.strip().strip("'") for part in value[1:-1].split(",")]
+
+
 def read_paths(value: Any, field: str = "data.path") -> Any:
     """Return one path as text and several as a tuple, with home folders in place of `~` and `~user`.
 
@@ -53,11 +64,7 @@ def read_paths(value: Any, field: str = "data.path") -> Any:
     Args:
         field: What names the paths, for the message.
     """
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            value = json.loads(value)
-        except ValueError:  # without quotation marks, as in [a.parquet, b.parquet]
-            value = [part.strip().strip("'") for part in value[1:-1].split(",")]
+    value = _read_list(value)
     if value is None or isinstance(value, str):
         return value and _at_home(value)
     if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
@@ -70,13 +77,14 @@ def read_paths(value: Any, field: str = "data.path") -> Any:
 
 
 def _read_names(value: Any) -> Any:
-    """Return names of classes as a tuple of texts; a single name may be given without a list, and as a number."""
-    if value is None:
+    """Return names of classes as a tuple of texts, each once; a single name may be given without a list, and as a
+    number."""
+    value = _read_list(value)
+    if value is None or value == [""]:
         return ()
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        value = [part.strip().strip("'\"") for part in value[1:-1].split(",")]
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(str(one) for one in values if one != "")
+    if value == "":  # as of a variable that the shell does not know: without anomalies this is another experiment
+        raise ValueError("data.anomaly: the value is empty; write the label of anomalies, or leave data.anomaly out")
+    return tuple(dict.fromkeys(map(str, value if isinstance(value, list | tuple) else [value])))
 
 
 def _read_contamination(value: Any) -> Any:
