@@ -78,7 +78,7 @@ def _read_texts(column: pd.Series, name: str, texts: Sequence[str], imputes: boo
     for row, value in enumerate(values):
         if not (missing[row] or isinstance(value, str)):
             raise InputError(f"input: row {row} column {name}: {short_repr(value, 40)} is no text; write text")
-    numbers = pd.Categorical(values, categories=list(texts)).codes
+    numbers = pd.Index(texts, dtype=object).get_indexer(pd.Index(values))
     if unknown := values[(numbers < 0) & ~missing].unique().tolist():
         warnings.warn(f"input: {unknown_texts(name, unknown)}", stacklevel=6)
     x = np.eye(len(texts))[numbers]
