@@ -24,8 +24,8 @@ class Reason(NamedTuple):
     value: str
     """What the row has; `missing` where it has nothing."""
     expected: str
-    """What the references that are alike otherwise have, on average; of a category the most frequent text, and the share
-    of them that has it."""
+    """What the references that are alike otherwise have, on average; of a category the most frequent text, and the
+    share of them that has it."""
     contribution: float
     """What the feature adds to the row's score."""
 

@@ -160,9 +160,9 @@ def _evaluate_anomalies(
     own, other = (ranking.rank(each, anomaly)["auroc"] for each in (scores[DEFAULT], reference))
     difference = ranking_gain(own - other, anomaly)
     return {
-        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own, anomaly), "reference/auroc": float(other.mean()),
-        "reference/difference": difference.mean, "reference/difference_low": difference.low,
-        "reference/difference_high": difference.high,
+        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own, anomaly),
+        "reference/auroc": float(other.mean()), "reference/difference": difference.mean,
+        "reference/difference_low": difference.low, "reference/difference_high": difference.high,
     }  # fmt: skip
 
 
