@@ -50,14 +50,32 @@ def test_the_nearest_are_those_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize(("in_references", "in_rows"), [(0.0, 0.3), (0.3, 0.0), (0.2, 0.2)])
-def test_missing_values_are_left_out_of_distances(in_references: float, in_rows: float) -> None:
+def test_missing_values_of_rows_are_left_out_and_those_of_references_are_expected(
+    in_references: float, in_rows: float
+) -> None:
     known, asked = rows(300, 0, in_references), rows(50, 1, in_rows)
-    known[:, 0], asked[:, 0] = rows(300, 2)[:, 0], rows(50, 3)[:, 0]  # else some rows have nothing in common
-    expected = np.sort(nan_euclidean_distances(asked.double().numpy(), known.double().numpy()), 1)[:, :NEIGHBOURS]
+    asked[:, 0] = rows(50, 3)[:, 0]  # else some rows have no value
+    mean, variance = known.double().nanmean(0), known.double().numpy()
+    differences = (asked.double()[:, None] - known.double().where(known.isfinite(), mean)).square().numpy()
+    differences += np.where(np.isnan(variance), np.nanvar(variance, 0), 0)
+    expected = np.sort(np.sqrt(6 * np.nanmean(differences, 2)), 1)[:, :NEIGHBOURS]
     nearest = References(known).nearest(asked)
     assert np.allclose(nearest.distances.numpy(), expected, atol=1e-5)
-    mean = References(known).mean(nearest)
-    assert torch.equal(mean.isnan(), known[nearest.numbers].isnan().all(1))
+    if not in_references:
+        plain = nan_euclidean_distances(asked.double().numpy(), known.double().numpy())
+        assert np.allclose(expected, np.sort(plain, 1)[:, :NEIGHBOURS])
+    means = References(known).mean(nearest)
+    lacking = known[nearest.numbers].isnan().all(1)
+    assert torch.equal(means[lacking], mean.float().expand_as(means)[lacking])
+
+
+def test_references_without_a_value_do_not_hide_a_strange_one() -> None:
+    """With 2 % of the values missing, a row's neighbours were those that lack what is strange in it."""
+    known, asked = rows(1000, 0, 0.02), rows(40, 1)
+    asked[:, 2] = 10
+    references = References(known)
+    assert (references.nearest(asked).mean_distance() > 6).all()
+    assert (asked - references.mean(references.nearest(asked))).abs().argmax(1).eq(2).all()
 
 
 def test_a_row_is_no_neighbour_of_its_own() -> None:

@@ -31,13 +31,19 @@ class Nearest(NamedTuple):
 class References:
     """Reference rows in which the nearest ones of other rows are looked for, by Euclidean distance.
 
-    A missing value, NaN, is left out: the squared distance over the values that both rows have is scaled up to all
-    values (Dixon 1979).
+    A missing value of a row, NaN, is left out: the squared distance over the values that it has is scaled up to all
+    values (Dixon 1979). Where a reference lacks a value, the squared difference is the one that is expected of the
+    references that have it. If it were left out as well, the nearest references of a row with a strange value would be
+    those that lack the value, however few they are, and nothing would be strange in it.
     """
 
     def __init__(self, rows: Float[Tensor, "references values"]) -> None:
         self.rows = rows
-        self._observed = None if torch.isfinite(rows).all() else torch.isfinite(rows).float()
+        self._centre, self._filled, self._unknown = rows.nanmean(0).nan_to_num(), rows, None
+        if (missing := rows.isnan()).any():
+            variance = (rows - self._centre).square().nanmean(0).nan_to_num()
+            self._filled = torch.where(missing, self._centre, rows)
+            self._unknown = torch.where(missing, variance, 0)
 
     def nearest(self, rows: Float[Tensor, "rows values"], own: Int[Tensor, " rows"] | None = None) -> Nearest:
         """Return the nearest references of each row.
@@ -60,12 +66,15 @@ class References:
         return Nearest(*map(torch.cat, zip(*parts, strict=True)))
 
     def mean(self, nearest: Nearest) -> Float[Tensor, "rows values"]:
-        """Return the mean of the nearest references of each row; NaN where all of them lack a value."""
-        return self.rows[nearest.numbers].nanmean(1)
+        """Return the mean of the nearest references of each row, and of all references where these lack a value."""
+        mean = self.rows[nearest.numbers].nanmean(1)
+        return torch.where(mean.isnan(), self._centre, mean)
 
     def _exact(self, rows: Tensor, numbers: Tensor) -> Float[Tensor, "rows neighbours"]:
         """Return the squared distances of rows from some references each."""
-        squares = (rows[:, None] - self.rows[numbers]).square()
+        squares = (rows[:, None] - self._filled[numbers]).square()
+        if self._unknown is not None:
+            squares += self._unknown[numbers]
         known = torch.isfinite(squares)
         return squares.nansum(2) * squares.shape[2] / known.sum(2).clamp(min=1)
 
@@ -76,13 +85,10 @@ class References:
         array costs as much as the search in it.
         """
         observed = torch.isfinite(rows)
-        if self._observed is None and observed.all():
-            return torch.addmm(self.rows.square().sum(1), rows, self.rows.T, alpha=-2)
-        mask, own, others = observed.float(), rows.nan_to_num(), self.rows.nan_to_num()
-        squared = torch.cat([mask, -2 * own], 1) @ torch.cat([others.square(), others], 1).T
-        if self._observed is None:
-            return squared
-        return (squared + own.square() @ self._observed.T) / (mask @ self._observed.T).clamp(min=1)
+        squares = self._filled.square() + (0 if self._unknown is None else self._unknown)
+        if observed.all():
+            return torch.addmm(squares.sum(1), rows, self._filled.T, alpha=-2)
+        return torch.cat([observed.float(), -2 * rows.nan_to_num()], 1) @ torch.cat([squares, self._filled], 1).T
 
 
 def most_references(values: int) -> int:
