@@ -192,8 +192,8 @@ def _write_report(
         for one in sets
     }  # fmt: skip
     told = [report.Cost(*row) for row in costs]
-    if not study.data:
-        return report.write(ended.trials, abouts[""]._replace(costs=told), folder, read), {}
+    if len(sets) == 1:  # there is nothing to rank over, though a folder may get further sets
+        return report.write(ended.trials, abouts[sets[0].name]._replace(costs=told), folder, read), {}
     reports = report_of_sets.write_each(ended.trials, abouts, folder, read)
     about = report.About(
         study.name, study.choose_metric, {"data": f"{len(sets)} sets, {_rows(sets):,} rows", **facts}, costs=told

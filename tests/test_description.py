@@ -12,7 +12,14 @@ from aecore.core.errors import InputError
 from aecore.variants import Denoising
 from pipelines.execution.chain import Outcome
 from pipelines.execution.summary import job_metrics, train_seconds
-from pipelines.graph.description import Description, data_name, describe_scores, experiment_name, run_name
+from pipelines.graph.description import (
+    Description,
+    data_name,
+    describe_experiment,
+    describe_scores,
+    experiment_name,
+    run_name,
+)
 from pipelines.host.environment import user_name
 from pipelines.store.record import marker
 from pipelines.store.runs import Tracker
@@ -44,6 +51,16 @@ MNIST = Data(name="mnist")
 def test_a_run_is_named_by_data_widths_variant_and_seed(fields: dict[str, Any], facts: Facts, name: str) -> None:
     """Each was called `train`."""
     assert experiment_name(Experiment(data=MNIST, **fields), facts) == name
+
+
+@pytest.mark.parametrize(
+    ("contamination", "words"), [("clean", "none"), ("mixed", "as many as there are"), (0.05, "5 % of the rows")]
+)
+def test_a_description_tells_what_anomalies_are(contamination: Any, words: str) -> None:
+    """Runs of the same table that differ in the anomalies among the training rows had one name and description."""
+    experiment = Experiment(data=Data(anomaly=("fraud", "fault"), contamination=contamination))
+    assert describe_experiment(experiment).endswith(f"; anomalies are fraud, fault, in training {words}.")
+    assert "anomalies" not in describe_experiment(Experiment())
 
 
 @pytest.mark.parametrize(

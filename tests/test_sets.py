@@ -16,7 +16,7 @@ from aecore.core.errors import InputError
 from aecore.data.collection import find_sets
 from aecore.evaluation.trial import Trial
 from jobs import cli
-from jobs.compare import Compare
+from jobs.compare import Compare, _write_report
 from pipelines.cluster.resources import Resources
 from pipelines.graph.stage import Stage
 from pipelines.reporting import sets as reports
@@ -27,6 +27,7 @@ from pipelines.study.groups import alike, reference_groups
 from pipelines.study.plan import TrialPlan, plan_trials
 from pipelines.study.preview import preview
 from pipelines.study.race import Race
+from pipelines.study.run import Ended
 from pipelines.study.schema import Study
 from pipelines.study.sets import StudySet, digest_of, inspect, key_of
 from tests.test_compare import compare, runs
@@ -314,6 +315,25 @@ def test_pages_of_many_sets_have_the_quick_figures(tmp_path: Path, monkeypatch: 
     report_of(of_sets(["a"], trial), tmp_path)
     drawn = {file.stem for file in (tmp_path / "sets" / "a" / "figures").iterdir()}
     assert drawn == {"learning_curves", "label_efficiency"} < set(QUICK)
+
+
+def test_one_set_has_the_report_of_a_study_of_it_alone(folder: Path, tmp_path: Path) -> None:
+    """The page on many sets had no answer for one: it ranks rows over sets."""
+    sets, trials = inspected(data="sets/glass.parquet"), of_sets(["glass"])
+    ended = Ended(trials, 0, 0, None, {}, {})
+    written, by_set = _write_report(studied(data="sets/glass.parquet"), sets, ended, (), lambda one: one, tmp_path)
+    assert by_set == {} and written.files[0] == tmp_path / "report.html" and (tmp_path / "pairs.csv").exists()
+    assert "Fewer than two sets" not in written.answer and written.comparisons
+    assert "<title>study: glass" in written.files[0].read_text()
+
+
+def test_rows_that_cannot_be_ranked_have_no_mean_rank(tmp_path: Path) -> None:
+    trials = [
+        one._replace(status="failed", metrics={}) if (one.data, one.row) == ("b", "wide") else one
+        for one in of_sets(["a", "b"])
+    ]
+    answer = report_of(trials, tmp_path)[1].answer
+    assert answer == "Fewer than two sets have all rows: not ranked. The page of each set answers for the set."
 
 
 @pytest.fixture(scope="module")

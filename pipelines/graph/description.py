@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from aecore.config.experiment import Conv, Data, Experiment, Fit
 from aecore.config.facts import Facts
-from aecore.core.errors import escape_unprintable, hide_secrets
+from aecore.core.errors import escape_unprintable, hide_secrets, join_names
 
 _MOST_CHARACTERS = 4000
 """Length of a description; MLflow's servers take 5,000 characters or more."""
@@ -92,8 +92,11 @@ def describe_experiment(experiment: Experiment) -> str:
     if experiment.finetune is not None:
         goal = f"finetuned to {experiment.finetune.task}" if parts else f"trained to {experiment.finetune.task}"
         parts.append(f"the whole {goal} ({_length(experiment.finetune)})")
-    limit = f"; {experiment.data.limit:,} training rows" if experiment.data.limit else ""
-    return f"What: {', '.join(parts)}{limit}."
+    data = experiment.data
+    limit = f"; {data.limit:,} training rows" if data.limit else ""
+    # the labels come from the data
+    anomaly = f"; anomalies are {_clean(join_names(data.anomaly))}, in training {_kept(data)}" if data.anomaly else ""
+    return f"What: {', '.join(parts)}{limit}{anomaly}."
 
 
 def describe_scores(metrics: Mapping[str, float]) -> list[str]:
@@ -157,6 +160,12 @@ def _against_neighbours(metrics: Mapping[str, float]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _kept(data: Data) -> str:
+    """Say which anomalies stay among the training rows."""
+    words = {"clean": "none", "mixed": "as many as there are"}
+    return words.get(str(data.contamination)) or f"{100 * float(data.contamination):g} % of the rows"
 
 
 def _clean(text: str) -> str:

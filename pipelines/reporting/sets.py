@@ -225,6 +225,8 @@ def _answer(one: Overview) -> str:
     best = one.rows[0]
     is_reference = " (a reference)" if best in one.references else ""
     text = f"{_verdict(one).replace(best, best + is_reference, 1)}"
+    if one.ranks.sets < 2:
+        return f"{text} The page of each set answers for the set."
     if best in one.means:
         text += f" Its mean is {one.measure.show(one.means[best], 3)}."
     others = [row for row in one.rows if row in one.references and row != best]
