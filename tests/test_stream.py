@@ -1,6 +1,9 @@
 """Sets that are read from disk while they train: they give the same rows as in memory, each once per epoch."""
 
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pyarrow as pa
@@ -211,3 +214,25 @@ def test_auto_streams_only_large_parquet(tmp_path: Path) -> None:
     assert resolve_in_memory(Data(name="mnist"), facts.model_copy(update={"rows": 10**8})) == "always"
     with pytest.raises(ValueError, match="never needs"):
         Data(in_memory="never")
+
+
+@pytest.mark.long
+def test_reading_waits_for_no_cpu() -> None:
+    """A streamed study hung where its trials held all CPUs, since Ray Data's own tasks waited for one."""
+    script = """
+        import numpy as np, ray
+        from aecore.data.splits import Split
+        from pipelines.cluster.reading import spread
+
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+        @ray.remote(num_cpus=1)
+        def rows():
+            read = lambda piece: iter([Split(np.full((3, 2), piece, np.float32), None)])
+            return np.concatenate([part.x[:, 0] for part in spread(read, [4, 7])]).tolist()
+
+        print(ray.get(rows.remote(), timeout=60))
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "[4.0, 4.0, 4.0, 7.0, 7.0, 7.0]"

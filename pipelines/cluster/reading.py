@@ -35,13 +35,14 @@ def spread(read: ReadPiece, pieces: Sequence[Piece]) -> Iterator[Split]:
     _set_up(preserve_order=True)
 
     def rows(numbers: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for number in numbers["id"]:
+        for number in numbers["item"]:
             for chunk in read(pieces[number]):
                 yield {"x": chunk.x} if chunk.y is None else {"x": chunk.x, "y": chunk.y}
 
     if not pieces:
         return
-    numbers = ray.data.range(len(pieces), override_num_blocks=len(pieces))
+    # blocks in memory: tasks that read blocks reserve a CPU each
+    numbers = ray.data.from_items(list(range(len(pieces))), override_num_blocks=len(pieces))
     readers = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
     chunks: Any = numbers.map_batches(rows, batch_size=1, num_cpus=0, compute=TaskPoolStrategy(readers))
     for chunk in chunks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
