@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from aecore.anomaly import neighbours
 from aecore.anomaly.neighbours import NEIGHBOURS, References, most_references
 from aecore.anomaly.reasons import REASONS, feature_names
-from aecore.anomaly.score import Fitted
+from aecore.anomaly.score import FittedScore
 from aecore.config.experiment import Data, Dense
 from aecore.config.facts import Facts, TableColumns
 from aecore.config.resolve import layer_specs
@@ -196,10 +196,12 @@ def test_the_largest_values_give_finite_numbers(value: float, planted: Planted) 
 def test_a_model_keeps_its_score(planted: Planted, tmp_path: Path) -> None:
     save_weights(tmp_path, planted.result.config, planted.result.weights)
     config, weights = load_weights(tmp_path)
-    kept, before = Fitted.from_weights(weights), Fitted.from_weights(planted.result.weights)
+    kept, before = FittedScore.from_weights(weights), FittedScore.from_weights(planted.result.weights)
     assert kept is not None and before is not None
     assert all(np.array_equal(one, two) and one.dtype == np.float32 for one, two in zip(kept, before, strict=True))
-    assert {name: weights[name] for name in kept.to_weights()}.keys() == {f"anomaly.{name}" for name in Fitted._fields}
+    assert {name: weights[name] for name in kept.to_weights()}.keys() == {
+        f"anomaly.{name}" for name in FittedScore._fields
+    }
     again, first = (Model(result).measure(planted.strange) for result in (Result(config, weights, {}), planted.result))
     assert all(np.array_equal(again[name], first[name]) for name in first)
 

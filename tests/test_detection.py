@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,13 @@ from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
-from aecore.anomaly.detectors import DETECTORS, fit_detector
-from aecore.anomaly.score import fit
+from aecore.anomaly.detectors import fit_detector
+from aecore.anomaly.score import fit_score
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.specs import DetectionSpec, DetectorSpec, EvaluateSpec, Numerics
 from aecore.core.errors import InputError
+from aecore.core.types import Detector
 from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays
 from aecore.data.stream import open_stream
@@ -111,8 +112,7 @@ def plans(data: Data, facts: Facts, **fields: Any) -> list[TrialPlan]:
 def test_every_study_of_anomalies_has_its_references(table: tuple[Data, Facts, Arrays]) -> None:
     data, facts, _ = table
     found = plans(data, facts)
-    assert {plan.row for plan in found if plan.is_reference} == {*trial.DETECTORS}
-    assert {*DETECTORS} == {*trial.DETECTORS} - {"random"}
+    assert {plan.row for plan in found if plan.is_reference} == {*trial.ANOMALY_REFERENCES}
     fits = {
         plan.row: {plan.trained.key for plan in found if plan.row == row}
         for row in ("knn", "iforest")
@@ -137,11 +137,16 @@ def test_labels_cannot_choose(table: tuple[Data, Facts, Arrays], choose: str) ->
         plans(table[0], table[1], choose=choose)
 
 
+def test_labels_drop_no_row(table: tuple[Data, Facts, Arrays]) -> None:
+    with pytest.raises(ValueError, match=r"scheduler: race drops rows by test rows, and labels of anomalies drop none"):
+        study_of(table[0], scheduler="race", seeds=[0, 1, 2])
+
+
 def test_detectors_are_those_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(5, 5)) * [3, 2, 1, 0.3, 0.1]
     rows, x = ((rng.normal(size=(count, 5)) @ mixing.T).astype(np.float32) for count in (300, 50))
-    found = {kind: fit_detector(kind, rows, 3).score(x) for kind in DETECTORS}
+    found = {kind: fit_detector(kind, rows, 3).score(x) for kind in get_args(Detector)}
     assert found["knn"] == pytest.approx(NearestNeighbors(n_neighbors=5).fit(rows).kneighbors(x)[0].mean(1))
     assert found["iforest"] == pytest.approx(-IsolationForest(random_state=3).fit(rows).score_samples(x))
     assert found["lof"] == pytest.approx(-LocalOutlierFactor(20, novelty=True).fit(rows).score_samples(x))
@@ -151,7 +156,7 @@ def test_detectors_are_those_of_scikit_learn() -> None:
     assert found["pca"] == pytest.approx(np.square(rest).sum(1), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", get_args(Detector))
 def test_detectors_fit_very_few_rows(kind: Any) -> None:
     scores = fit_detector(kind, np.eye(3, 2, dtype=np.float32), 0).score(np.ones((4, 2), np.float32))
     assert scores.shape == (4,) and np.isfinite(scores).all()
@@ -159,7 +164,7 @@ def test_detectors_fit_very_few_rows(kind: Any) -> None:
 
 def test_trials_are_measured_by_the_labels_of_test_rows(trials: list[Trial], table: tuple[Data, Facts, Arrays]) -> None:
     truth = table[2].test.y
-    assert truth is not None and {each.row for each in trials} == {"denoising", *trial.DETECTORS}
+    assert truth is not None and {each.row for each in trials} == {"denoising", *trial.ANOMALY_REFERENCES}
     for each in trials:
         assert each.metrics["test/auroc"] == pytest.approx(roc_auc_score(truth, each.arrays["score"]), abs=1e-6)
         for name in MEASURES:
@@ -246,7 +251,7 @@ def test_the_farthest_references_are_left_out_where_rows_may_be_anomalies(table:
     net = build_trained(computed(plan.trained, arrays), [], CPU)
     train, validation = known_rows(Context(), arrays)
     train[:5] = 50 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    clean, mixed = (fit(net, train, validation, mixed) for mixed in (False, True))
+    clean, mixed = (fit_score(net, train, validation, mixed) for mixed in (False, True))
     rows = len(train) + len(validation)
     assert (len(clean.references), len(mixed.references)) == (rows, rows - int(0.1 * rows))
     assert np.abs(clean.references).max() > 20 > 10 > np.abs(mixed.references[:, :4]).max()

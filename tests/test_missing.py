@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from aecore.anomaly.reasons import Reasons
-from aecore.anomaly.score import NeighbourScore, fit
+from aecore.anomaly.score import NeighbourScore, fit_score
 from aecore.anomaly.scores import AllScores
 from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
 from aecore.config.facts import Facts
@@ -223,7 +223,9 @@ def test_anomalies_are_scored_in_rows_with_gaps(data: Data, rows: tuple[Facts, A
     )
     scores = AllScores(stack, train, validation, mixed=False)(test)
     assert "bound" in scores and all(np.isfinite(each).all() for each in scores.values())
-    reasons = Reasons(NeighbourScore(stack, fit(stack, train, validation, False)), build_prepare(result), facts.columns)
+    reasons = Reasons(
+        NeighbourScore(stack, fit_score(stack, train, validation, False)), build_prepare(result), facts.columns
+    )
     raw = torch.tensor(arrays.test.x[:4])
     named = {reason.feature for row in reasons.of(raw, torch.tensor(scores["neighbours"][:4])) for reason in row}
     assert named <= {*facts.columns.features}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from aecore.anomaly.score import Fitted, NeighbourScore
+from aecore.anomaly.score import FittedScore, NeighbourScore
 from aecore.config.experiment import Data, Dense, Experiment, Finetune
 from aecore.config.facts import Facts
 from aecore.config.specs import ContestSpec, DriftSpec, Numerics
@@ -211,7 +211,7 @@ def test_models_are_compared_by_the_area_under_the_roc_curve(made: Day) -> None:
     scored = found.metrics
     # two trained models and, as a model of an earlier version, one that keeps no references
     stack = [TrainedStack(build_stack(model), "fp32", torch.device("cpu")) for model in (one, two)]
-    known = [Fitted(*(model.weights[f"anomaly.{name}"] for name in Fitted._fields)) for model in (one, two)]
+    known = [FittedScore(*(model.weights[f"anomaly.{name}"] for name in FittedScore._fields)) for model in (one, two)]
     prepared = build_prepare(one)(torch.tensor(x))
     scores = [NeighbourScore(*pair).score(prepared).numpy() for pair in zip(stack, known, strict=True)]
     newest = ~np.isin(content_hashes(x), ids)
