@@ -23,7 +23,9 @@ from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays
 from aecore.data.stream import open_stream
 from aecore.evaluation import trial
+from aecore.evaluation.ranking import rank
 from aecore.evaluation.scoring import build_trained
+from aecore.evaluation.statistics import ranking_gain
 from aecore.evaluation.trial import Trial
 from aecore.models.storage import Result
 from aecore.stages.anomalies import detect, known_rows
@@ -217,14 +219,20 @@ def test_the_report_answers_by_the_area_under_the_curve(trials: list[Trial], tmp
 def test_a_training_job_is_scored_too(table: tuple[Data, Facts, Arrays]) -> None:
     data, facts, arrays = table
     plan = next(plan for plan in plans(data, facts) if plan.row == "denoising")
-    trained = computed(plan.trained, arrays)
+    known: dict[str, Result] = {}
+    measured = computed(plan.stage, arrays, known)
+    trained = computed(plan.trained, arrays, known)
     spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True, anomalies="clean", columns=facts.columns)
     found = evaluate(spec, Context(), data=arrays, finetuned=trained)
     assert {"ranking", "scores", "strangest"} < found.figures.keys()
     assert found.metrics["test/auroc_low"] < found.metrics["test/auroc"] < found.metrics["test/auroc_high"]
     ends = [found.metrics[f"reference/difference{end}"] for end in ("_low", "", "_high")]
-    assert ends == sorted(ends)
     assert ends[1] == pytest.approx(found.metrics["test/auroc"] - found.metrics["reference/auroc"], abs=1e-6)
+    assert arrays.test.y is not None
+    reference = detect(DetectorSpec(kind="knn", seed=0), Context(), data=arrays).weights["score"]
+    difference = measured.weights["auroc"] - rank(reference, arrays.test.y)["auroc"]
+    _, mean, low, high = ranking_gain(difference, arrays.test.y == 1)
+    assert ends == pytest.approx([low, mean, high], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "sparse", "contractive", "variational"])
