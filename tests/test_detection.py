@@ -266,6 +266,24 @@ def test_the_farthest_references_are_left_out_where_rows_may_be_anomalies(table:
     assert (np.diff(mixed.scores) >= 0).all()
 
 
+def test_what_a_score_keeps_of_the_rows(table: tuple[Data, Facts, Arrays]) -> None:
+    data, facts, arrays = table
+    plan = next(plan for plan in plans(data, facts) if plan.row == "denoising")
+    net = build_trained(computed(plan.trained, arrays), [], CPU)
+    train, validation = known_rows(Context(), arrays)
+    kept = fit_score(net, train, validation, False)
+    rows = torch.cat([train, validation]).numpy()
+    assert kept.spread == pytest.approx(np.sqrt(rows.var(0).mean()), rel=1e-4)
+    errors = (validation - net.reconstruct(validation)).detach().numpy()
+    assert kept.residual_spread == pytest.approx(np.sqrt(np.square(errors).mean(0)), rel=1e-4)
+    _, numbers = NearestNeighbors(n_neighbors=6).fit(rows).kneighbors(rows)
+    differences = (rows - rows[numbers[:, 1:]].mean(1)) / kept.spread
+    assert kept.neighbour_spread == pytest.approx(np.sqrt(np.square(differences).mean(0)), rel=1e-3)
+    # rows that the network was not trained on tell how usual a score is
+    distances, _ = NearestNeighbors(n_neighbors=6).fit(kept.references).kneighbors(kept.references[len(train) :])
+    assert kept.scores == pytest.approx(np.sort(distances[:, 1:].mean(1)), rel=1e-3)
+
+
 @pytest.mark.parametrize(("contamination", "mixed"), [("clean", False), ("mixed", True), (0.03, True)])
 def test_the_stages_know_whether_rows_may_be_anomalies(tmp_path: Path, contamination: Any, mixed: bool) -> None:
     data = write_table(tmp_path, contamination=contamination)

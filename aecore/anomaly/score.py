@@ -25,7 +25,8 @@ with 5 % of anomalies in training this raised the mean AUROC from 0.773 to 0.785
 _CALIBRATION_ROWS = 2000
 """Most references whose own scores tell how usual a score is, and how far rows lie from those like them."""
 _ROUNDS, _SUSPECTS, _SUSPECT_SHARE = 3, 5, 4
-"""How often `explain` looks for the suspect features, and how many they are: five, but at most one in four."""
+"""How often `explain` looks for the suspect features, and how many they are: five, but at most one in four, and one of
+two or three. A single feature stays, as nothing would be left to compare by."""
 _TINY = torch.finfo(torch.float32).tiny
 _LARGEST = 1e12
 """Values as the first layer reads them are cut off here, so that their squares are finite."""
@@ -103,7 +104,7 @@ class NeighbourScore:
         rows = x.flatten(1)
         units = rows / self.spread
         features = References(self.references.rows[:, : rows.shape[1]])
-        suspects = min(_SUSPECTS, max(1, rows.shape[1] // _SUSPECT_SHARE))
+        suspects = min(_SUSPECTS, max(1, rows.shape[1] // _SUSPECT_SHARE), rows.shape[1] - 1)
         compared, read = units, rows
         for _ in range(_ROUNDS):
             expected = features.mean(features.nearest(compared))
@@ -119,6 +120,7 @@ class NeighbourScore:
 
 
 def _bounded(x: Tensor) -> Tensor:
+    """Return prepared rows with values whose squares are finite."""
     return x.clamp(-_LARGEST, _LARGEST)
 
 
