@@ -44,8 +44,11 @@ from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.reference import reference
 from aecore.stages.rows import filled
 from aecore.stages.training import train_as_one
+from aecore.training import groups
+from aecore.training.job import Job
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.graph.recipe import Stacked, build
+from tests.fits import job
 
 ROWS = 300
 BLOCKS = ((1, 4), (6, 8))
@@ -279,6 +282,16 @@ def test_a_stream_has_the_facts_and_scaling_of_memory(variant: Variant, data: Da
     scoring = graph.evaluate.spec.model_copy(update={"pictures": False})
     scored = evaluate(scoring, Context(), data=stream, layers=layers, finetuned=result)
     assert np.isfinite([*result.metrics.values(), *scored.metrics.values()]).all()
+
+
+def test_fits_hold_the_same_rows_with_gaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(groups, "fit", jobs.append)
+    x = torch.tensor([[1.0, torch.nan], [2.0, 3.0], [torch.nan, 0.0]])
+    model = torch.nn.Linear(2, 2)
+    groups.fit_all(job(model, lambda rows: {"mse": rows.sum()}, (x.clone(),), (x[:2].clone(),), Fit()) for _ in "ab")
+    first, second = ((*each.in_memory, *each.validation) for each in jobs)
+    assert all(one is other for one, other in zip(first, second, strict=True)) and len(first) == 2
 
 
 def test_without_gaps_impute_gives_the_numbers_of_refuse(tmp_path: Path) -> None:
