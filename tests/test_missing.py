@@ -281,7 +281,24 @@ def test_a_stream_has_the_facts_and_scaling_of_memory(variant: Variant, data: Da
     assert isinstance(graph.evaluate.spec, EvaluateSpec)
     scoring = graph.evaluate.spec.model_copy(update={"pictures": False})
     scored = evaluate(scoring, Context(), data=stream, layers=layers, finetuned=result)
+    x = build_prepare(result)(torch.tensor(sample.test.x))  # the sample of so few rows has all of them
+    expected = reconstruction_mse(x, build_trained(result, [], torch.device("cpu")).reconstruct(x).detach())
+    assert scored.metrics["test/reconstruction_mse"] == pytest.approx(expected, rel=1e-4)
     assert np.isfinite([*result.metrics.values(), *scored.metrics.values()]).all()
+
+
+def test_a_missing_value_stays_missing_where_rows_are_drawn() -> None:
+    spec = LayerSpec(
+        kind="dense", in_shape=(4,), code_shape=(2,), activation="linear", likelihood="bernoulli", levels=0,
+        out_activation="linear", dropout=0, normalization="none", tied=False, stochastic=True, missing=True,
+    )  # fmt: skip
+    layer, x = Layer(spec), torch.tensor([[1.0, torch.nan, 0.0, 1.0], [torch.nan, 0.0, 1.0, 1.0]])
+    layer.encoder.fill.fill_(0.5)
+    torch.manual_seed(0)
+    drawn = Variational(binarize=True).loss(layer, x)
+    torch.manual_seed(0)
+    torch.rand_like(x)  # zeros and ones are drawn as they are
+    assert drawn == Variational(binarize=False).loss(layer, x)
 
 
 def test_fits_hold_the_same_rows_with_gaps_once(monkeypatch: pytest.MonkeyPatch) -> None:

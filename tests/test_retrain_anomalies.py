@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from aecore.anomaly.score import FittedScore, NeighbourScore
@@ -294,6 +295,17 @@ def test_the_interval_is_that_of_resampled_rows() -> None:
     # a quarter as many anomalies, and the interval is twice as wide, however many normal rows there are
     fewer = [ranking_gain(paired(*ranked(count, 0.4, 0)), ranked(count, 0.4, 0)[2]) for count in (25, 100)]
     assert 1.5 < (fewer[0].high - fewer[0].low) / (fewer[1].high - fewer[1].low) < 3
+
+
+@pytest.mark.parametrize("anomalies", [3, 30])
+def test_the_interval_has_the_degrees_of_freedom_of_welch(anomalies: int) -> None:
+    one, two, anomaly = ranked(anomalies, 0.4, 0)
+    better = paired(one, two, anomaly)
+    found = ranking_gain(better, anomaly)
+    parts = [better[own] * own.mean() for own in (anomaly, ~anomaly)]
+    error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
+    freedom = stats.ttest_ind(*parts, equal_var=False).df
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, freedom) * error)
 
 
 def test_with_ten_anomalies_equal_models_rarely_seem_to_differ() -> None:
