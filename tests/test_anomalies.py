@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
-from aecore.config.facts import Facts, RowKinds
+from aecore.config.facts import Facts, RowCounts
 from aecore.config.resolve import resolve
 from aecore.config.specs import MeasureSpec, Numerics
 from aecore.core.errors import InputError
@@ -89,7 +89,9 @@ def test_training_is_normal_and_the_test_has_both_kinds() -> None:
     known = {row.tobytes() for s in everything[:3] if s.y is not None for row in s.x[s.y == 0]}
     assert zeros and {row.tobytes() for row in arrays.test.x[arrays.test.y == 1]} == known
     assert not known & {row.tobytes() for s in (arrays.train, arrays.validation) for row in s.x}
-    assert facts.kinds == tuple(RowKinds(normal=n, anomalies=a) for n, a in ((1101, 0), (195, 0), (323, 178), (0, 0)))
+    assert facts.row_counts == tuple(
+        RowCounts(normal=n, anomalies=a) for n, a in ((1101, 0), (195, 0), (323, 178), (0, 0))
+    )
     assert describe(data, facts) == [
         "data: digits, 1,797 rows, images of 8 x 8 pixels with 1 channel, "
         "label 0 marks anomalies: 178 of 1,797 rows, 9.9 %",
@@ -105,7 +107,7 @@ def test_keys_depend_on_what_anomalies_are_and_not_on_their_number() -> None:
 
 def test_a_named_set_with_marks(mnist_root: Path) -> None:
     facts = inspect(Data(name="mnist", root=mnist_root, anomaly=("0",)))
-    assert facts.kinds[2:] == (RowKinds(normal=9020, anomalies=980), RowKinds(normal=0, anomalies=5923))
+    assert facts.row_counts[2:] == (RowCounts(normal=9020, anomalies=980), RowCounts(normal=0, anomalies=5923))
     clothes = Facts(digest="", shape=(1,), levels=0, classes=("bag", "boot"), rows=9)
     assert label_numbers(Data(anomaly=("Bag",)), only_anomalies(Data(anomaly=("Bag",)), clothes)) == {
         "bag": 1,
@@ -377,7 +379,9 @@ def test_streamed_as_in_memory(
     if split == "content" or (marked and limit is None):
         in_memory = load(data, facts)
         assert [sorted(ids[name]) for name in SPLITS] == [numbers(part) for part in in_memory[:3]]
-    assert facts.kinds == () or [kinds.rows for kinds in facts.kinds[:3]] == [len(ids[name]) for name in SPLITS]
+    assert facts.row_counts == () or [counts.rows for counts in facts.row_counts[:3]] == [
+        len(ids[name]) for name in SPLITS
+    ]
 
 
 @pytest.mark.parametrize("contamination", LOTS["contamination"])
@@ -429,12 +433,12 @@ def test_fewer_anomalies_than_asked_for_are_told(tmp_path: Path) -> None:
     data = table(tmp_path, rare(), contamination=0.3)
     with pytest.warns(UserWarning, match=r"14.*% of the \d+ (train|validation) rows are anomalies, not 30.00%"):
         facts = inspect(data)
-    assert facts.kinds[0].anomalies == 39
+    assert facts.row_counts[0].anomalies == 39
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for limit in (None, 50, 77):
             limited = table(tmp_path, rare(), contamination=0.05, limit=limit)
-            found = inspect(limited).kinds[0]
+            found = inspect(limited).row_counts[0]
             assert found.anomalies == pytest.approx(0.05 * found.rows, abs=1)
     assert (
         "splits: train 233 normal rows and 12 anomalies; "

@@ -3,7 +3,7 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,17 +13,20 @@ from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
-from aecore.anomaly.detectors import DETECTORS, fit_detector
-from aecore.anomaly.score import fit
+from aecore.anomaly.detectors import fit_detector
+from aecore.anomaly.score import fit_score
 from aecore.config.experiment import Data
 from aecore.config.facts import Facts
 from aecore.config.specs import DetectionSpec, DetectorSpec, EvaluateSpec, Numerics
 from aecore.core.errors import InputError
+from aecore.core.types import Detector
 from aecore.data.dataset import inspect, load
 from aecore.data.splits import Arrays
 from aecore.data.stream import open_stream
 from aecore.evaluation import trial
+from aecore.evaluation.ranking import rank
 from aecore.evaluation.scoring import build_trained
+from aecore.evaluation.statistics import ranking_gain
 from aecore.evaluation.trial import Trial
 from aecore.models.storage import Result
 from aecore.stages.anomalies import detect, known_rows
@@ -112,8 +115,7 @@ def plans(data: Data, facts: Facts, **fields: Any) -> list[TrialPlan]:
 def test_every_study_of_anomalies_has_its_references(table: tuple[Data, Facts, Arrays]) -> None:
     data, facts, _ = table
     found = plans(data, facts)
-    assert {plan.row for plan in found if plan.is_reference} == {*trial.DETECTORS}
-    assert {*DETECTORS} == {*trial.DETECTORS} - {"random"}
+    assert {plan.row for plan in found if plan.is_reference} == {*trial.ANOMALY_REFERENCES}
     fits = {
         plan.row: {plan.trained.key for plan in found if plan.row == row}
         for row in ("knn", "iforest")
@@ -138,11 +140,16 @@ def test_labels_cannot_choose(table: tuple[Data, Facts, Arrays], choose: str) ->
         plans(table[0], table[1], choose=choose)
 
 
+def test_labels_drop_no_row(table: tuple[Data, Facts, Arrays]) -> None:
+    with pytest.raises(ValueError, match=r"scheduler: race drops rows by test rows, and labels of anomalies drop none"):
+        study_of(table[0], scheduler="race", seeds=[0, 1, 2])
+
+
 def test_detectors_are_those_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(5, 5)) * [3, 2, 1, 0.3, 0.1]
     rows, x = ((rng.normal(size=(count, 5)) @ mixing.T).astype(np.float32) for count in (300, 50))
-    found = {kind: fit_detector(kind, rows, 3).score(x) for kind in DETECTORS}
+    found = {kind: fit_detector(kind, rows, 3).score(x) for kind in get_args(Detector)}
     assert found["knn"] == pytest.approx(NearestNeighbors(n_neighbors=5).fit(rows).kneighbors(x)[0].mean(1))
     assert found["iforest"] == pytest.approx(-IsolationForest(random_state=3).fit(rows).score_samples(x))
     assert found["lof"] == pytest.approx(-LocalOutlierFactor(20, novelty=True).fit(rows).score_samples(x))
@@ -152,7 +159,7 @@ def test_detectors_are_those_of_scikit_learn() -> None:
     assert found["pca"] == pytest.approx(np.square(rest).sum(1), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("kind", get_args(Detector))
 def test_detectors_fit_very_few_rows(kind: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -163,7 +170,7 @@ def test_detectors_fit_very_few_rows(kind: Any) -> None:
 
 def test_trials_are_measured_by_the_labels_of_test_rows(trials: list[Trial], table: tuple[Data, Facts, Arrays]) -> None:
     truth = table[2].test.y
-    assert truth is not None and {each.row for each in trials} == {"denoising", *trial.DETECTORS}
+    assert truth is not None and {each.row for each in trials} == {"denoising", *trial.ANOMALY_REFERENCES}
     for each in trials:
         assert each.metrics["test/auroc"] == pytest.approx(roc_auc_score(truth, each.arrays["score"]), abs=1e-6)
         for name in MEASURES:
@@ -216,14 +223,20 @@ def test_the_report_answers_by_the_area_under_the_curve(trials: list[Trial], tmp
 def test_a_training_job_is_scored_too(table: tuple[Data, Facts, Arrays]) -> None:
     data, facts, arrays = table
     plan = next(plan for plan in plans(data, facts) if plan.row == "denoising")
-    trained = computed(plan.trained, arrays)
+    known: dict[str, Result] = {}
+    measured = computed(plan.stage, arrays, known)
+    trained = computed(plan.trained, arrays, known)
     spec = EvaluateSpec(task="reconstruct", classes=(), pictures=True, anomalies="clean", columns=facts.columns)
     found = evaluate(spec, Context(), data=arrays, finetuned=trained)
     assert {"ranking", "scores", "strangest"} < found.figures.keys()
     assert found.metrics["test/auroc_low"] < found.metrics["test/auroc"] < found.metrics["test/auroc_high"]
     ends = [found.metrics[f"reference/difference{end}"] for end in ("_low", "", "_high")]
-    assert ends == sorted(ends)
     assert ends[1] == pytest.approx(found.metrics["test/auroc"] - found.metrics["reference/auroc"], abs=1e-6)
+    assert arrays.test.y is not None
+    reference = detect(DetectorSpec(kind="knn", seed=0), Context(), data=arrays).weights["score"]
+    difference = measured.weights["auroc"] - rank(reference, arrays.test.y)["auroc"]
+    _, mean, low, high = ranking_gain(difference, arrays.test.y == 1)
+    assert ends == pytest.approx([low, mean, high], abs=1e-5)
 
 
 def test_a_single_anomaly_proves_nothing(table: tuple[Data, Facts, Arrays]) -> None:
@@ -248,7 +261,7 @@ def test_a_huge_value_leaves_scores_finite(table: tuple[Data, Facts, Arrays]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = evaluate(spec, Context(), data=huge, finetuned=trained)
-        scores = {kind: detect(DetectorSpec(kind=kind, seed=0), Context(), data=huge) for kind in DETECTORS}
+        scores = {kind: detect(DetectorSpec(kind=kind, seed=0), Context(), data=huge) for kind in get_args(Detector)}
     assert {"codes", "ranking", "scores", "strangest"} < found.figures.keys()
     assert all(np.isfinite(each.weights["score"]).all() for each in scores.values())
     assert all(each.weights["score"].argmax() == 2 for kind, each in scores.items() if kind != "iforest")
@@ -278,11 +291,29 @@ def test_the_farthest_references_are_left_out_where_rows_may_be_anomalies(table:
     net = build_trained(computed(plan.trained, arrays), [], CPU)
     train, validation = known_rows(Context(), arrays)
     train[:5] = 50 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    clean, mixed = (fit(net, train, validation, mixed) for mixed in (False, True))
+    clean, mixed = (fit_score(net, train, validation, mixed) for mixed in (False, True))
     rows = len(train) + len(validation)
     assert (len(clean.references), len(mixed.references)) == (rows, rows - int(0.1 * rows))
     assert np.abs(clean.references).max() > 20 > 10 > np.abs(mixed.references[:, :4]).max()
     assert (np.diff(mixed.scores) >= 0).all()
+
+
+def test_what_a_score_keeps_of_the_rows(table: tuple[Data, Facts, Arrays]) -> None:
+    data, facts, arrays = table
+    plan = next(plan for plan in plans(data, facts) if plan.row == "denoising")
+    net = build_trained(computed(plan.trained, arrays), [], CPU)
+    train, validation = known_rows(Context(), arrays)
+    kept = fit_score(net, train, validation, False)
+    rows = torch.cat([train, validation]).numpy()
+    assert kept.spread == pytest.approx(np.sqrt(rows.var(0).mean()), rel=1e-4)
+    errors = (validation - net.reconstruct(validation)).detach().numpy()
+    assert kept.residual_spread == pytest.approx(np.sqrt(np.square(errors).mean(0)), rel=1e-4)
+    _, numbers = NearestNeighbors(n_neighbors=6).fit(rows).kneighbors(rows)
+    differences = (rows - rows[numbers[:, 1:]].mean(1)) / kept.spread
+    assert kept.neighbour_spread == pytest.approx(np.sqrt(np.square(differences).mean(0)), rel=1e-3)
+    # rows that the network was not trained on tell how usual a score is
+    distances, _ = NearestNeighbors(n_neighbors=6).fit(kept.references).kneighbors(kept.references[len(train) :])
+    assert kept.scores == pytest.approx(np.sort(distances[:, 1:].mean(1)), rel=1e-3)
 
 
 @pytest.mark.parametrize(("contamination", "mixed"), [("clean", False), ("mixed", True), (0.03, True)])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from aecore.anomaly.reasons import Reasons
-from aecore.anomaly.score import NeighbourScore, fit
+from aecore.anomaly.score import NeighbourScore, fit_score
 from aecore.anomaly.scores import AllScores
 from aecore.config.experiment import Data, Dense, Experiment, Finetune, Fit
 from aecore.config.facts import Facts
@@ -44,8 +44,11 @@ from aecore.stages.pretrain import pretrain_layer
 from aecore.stages.reference import reference
 from aecore.stages.rows import filled
 from aecore.stages.training import train_as_one
+from aecore.training import groups
+from aecore.training.job import Job
 from aecore.variants import Contractive, Denoising, Plain, Sparse, Variant, Variational
 from pipelines.graph.recipe import Stacked, build
+from tests.fits import job
 
 ROWS = 300
 BLOCKS = ((1, 4), (6, 8))
@@ -223,7 +226,9 @@ def test_anomalies_are_scored_in_rows_with_gaps(data: Data, rows: tuple[Facts, A
     )
     scores = AllScores(stack, train, validation, mixed=False)(test)
     assert "bound" in scores and all(np.isfinite(each).all() for each in scores.values())
-    reasons = Reasons(NeighbourScore(stack, fit(stack, train, validation, False)), build_prepare(result), facts.columns)
+    reasons = Reasons(
+        NeighbourScore(stack, fit_score(stack, train, validation, False)), build_prepare(result), facts.columns
+    )
     raw = torch.tensor(arrays.test.x[:4])
     named = {reason.feature for row in reasons.of(raw, torch.tensor(scores["neighbours"][:4])) for reason in row}
     assert named <= {*facts.columns.features}
@@ -276,7 +281,34 @@ def test_a_stream_has_the_facts_and_scaling_of_memory(variant: Variant, data: Da
     assert isinstance(graph.evaluate.spec, EvaluateSpec)
     scoring = graph.evaluate.spec.model_copy(update={"pictures": False})
     scored = evaluate(scoring, Context(), data=stream, layers=layers, finetuned=result)
+    x = build_prepare(result)(torch.tensor(sample.test.x))  # the sample of so few rows has all of them
+    expected = reconstruction_mse(x, build_trained(result, [], torch.device("cpu")).reconstruct(x).detach())
+    assert scored.metrics["test/reconstruction_mse"] == pytest.approx(expected, rel=1e-4)
     assert np.isfinite([*result.metrics.values(), *scored.metrics.values()]).all()
+
+
+def test_a_missing_value_stays_missing_where_rows_are_drawn() -> None:
+    spec = LayerSpec(
+        kind="dense", in_shape=(4,), code_shape=(2,), activation="linear", likelihood="bernoulli", levels=0,
+        out_activation="linear", dropout=0, normalization="none", tied=False, stochastic=True, missing=True,
+    )  # fmt: skip
+    layer, x = Layer(spec), torch.tensor([[1.0, torch.nan, 0.0, 1.0], [torch.nan, 0.0, 1.0, 1.0]])
+    layer.encoder.fill.fill_(0.5)
+    torch.manual_seed(0)
+    drawn = Variational(binarize=True).loss(layer, x)
+    torch.manual_seed(0)
+    torch.rand_like(x)  # zeros and ones are drawn as they are
+    assert drawn == Variational(binarize=False).loss(layer, x)
+
+
+def test_fits_hold_the_same_rows_with_gaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(groups, "fit", jobs.append)
+    x = torch.tensor([[1.0, torch.nan], [2.0, 3.0], [torch.nan, 0.0]])
+    model = torch.nn.Linear(2, 2)
+    groups.fit_all(job(model, lambda rows: {"mse": rows.sum()}, (x.clone(),), (x[:2].clone(),), Fit()) for _ in "ab")
+    first, second = ((*each.in_memory, *each.validation) for each in jobs)
+    assert all(one is other for one, other in zip(first, second, strict=True)) and len(first) == 2
 
 
 def test_without_gaps_impute_gives_the_numbers_of_refuse(tmp_path: Path) -> None:

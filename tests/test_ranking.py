@@ -113,6 +113,6 @@ def test_curves_are_those_of_scikit_learn() -> None:
 
 def test_measures_are_named_by_score() -> None:
     scores, anomaly = draw(7, 60)
-    found = measure({"main": scores, "other": -scores}, anomaly, "main")
+    found = measure(rank(scores, anomaly), {"other": -scores}, anomaly)
     assert found["auroc/other"] == pytest.approx(1 - found["test/auroc"])
     assert set(found) == {"test/auroc", "test/average_precision", "test/precision_at_n", "auroc/other"}

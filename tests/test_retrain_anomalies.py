@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from aecore.anomaly.score import Fitted, NeighbourScore
+from aecore.anomaly.score import FittedScore, NeighbourScore
 from aecore.config.experiment import Data, Dense, Experiment, Finetune
 from aecore.config.facts import Facts
 from aecore.config.specs import ContestSpec, DriftSpec, Numerics
@@ -211,7 +212,7 @@ def test_models_are_compared_by_the_area_under_the_roc_curve(made: Day) -> None:
     scored = found.metrics
     # two trained models and, as a model of an earlier version, one that keeps no references
     stack = [TrainedStack(build_stack(model), "fp32", torch.device("cpu")) for model in (one, two)]
-    known = [Fitted(*(model.weights[f"anomaly.{name}"] for name in Fitted._fields)) for model in (one, two)]
+    known = [FittedScore(*(model.weights[f"anomaly.{name}"] for name in FittedScore._fields)) for model in (one, two)]
     prepared = build_prepare(one)(torch.tensor(x))
     scores = [NeighbourScore(*pair).score(prepared).numpy() for pair in zip(stack, known, strict=True)]
     newest = ~np.isin(content_hashes(x), ids)
@@ -294,6 +295,17 @@ def test_the_interval_is_that_of_resampled_rows() -> None:
     # a quarter as many anomalies, and the interval is twice as wide, however many normal rows there are
     fewer = [ranking_gain(paired(*ranked(count, 0.4, 0)), ranked(count, 0.4, 0)[2]) for count in (25, 100)]
     assert 1.5 < (fewer[0].high - fewer[0].low) / (fewer[1].high - fewer[1].low) < 3
+
+
+@pytest.mark.parametrize("anomalies", [3, 30])
+def test_the_interval_has_the_degrees_of_freedom_of_welch(anomalies: int) -> None:
+    one, two, anomaly = ranked(anomalies, 0.4, 0)
+    better = paired(one, two, anomaly)
+    found = ranking_gain(better, anomaly)
+    parts = [better[own] * own.mean() for own in (anomaly, ~anomaly)]
+    error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
+    freedom = stats.ttest_ind(*parts, equal_var=False).df
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, freedom) * error)
 
 
 def test_with_ten_anomalies_equal_models_rarely_seem_to_differ() -> None:

@@ -2,31 +2,29 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from aecore.anomaly.neighbours import NEIGHBOURS, REFERENCE_ROWS
 from aecore.core.notes import Notes, sampled
+from aecore.core.types import Detector
 from aecore.evaluation.sampling import sample_rows
 
-Detector = Literal["iforest", "knn", "lof", "pca"]
-DETECTORS: tuple[Detector, ...] = ("knn", "iforest", "lof", "pca")
-"""Distance to nearest neighbours, isolation forest, local outlier factor, and the error of PCA."""
 _LOF_NEIGHBOURS, _VARIANCE = 20, 0.9
 """Number of neighbours of Breunig et al. (2000) and scikit-learn, and the share of the variance that PCA keeps."""
 Score = Callable[[np.ndarray], np.ndarray]
 """Returns how strange rows (rows, features) are, (rows,)."""
 
 
-class Fitted(NamedTuple):
+class FittedDetector(NamedTuple):
     """A detector that is fitted to rows, and notes on the fit."""
 
     score: Score
     notes: Notes
 
 
-def fit_detector(kind: Detector, rows: np.ndarray, seed: int) -> Fitted:
+def fit_detector(kind: Detector, rows: np.ndarray, seed: int) -> FittedDetector:
     """Fit a detector to rows (rows, features) without labels.
 
     - `knn`: mean distance to the 5 nearest rows (Ramaswamy et al. 2000);
@@ -39,14 +37,15 @@ def fit_detector(kind: Detector, rows: np.ndarray, seed: int) -> Fitted:
     """
     chosen = sample_rows(len(rows), REFERENCE_ROWS) if kind in ("knn", "lof") else np.arange(len(rows))
     notes = sampled(len(chosen), len(rows), "training and validation", kind)
-    return Fitted({"iforest": _forest, "knn": _neighbours, "lof": _lof, "pca": _pca}[kind](rows[chosen], seed), notes)
+    score_of = {"iforest": _forest, "knn": _neighbours, "lof": _lof, "pca": _pca}[kind]
+    return FittedDetector(score_of(rows[chosen], seed), notes)
 
 
 def _neighbours(rows: np.ndarray, seed: int) -> Score:
     from sklearn.neighbors import NearestNeighbors
 
-    found = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(rows))).fit(rows)
-    return lambda x: found.kneighbors(x)[0].mean(1)
+    known = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(rows))).fit(rows)
+    return lambda x: known.kneighbors(x)[0].mean(1)
 
 
 def _forest(rows: np.ndarray, seed: int) -> Score:

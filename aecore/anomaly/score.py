@@ -25,16 +25,17 @@ with 5 % of anomalies in training this raised the mean AUROC from 0.773 to 0.785
 _CALIBRATION_ROWS = 2000
 """Most references whose own scores tell how usual a score is, and how far rows lie from those like them."""
 _ROUNDS, _SUSPECTS, _SUSPECT_SHARE = 3, 5, 4
-"""How often `explain` looks for the suspect features, and how many they are: five, but at most one in four."""
+"""How often `explain` looks for the suspect features, and how many they are: five, but at most one in four, and one of
+two or three. A single feature stays, as nothing would be left to compare by."""
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _LARGEST, _LEAST_SPREAD = 1e12, 1e-5
 """Values as the first layer reads them are cut off at the first number, and no spread is smaller than the second, so
 that squares are finite: where all training rows are equal, the spreads are rounding errors or 0."""
 _PREFIX = "anomaly."
-"""Prefix of the names that the arrays of `Fitted` have among the weights of a model."""
+"""Prefix of the names that the arrays of `FittedScore` have among the weights of a model."""
 
 
-class Fitted(NamedTuple):
+class FittedScore(NamedTuple):
     """The score, fitted to reference rows, as arrays that a model keeps."""
 
     references: np.ndarray
@@ -78,7 +79,7 @@ class NeighbourScore:
     divided by its spread over the validation rows, and the features by their common spread.
     """
 
-    def __init__(self, stack: TrainedStack, fitted: Fitted) -> None:
+    def __init__(self, stack: TrainedStack, fitted: FittedScore) -> None:
         references, *spreads = (torch.tensor(array, device=stack.device) for array in fitted[:4])
         self.stack, self.references = stack, References(references)
         self.spread, self.residual_spread, self.neighbour_spread = spreads
@@ -104,7 +105,7 @@ class NeighbourScore:
         rows = x.flatten(1)
         units = rows / self.spread
         features = References(self.references.rows[:, : rows.shape[1]])
-        suspects = min(_SUSPECTS, max(1, rows.shape[1] // _SUSPECT_SHARE))
+        suspects = min(_SUSPECTS, max(1, rows.shape[1] // _SUSPECT_SHARE), rows.shape[1] - 1)
         compared, read = units, rows
         for _ in range(_ROUNDS):
             expected = features.mean(features.nearest(compared))
@@ -129,7 +130,7 @@ def residuals(stack: TrainedStack, x: Float[Tensor, "rows ..."]) -> Float[Tensor
     return over_prepared(lambda rows: (rows - stack.reconstruct(rows)).flatten(1), x, stack)
 
 
-def fit(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> Fitted:
+def fit_score(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> FittedScore:
     """Fit the score to prepared rows of training and validation, of which very many are sampled.
 
     The rows of both are references. The spread of residuals is that of validation rows, since an autoencoder's
@@ -144,12 +145,12 @@ def fit(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> 
     spread = _variance(rows.flatten(1)).mean().sqrt().clamp(min=_LEAST_SPREAD)
     spreads = [spread, _floored(residuals(stack, validation))]
     blank = np.empty((0, 0), np.float32)
-    units = Fitted(blank, to_numpy(spread), to_numpy(spreads[1]), blank, blank)
+    units = FittedScore(blank, to_numpy(spread), to_numpy(spreads[1]), blank, blank)
     vectors = NeighbourScore(stack, units).vectors(rows[chosen])
     own = torch.arange(len(chosen), device=rows.device)
     if mixed and len(own) > 2 * NEIGHBOURS:
-        strangest = References(vectors).nearest(vectors, own).mean_distance().argsort(stable=True)
-        kept = strangest[: len(own) - int(_TRIMMED * len(own))].sort().values
+        nearest_first = References(vectors).nearest(vectors, own).mean_distance().argsort(stable=True)
+        kept = nearest_first[: len(own) - int(_TRIMMED * len(own))].sort().values
         vectors, chosen, own = vectors[kept], chosen[kept], own[: len(kept)]
     features = References(vectors[:, : vectors.shape[1] // 2])
     sample = own[torch.from_numpy(sample_rows(len(own), _CALIBRATION_ROWS)).to(own.device)]
@@ -159,7 +160,7 @@ def fit(stack: TrainedStack, train: Tensor, validation: Tensor, mixed: bool) -> 
     known = unseen[torch.from_numpy(sample_rows(len(unseen), _CALIBRATION_ROWS)).to(own.device)]
     scores = References(vectors).nearest(vectors[known], known).mean_distance()
     fitted = (vectors, *spreads, _floored(differences), scores.sort().values)
-    return Fitted(*(to_numpy(each) for each in fitted))
+    return FittedScore(*(to_numpy(each) for each in fitted))
 
 
 def _floored(values: Float[Tensor, "rows features"]) -> Float[Tensor, " features"]:

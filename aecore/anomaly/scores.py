@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aecore.anomaly.neighbours import References, most_references
-from aecore.anomaly.score import NeighbourScore, bounded, fit, residuals
+from aecore.anomaly.score import NeighbourScore, bounded, fit_score, residuals
 from aecore.evaluation.sampling import sample_rows
 from aecore.evaluation.scoring import TrainedStack, fixed_noise, over_prepared, to_numpy
 from aecore.models.divergences import kl_to_prior
@@ -36,7 +36,7 @@ class AllScores:
         from sklearn.covariance import LedoitWolf
 
         self.stack = stack
-        self.default = NeighbourScore(stack, fit(stack, train, validation, mixed))
+        self.default = NeighbourScore(stack, fit_score(stack, train, validation, mixed))
         rows = torch.cat([train, validation])
         rows = rows[torch.from_numpy(sample_rows(len(rows), most_references(rows[0].numel()))).to(rows.device)]
         codes = self._codes(rows)

@@ -76,8 +76,8 @@ def nameless(model: str) -> str:
     )
 
 
-class RowKinds(Frozen):
-    """How many rows of a split are normal, and how many are anomalies."""
+class RowCounts(Frozen):
+    """The numbers of normal rows and of anomalies of a split."""
 
     normal: int
     anomalies: int
@@ -116,9 +116,9 @@ class Facts(Frozen):
 
     columns: Annotated[TableColumns, Unhashed()] = TableColumns()
     """The columns of a table, which the digest covers."""
-    kinds: Annotated[tuple[RowKinds, ...], Unhashed()] = ()
-    """With `data.anomaly`, the kinds of rows in training, in validation, in test and among the rows that are not used;
-    empty where they are not known before a worker reads the rows."""
+    row_counts: Annotated[tuple[RowCounts, ...], Unhashed()] = ()
+    """With `data.anomaly`, how many normal rows and anomalies are in training, in validation, in test and among the
+    rows that are not used; empty where this is not known before a worker reads the rows."""
 
     @property
     def has_anomalies(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from aecore.config.experiment import Data, Fit
 from aecore.config.facts import Facts, TableColumns
 from aecore.core.fingerprint import Frozen, Later, Unhashed
-from aecore.core.types import Precision, Task
+from aecore.core.types import Detector, Precision, Task
 from aecore.models.spec import LayerSpec
 from aecore.variants import Variant
 
@@ -105,9 +105,9 @@ class MeasureSpec(Frozen):
 
 
 class DetectorSpec(Frozen):
-    """A reference for finding anomalies: one of scikit-learn's detectors, see `aecore.anomaly.detectors`."""
+    """A reference for finding anomalies: one of scikit-learn's detectors."""
 
-    kind: Literal["knn", "iforest", "lof", "pca"]
+    kind: Detector
     seed: int
     """Seed of the isolation forest; 0 for the others, which draw nothing."""
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 Activation = Literal["relu", "sigmoid", "tanh", "gelu", "elu", "linear"]
 LikelihoodKind = Literal["gaussian", "bernoulli", "continuous_bernoulli", "categorical"]
 Noise = Literal["gaussian", "masking", "salt_and_pepper"]
+Detector = Literal["knn", "iforest", "lof", "pca"]
+"""A detector of anomalies from scikit-learn, see `aecore.anomaly.detectors`."""
 Precision = Literal["fp32", "tf32", "bf16"]
 Task = Literal["classify", "reconstruct"]
 

@@ -15,7 +15,7 @@ from aecore.config.resolve import resolve_in_memory, resolve_standardize
 from aecore.core.errors import InputError
 from aecore.core.types import describe_shape
 from aecore.data import named, parquet
-from aecore.data.anomalies import count_kinds, describe_anomalies, describe_kinds, warn_of_few
+from aecore.data.anomalies import count_rows, describe_anomalies, describe_row_counts, warn_of_few
 from aecore.data.labels import are_anomalies, only_anomalies
 from aecore.data.numbers import SMALLEST_SPREAD, Moments
 from aecore.data.splits import (
@@ -70,7 +70,7 @@ def inspect(data: Data, like: TableColumns | None = None) -> Facts:
     if labels is not None and facts.has_anomalies:
         if data.split == "drawn" and resolve_in_memory(data, facts) == "never":
             return facts  # these rows are not drawn but split one by one, as they are read
-        facts = facts.model_copy(update={"kinds": count_kinds(labels, [train, validation, test])})
+        facts = facts.model_copy(update={"row_counts": count_rows(labels, [train, validation, test])})
         warn_of_few(data, facts)
         return facts
     if labels is None or not facts.classes:
@@ -96,13 +96,13 @@ def describe(data: Data, facts: Facts, divided: bool = True) -> list[str]:
     Args:
         divided: say also how the rows are split.
     """
-    kinds = describe_kinds(facts) if divided else []
+    counts = describe_row_counts(facts) if divided else []
     if data.name == "parquet":
-        return parquet.describe(data, facts, divided) + kinds
+        return parquet.describe(data, facts, divided) + counts
     labels = f"{len(facts.classes)} classes" if facts.classes else "labels are not used"
     if facts.has_anomalies:
         labels = f"label{'' if len(data.anomaly) == 1 else 's'} {describe_anomalies(data, facts)}"
-    return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}", *kinds]
+    return [f"data: {data.name}, {facts.rows:,} rows, {describe_shape(facts.shape)}, {labels}", *counts]
 
 
 def load(data: Data, facts: Facts) -> Arrays:

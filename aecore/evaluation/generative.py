@@ -26,7 +26,7 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor, notes: Note
     many rows a sample is used, which is added to `notes`."""
     with fixed_noise(x.device), torch.no_grad():
         binary = x
-        if stack.likelihood == "bernoulli":
+        if stack.input_spec.likelihood == "bernoulli":
             binary = torch.where(x.isnan(), x, torch.bernoulli(x.nan_to_num()))  # a missing value stays one
         bound = generation.bound(stack, binary if variant.binarize else x)
         metrics = {
@@ -38,7 +38,7 @@ def likelihood_bounds(stack: Stack, variant: Variational, x: Tensor, notes: Note
             metrics["vae/active_units"] = generation.active_units(stack, x)
         else:
             notes |= left_out("there is one test row", "vae/active_units")
-        if stack.likelihood == "bernoulli":
+        if stack.input_spec.likelihood == "bernoulli":
             rows = sample_rows(len(x), _WEIGHTED_ROWS)
             weighted = binary if len(rows) == len(x) else binary[torch.from_numpy(rows).to(x.device)]
             metrics["vae/iw_bound"] = generation.importance_weighted(stack, weighted)

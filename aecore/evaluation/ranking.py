@@ -40,18 +40,20 @@ def rank(scores: np.ndarray, anomaly: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def measure(scores: Mapping[str, np.ndarray], anomaly: np.ndarray, default: str) -> dict[str, float]:
-    """Return as `test/...` all measures of the score called `default`, and as `auroc/...` the area under the ROC curve
-    of each other score.
+def measure(
+    added: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], anomaly: np.ndarray
+) -> dict[str, float]:  # fmt: skip
+    """Return as `test/...` all measures of the default score, and as `auroc/...` the area under the ROC curve of each
+    other score.
 
     Args:
-        scores: (rows,) by name.
+        added: (rows,) what `rank` returns of the default score.
+        others: (rows,) further scores by name.
         anomaly: (rows,) whether a row is an anomaly.
     """
-    values = rank(scores[default], anomaly)
-    measures = {f"test/{name}": value for name, value in summarize(values).items()}
-    others = {name: each for name, each in scores.items() if name != default}
-    return measures | {f"auroc/{name}": summarize(rank(each, anomaly))["auroc"] for name, each in others.items()}
+    areas = {name: float(_auroc(scores, anomaly.astype(bool)).mean()) for name, scores in others.items()}
+    measures = {f"test/{name}": value for name, value in summarize(added).items()}
+    return measures | {f"auroc/{name}": area for name, area in areas.items()}
 
 
 def interval(auroc: np.ndarray, anomaly: np.ndarray) -> dict[str, float]:
@@ -69,9 +71,9 @@ def interval(auroc: np.ndarray, anomaly: np.ndarray) -> dict[str, float]:
     return {"test/auroc_low": max(0.0, mean - 1.96 * error), "test/auroc_high": min(1.0, mean + 1.96 * error)}
 
 
-def summarize(values: dict[str, np.ndarray]) -> dict[str, float]:
+def summarize(added: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Return the measures from what `rank` returns."""
-    return {name: float(each.mean()) for name, each in values.items()}
+    return {name: float(each.mean()) for name, each in added.items()}
 
 
 def curves(scores: np.ndarray, anomaly: np.ndarray, points: int = 300) -> Curves:
@@ -138,7 +140,8 @@ def _average_precision(scores: np.ndarray, anomaly: np.ndarray) -> np.ndarray:
 
 def _precision(scores: np.ndarray, anomaly: np.ndarray) -> np.ndarray:
     """Return what rows add to the share of anomalies among the strangest rows, as many as there are anomalies. Of rows
-    that tie at the threshold each counts as the share of them that is among the strangest."""
+    that tie at the threshold each counts as the share of them that is among the strangest. What a row adds is told for
+    a threshold that stays."""
     count = int(anomaly.sum())
     threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
     above, tied = scores > threshold, scores == threshold

@@ -6,13 +6,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from aecore.core.notes import describe
+from aecore.core.types import Detector
 
-Reference = Literal["pca", "random", "knn", "iforest", "lof"]
+Reference = Detector | Literal["random"]
 REFERENCES: tuple[Reference, ...] = ("pca", "random")
 """The study rows that every study contains besides its variants: PCA, and the base's network with random weights."""
-DETECTORS: tuple[Reference, ...] = ("knn", "iforest", "lof", "pca", "random")
+ANOMALY_REFERENCES: tuple[Reference, ...] = ("knn", "iforest", "lof", "pca", "random")
 """Those of a study of anomalies: the distance to nearest neighbours, an isolation forest, the local outlier factor, the
 error of PCA, and the base's network with random weights."""
+
+
+def is_reference(kind: str) -> bool:
+    """Say whether trials of this kind are of a reference, not of a variant."""
+    return kind in (*REFERENCES, *ANOMALY_REFERENCES)
 
 
 class Trial(NamedTuple):
@@ -58,7 +64,7 @@ class Trial(NamedTuple):
     @property
     def is_reference(self) -> bool:
         """Whether the trial is of a reference, not of a variant."""
-        return self.kind in (*REFERENCES, *DETECTORS)
+        return is_reference(self.kind)
 
     @property
     def name(self) -> str:

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from aecore.core.types import LikelihoodKind
 from aecore.models import likelihood
 from aecore.models.spec import LayerSpec
 
@@ -16,10 +15,8 @@ Batch = Float[Tensor, "batch ..."]
 class Autoencoder(nn.Module, ABC):
     """A model that maps rows x (batch, *in_shape) to codes (batch, *code_shape) and back."""
 
-    likelihood: LikelihoodKind
-    """The reconstruction term of the rows that the model reads."""
-    reads: LayerSpec
-    """The spec of the layer that reads the rows."""
+    input_spec: LayerSpec
+    """The spec of the layer that reads the rows, with the likelihood of these."""
 
     @abstractmethod
     def filled(self, x: Batch) -> Batch:
@@ -49,5 +46,5 @@ class Autoencoder(nn.Module, ABC):
     def reconstruction_loss(self, code: Batch, target: Batch) -> Float[Tensor, ""]:
         """Return the reconstruction term of `target` (batch, *in_shape) given its code: a sum over features, averaged
         over the batch. Missing values of the target are left out of the sum."""
-        spec = self.reads
+        spec = self.input_spec
         return likelihood.reconstruction_loss(spec.likelihood, self.decode(code), target, spec.blocks, spec.missing)

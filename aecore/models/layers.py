@@ -112,8 +112,7 @@ class Layer(Autoencoder):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.spec = spec
-        self.likelihood, self.reads = spec.likelihood, spec
+        self.spec = self.input_spec = spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
         self.log_variance = _affine(spec) if spec.stochastic else None
@@ -134,6 +133,6 @@ class Layer(Autoencoder):
         return out if activation.is_rectifier else activation.value(out)
 
     def mean(self, code: Batch) -> Batch:
-        mean = likelihood.mean(self.likelihood, self.decode(code), self.spec.blocks)
+        mean = likelihood.mean(self.spec.likelihood, self.decode(code), self.spec.blocks)
         activation = ACTIVATIONS[self.spec.out_activation]
         return activation.value(mean) if activation.is_rectifier else mean

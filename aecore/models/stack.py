@@ -17,7 +17,7 @@ class Stack(Autoencoder):
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.likelihood, self.reads = layers[0].spec.likelihood, layers[0].spec
+        self.input_spec = layers[0].spec
         self.code_shape = layers[-1].spec.code_shape
 
     def __iter__(self) -> Iterator[Layer]:
@@ -48,4 +48,5 @@ class Stack(Autoencoder):
         return self.first.decode(code)
 
     def mean(self, code: Batch) -> Batch:
-        return likelihood.mean(self.likelihood, self.decode(code), self.reads.blocks)
+        spec = self.input_spec
+        return likelihood.mean(spec.likelihood, self.decode(code), spec.blocks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aecore.anomaly.reasons import Reason, Reasons
-from aecore.anomaly.score import Fitted, NeighbourScore
+from aecore.anomaly.score import FittedScore, NeighbourScore
 from aecore.config.facts import columns_of, has_no_names, nameless
 from aecore.evaluation.reconstruction import row_errors
 from aecore.evaluation.scoring import TrainedStack, as_trained, precision_of
@@ -35,7 +35,7 @@ class Model:
         self.batch = LayerSpec.model_validate(result.config["layers"][0]).scoring_rows
         self.errors = np.sort(result.weights.get("reference.error", np.empty(0, np.float32)))
         self.score: NeighbourScore | None = None
-        if self.autoencoder is not None and (fitted := Fitted.from_weights(result.weights)):
+        if self.autoencoder is not None and (fitted := FittedScore.from_weights(result.weights)):
             self.score, self.usual_scores = NeighbourScore(self.autoencoder, fitted), fitted.scores
 
     def measure(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -53,8 +53,9 @@ def measure_detection(
     Returns:
         A result with `test/auroc`, `test/average_precision` and `test/precision_at_n` of the default score; `auroc/...`
         of each other score of an autoencoder; `val/reconstruction_mse` of validation rows; in `weights` for each test
-        row its `score`, whether it is an `anomaly`, and what it adds to each measure (see `aecore.anomaly.ranking`); in
-        `config` the training's `history`, `strangest` rows with their reasons, and `notes`.
+        row its `score`, whether it is an `anomaly`, and what it adds to each measure (see
+        `aecore.evaluation.ranking`); in `config` the training's `history`, `strangest` rows with their reasons, and
+        `notes`.
     """
     anomaly = test_anomalies(context, data)
     source = detector or stack or layers[-1]
@@ -66,23 +67,25 @@ def measure_detection(
     else:
         net = build_trained(stack, layers, context.device)
         train, validation = known_rows(context, data)
-        score = AllScores(net, train, validation, spec.mixed)
-        scores = score_test_rows(score, context, data)
+        all_scores = AllScores(net, train, validation, spec.mixed)
+        scores = score_test_rows(all_scores, context, data)
         metrics["val/reconstruction_mse"] = reconstruction_mse(
             validation, over_prepared(net.reconstruct, validation, net)
         )
         if spec.explained:
-            config["strangest"] = explain_strangest(score.default, context, data, spec.columns)
-    metrics |= ranking.measure(scores, anomaly, DEFAULT)
-    arrays = {name: each.astype(np.float32) for name, each in ranking.rank(scores[DEFAULT], anomaly).items()}
-    arrays |= {"score": scores[DEFAULT], "anomaly": anomaly.astype(np.uint8)}
+            config["strangest"] = explain_strangest(all_scores.default, scores[DEFAULT], context, data, spec.columns)
+    score = scores.pop(DEFAULT)
+    added = ranking.rank(score, anomaly)
+    metrics |= ranking.measure(added, scores, anomaly)
+    arrays = {name: each.astype(np.float32) for name, each in added.items()}
+    arrays |= {"score": score, "anomaly": anomaly.astype(np.uint8)}
     return Result(config | ({"notes": notes} if notes else {}), arrays, metrics)
 
 
-def score_test_rows(score: AllScores, context: Context, data: Arrays | Stream) -> Scores:
+def score_test_rows(all_scores: AllScores, context: Context, data: Arrays | Stream) -> Scores:
     """Return all scores of the test rows of a data set, (rows,) by name."""
     prepare = preprocessing(data, context.device)
-    parts = [score(over_batches(prepare, rows.x, context.device)) for rows in all_test_rows(data, context)]
+    parts = [all_scores(over_batches(prepare, rows.x, context.device)) for rows in all_test_rows(data, context)]
     return with_ranks({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -92,15 +95,19 @@ def test_anomalies(context: Context, data: Arrays | Stream) -> np.ndarray:
 
 
 def explain_strangest(
-    score: NeighbourScore, context: Context, data: Arrays | Stream, columns: TableColumns
+    score: NeighbourScore, scores: np.ndarray, context: Context, data: Arrays | Stream, columns: TableColumns
 ) -> list[dict[str, Any]]:
-    """Return the strangest test rows in memory, each with its number, score, whether it is an anomaly, and reasons."""
+    """Return the strangest test rows in memory, each with its number, score, whether it is an anomaly, and reasons.
+
+    Args:
+        scores: (rows,) of all test rows. Where only a sample of these is in memory, the sample is scored anew.
+    """
     prepare, test = preprocessing(data, context.device), rows_in_memory(data).test
-    scores = score.score(over_batches(prepare, test.x, context.device))
-    strangest = scores.argsort(descending=True, stable=True)[:EXPLAINED_ROWS]
-    numbers = to_numpy(strangest)
-    raw = torch.tensor(test.x[numbers], device=context.device)
-    reasons = Reasons(score, prepare, columns).of(raw, scores[strangest])
+    if isinstance(data, Stream):
+        scores = to_numpy(score.score(over_batches(prepare, test.x, context.device)))
+    numbers = np.argsort(-scores, kind="stable")[:EXPLAINED_ROWS]
+    raw, own = (torch.tensor(rows[numbers], device=context.device) for rows in (test.x, scores))
+    reasons = Reasons(score, prepare, columns).of(raw, own)
     return [
         {
             "row": int(number), "score": float(scores[number]),

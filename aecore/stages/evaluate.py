@@ -149,18 +149,21 @@ def _evaluate_anomalies(
     The reference is the distance to nearest neighbours among the features, without a network.
     """
     train, validation = known_rows(context, data)
-    score = AllScores(stack, train, validation, spec.anomalies == "mixed")
-    scores, anomaly = score_test_rows(score, context, data), test_anomalies(context, data)
+    all_scores = AllScores(stack, train, validation, spec.anomalies == "mixed")
+    scores, anomaly = score_test_rows(all_scores, context, data), test_anomalies(context, data)
+    score = scores.pop(DEFAULT)
     if spec.pictures:
-        ranked = detection.Ranked(scores[DEFAULT], anomaly)
+        ranked = detection.Ranked(score, anomaly)
         pen.draw("ranking", detection.ranking, ranked)
         pen.draw("scores", detection.histogram, ranked)
-        pen.draw("strangest", detection.strangest, explain_strangest(score.default, context, data, spec.columns))
+        strangest = explain_strangest(all_scores.default, score, context, data, spec.columns)
+        pen.draw("strangest", detection.strangest, strangest)
     reference = detect(DetectorSpec(kind="knn", seed=0), context, data=data).weights["score"]
-    own, other = (ranking.rank(each, anomaly)["auroc"] for each in (scores[DEFAULT], reference))
+    added, other = ranking.rank(score, anomaly), ranking.rank(reference, anomaly)["auroc"]
+    own = added["auroc"]
     difference = ranking_gain(own - other, anomaly)
     return {
-        **ranking.measure(scores, anomaly, DEFAULT), **ranking.interval(own, anomaly),
+        **ranking.measure(added, scores, anomaly), **ranking.interval(own, anomaly),
         "reference/auroc": float(other.mean()), "reference/difference": difference.mean,
         "reference/difference_low": difference.low, "reference/difference_high": difference.high,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aecore.anomaly.score import fit as fit_score
+from aecore.anomaly.score import fit_score
 from aecore.config.specs import FinetuneSpec
 from aecore.core.fingerprint import derive_seed
 from aecore.core.types import Precision
@@ -50,7 +50,8 @@ def finetune(spec: FinetuneSpec, context: Context, **inputs: Any) -> Result:
         - `reference.*` of at most 2,000 validation rows, with which new data are compared: `error` (rows,), the squared
           error of reconstruction per feature; `code` (rows, units); `label` (rows,); and `mean` and `std` (features,)
           of what the first layer reads, where values are missing over the `observed` rows (features,);
-        - `anomaly.*`, where the spec asks for it: the default score of anomalies, see `aecore.anomaly.score.Fitted`.
+        - `anomaly.*`, where the spec asks for it: the default score of anomalies, see
+          `aecore.anomaly.score.FittedScore`.
     """
     return train(prepare(spec, context, **inputs))
 

@@ -51,9 +51,9 @@ class Variational(Objective):
     def loss(self, model: Autoencoder, x: Tensor) -> Terms:
         import torch
 
-        if self.binarize and model.likelihood == "bernoulli":
+        if self.binarize and model.input_spec.likelihood == "bernoulli":
             drawn = (torch.rand_like(x) < x).to(x.dtype)  # takes a quarter of torch.bernoulli's time on CPU
-            x = torch.where(x.isnan(), x, drawn) if model.reads.missing else drawn
+            x = torch.where(x.isnan(), x, drawn) if model.input_spec.missing else drawn
         mean, log_variance = (parameter.float() for parameter in model.posterior(x))
         code = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         return {

@@ -51,9 +51,14 @@ class Wins(NamedTuple):
     """Number of sets on which both were compared."""
 
     @property
+    def ties(self) -> int:
+        """Number of sets on which it is neither better nor worse."""
+        return self.sets - self.better - self.worse
+
+    @property
     def text(self) -> str:
         """The numbers of better, tied and worse sets."""
-        return f"{self.better} / {self.sets - self.better - self.worse} / {self.worse}" if self.sets else "–"
+        return f"{self.better} / {self.ties} / {self.worse}" if self.sets else "–"
 
 
 class Overview(NamedTuple):
@@ -125,7 +130,7 @@ def write(reports: Mapping[str, Report], trials: Sequence[Trial], about: About, 
             files.append(folder / "figures" / f"ranks_{one.measure.name.replace('/', '_')}.png")
             files[-1].write_bytes(one.png)
     notes = [f"{name}: {note}" for name, one in reports.items() for note in one.notes]
-    verdicts = {one.measure.name: _verdict(one) for one in overviews}
+    verdicts = {one.measure.name: _verdict(one, one.rows[0]) for one in overviews}
     return Report(files, answer, verdicts, means_over_sets(reports), notes, ())
 
 
@@ -142,12 +147,9 @@ def overview(reports: Mapping[str, Report], trials: Sequence[Trial], choose: str
 def means_over_sets(reports: Mapping[str, Report]) -> dict[str, dict[str, float]]:
     """Return by measure and study row the mean over the data sets on which every row has the measure, so that no row
     gains by failing on a hard set."""
-    means = {}
-    for name in dict.fromkeys(name for one in reports.values() for name in one.means):
-        whole = _means(reports, name).dropna()
-        if len(whole):
-            means[name] = {str(row): float(mean) for row, mean in whole.mean().items()}
-    return means
+    names = dict.fromkeys(name for one in reports.values() for name in one.means)
+    means = {name: _mean_over_sets(_means(reports, name)) for name in names}
+    return {name: of_rows for name, of_rows in means.items() if of_rows}
 
 
 def _means(reports: Mapping[str, Report], measure: str) -> pd.DataFrame:
@@ -156,6 +158,12 @@ def _means(reports: Mapping[str, Report], measure: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(
         means, orient="index", columns=list(dict.fromkeys(r for m in means.values() for r in m))
     )
+
+
+def _mean_over_sets(table: pd.DataFrame) -> dict[str, float]:
+    """Return the mean of each study row over the sets on which all rows have a value; nothing without such sets."""
+    whole = table.dropna()
+    return {str(row): float(mean) for row, mean in whole.mean().items()} if len(whole) else {}
 
 
 def _overview(
@@ -168,10 +176,9 @@ def _overview(
     found = {name: one for name, each in reports.items() for one in each.comparisons if one.measure == measure}
     present = tuple(row for row in references if row in rows)
     wins = {row: {other: _wins(found, row, other) for other in present if other != row} for row in rows}
-    whole = table.dropna()
     return Overview(
-        measure, rows, present, {str(row): float(mean) for row, mean in whole.mean().items()} if len(whole) else {},
-        ranks, wins, [_line(name, values, rows, found.get(name), measure) for name in reports],
+        measure, rows, present, _mean_over_sets(table), ranks, wins,
+        [_line(name, values, rows, found.get(name), measure) for name in reports],
         critical_difference(ranks, looks(trials)) if ranks.sets > 1 and len(rows) > 1 else b"",
     )  # fmt: skip
 
@@ -203,13 +210,17 @@ def _line(
     return Line(name, f"sets/{quote(name)}/report.html", cells)
 
 
-def _verdict(one: Overview) -> str:
-    """Say which study row has the best mean rank, and which are not worse beyond doubt."""
+def _verdict(one: Overview, leader: str) -> str:
+    """Say which study row has the best mean rank, and which are not worse beyond doubt.
+
+    Args:
+        leader: What the row with the best mean rank is called.
+    """
     best = one.rows[0]
     if one.ranks.sets < 2:
         return "Fewer than two sets have all rows: not ranked."
     mean = one.ranks.means[best]
-    rank = f"{best} has the best mean rank, {mean:.2f} of {len(one.rows)} rows on {one.ranks.sets} sets"
+    rank = f"{leader} has the best mean rank, {mean:.2f} of {len(one.rows)} rows on {one.ranks.sets} sets"
     if not np.isfinite(one.ranks.critical_difference):
         return f"{rank}; no difference of ranks holds."
     tied = next((group[1:] for group in one.ranks.groups if group[0] == best), ())
@@ -222,9 +233,8 @@ def _verdict(one: Overview) -> str:
 def _answer(one: Overview) -> str:
     """Say which study row to use over all data sets: how it ranks, its mean, and what it is worth beside the best
     reference."""
-    best = one.rows[0]
-    is_reference = " (a reference)" if best in one.references else ""
-    text = f"{_verdict(one).replace(best, best + is_reference, 1)}"
+    best, is_reference = one.rows[0], one.rows[0] in one.references
+    text = _verdict(one, f"{best} (a reference)" if is_reference else best)
     if one.ranks.sets < 2:
         return f"{text} The page of each set answers for the set."
     if best in one.means:
@@ -234,9 +244,8 @@ def _answer(one: Overview) -> str:
         rival = others[0]
         wins = one.wins[best][rival]
         mean = f" ({one.measure.show(one.means[rival], 3)})" if rival in one.means else ""
-        ties = wins.sets - wins.better - wins.worse
         text += (
             f" Beside {rival}{mean}, the best reference, it is better beyond doubt on {wins.better} of {wins.sets} "
-            f"sets, worse on {wins.worse}, and ties on {ties}."
+            f"sets, worse on {wins.worse}, and ties on {wins.ties}."
         )
     return text

@@ -13,12 +13,10 @@ from pydantic import ValidationError
 
 from aecore.config.experiment import Conv, Experiment, Finetune, overlay, share_of_features
 from aecore.config.facts import Facts
-from aecore.config.specs import (
-    Numerics,
-)
+from aecore.config.specs import Numerics
 from aecore.core.errors import InputError
 from aecore.core.fingerprint import fingerprint
-from aecore.evaluation.trial import DETECTORS, REFERENCES, in_set, trial_name
+from aecore.evaluation.trial import in_set, is_reference, trial_name
 from pipelines.graph.recipe import build
 from pipelines.graph.stage import Stage
 from pipelines.graph.work import guessed_seconds, shape_of
@@ -50,7 +48,7 @@ class TrialPlan(NamedTuple):
     @property
     def is_reference(self) -> bool:
         """Whether the trial is of a reference, not of a variant."""
-        return self.kind in (*REFERENCES, *DETECTORS)
+        return is_reference(self.kind)
 
     @property
     def is_fixed_reference(self) -> bool:

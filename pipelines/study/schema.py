@@ -21,7 +21,7 @@ from pydantic_settings import NoDecode
 from aecore.config.experiment import Experiment, Finetune, Fit, check_parts, read_paths
 from aecore.core.errors import short_repr
 from aecore.core.fingerprint import Frozen, Later
-from aecore.evaluation.trial import DETECTORS, REFERENCES, Reference
+from aecore.evaluation.trial import ANOMALY_REFERENCES, REFERENCES, Reference
 
 _ROW_NAME = r"\w[\w .:-]{0,99}"
 """Pattern of a study row's name: it becomes part of the names of metrics, and MLflow allows these characters there."""
@@ -166,6 +166,11 @@ class Study(Frozen):
             raise ValueError("scheduler: asha stops by reconstruction; set choose reconstruction or scheduler none")
         if self.scheduler == "asha" and self.data:
             raise ValueError("scheduler: asha compares errors, which differ between sets of data; set none or race")
+        if self.scheduler == "race" and self.base.data.anomaly:
+            raise ValueError(
+                "scheduler: race drops rows by test rows, and labels of anomalies drop none; set none, or leave "
+                "base.data.anomaly out"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} lists a seed twice; name each once")
         spaces = [self.space(row) for row in self.variants]
@@ -225,7 +230,7 @@ class Study(Frozen):
     @property
     def references(self) -> tuple[Reference, ...]:
         """The study rows that the study contains besides its variants."""
-        return DETECTORS if self.base.data.anomaly else REFERENCES
+        return ANOMALY_REFERENCES if self.base.data.anomaly else REFERENCES
 
     @property
     def choose_metric(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aecore.evaluation.figures.look import BLUE, ORANGE, legible, open_frame, png, titled
-from aecore.evaluation.figures.trials import FONT, WIDTH, by_row, looks, lowest_seeds
+from aecore.evaluation.figures.trials import FONT, WIDTH, best_row, by_row, looks, lowest_seeds
 from aecore.evaluation.ranking import curves, rank, summarize
 from aecore.evaluation.trial import Trial
 
@@ -34,11 +34,10 @@ def ranking(ranked: Ranked) -> bytes:
 
 def ranking_of_rows(trials: Sequence[Trial]) -> bytes | None:
     """Draw the curves of each study row, of its lowest seed."""
-    shown = {row: Ranked(t.arrays["score"], t.arrays["anomaly"]) for row, t in _scored(trials).items()}
+    shown, areas = _ranked(trials), _mean_areas(trials)
     if not shown:
         return None
-    areas = {row: np.mean([t.metrics["test/auroc"] for t in members]) for row, members in by_row(trials).items()}
-    best = max(shown, key=lambda row: areas[row])
+    best = best_row(areas, True)
     return _curves(
         shown, {row: tuple(look) for row, look in looks(trials).items()},
         f"{best} has the largest mean area under the ROC curve, {areas[best]:.3f}",
@@ -46,6 +45,11 @@ def ranking_of_rows(trials: Sequence[Trial]) -> bytes | None:
 
 
 def _curves(shown: Mapping[str, Ranked], look: Mapping[str, Any], title: str) -> bytes:
+    """Draw ROC curves on the left and precision-recall curves on the right; dotted is what chance gives.
+
+    Args:
+        look: the colour and the line style of each.
+    """
     lines = -(-len(shown) // 2) if len(shown) > 1 else 0  # of the legend
     figure = titled(WIDTH, 3.1 + 0.24 * lines, title)
     left, right = figure.subplots(1, 2)
@@ -78,7 +82,7 @@ def histogram(ranked: Ranked) -> bytes:
 
 def histograms(trials: Sequence[Trial]) -> bytes | None:
     """Draw the histograms of each study row, of its lowest seed."""
-    shown = {row: Ranked(t.arrays["score"], t.arrays["anomaly"]) for row, t in _scored(trials).items()}
+    shown = _ranked(trials)
     if not shown:
         return None
     lines = -(-len(shown) // 2)
@@ -123,6 +127,7 @@ def _histogram(axes: Any, ranked: Ranked, labelled: bool = True) -> None:
 
 
 def _separation(ranked: Ranked) -> str:
+    """Say how many of the normal rows score as high as half of the anomalies."""
     threshold = np.median(ranked.scores[ranked.anomaly.astype(bool)])
     above = float((ranked.scores[~ranked.anomaly.astype(bool)] >= threshold).mean())
     return f"{100 * above:.1f} % of the normal rows score as high as the median anomaly"
@@ -162,13 +167,20 @@ def strangest(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def strangest_of_study(trials: Sequence[Trial]) -> bytes | None:
     """Draw the strangest test rows of the study row with the best mean area under the ROC curve."""
-    explained = [trial for trial in trials if trial.status == "finished" and trial.curves.get("strangest")]
+    explained = {row: own[0] for row, own in by_row(trials, lambda trial: trial.curves.get("strangest")).items()}
     if not explained:
         return None
-    areas = {row: np.mean([t.metrics["test/auroc"] for t in members]) for row, members in by_row(explained).items()}
-    best = max(areas, key=lambda row: areas[row])
-    return strangest(next(trial.curves["strangest"] for trial in explained if trial.row == best))
+    areas = {row: area for row, area in _mean_areas(trials).items() if row in explained}
+    return strangest(explained[best_row(areas, True)].curves["strangest"])
 
 
-def _scored(trials: Sequence[Trial]) -> dict[str, Trial]:
-    return lowest_seeds(trials, "score", "anomaly")
+def _ranked(trials: Sequence[Trial]) -> dict[str, Ranked]:
+    """Return what is drawn of each study row: the test rows as its lowest seed ranks them."""
+    scored = lowest_seeds(trials, "score", "anomaly")
+    return {row: Ranked(trial.arrays["score"], trial.arrays["anomaly"]) for row, trial in scored.items()}
+
+
+def _mean_areas(trials: Sequence[Trial]) -> dict[str, float]:
+    """Return the mean area under the ROC curve over the seeds of each study row that ranks anomalies."""
+    rows = by_row(trials, lambda trial: "test/auroc" in trial.metrics)
+    return {row: float(np.mean([trial.metrics["test/auroc"] for trial in own])) for row, own in rows.items()}
