@@ -29,7 +29,7 @@ from aecore.evaluation.scoring import build_trained
 from aecore.evaluation.statistics import ranking_gain
 from aecore.evaluation.trial import Trial
 from aecore.models.storage import Result
-from aecore.stages.anomalies import detect, known_rows
+from aecore.stages.anomalies import detect, known_rows, note_of_few
 from aecore.stages.context import CPU, Context
 from aecore.stages.evaluate import evaluate
 from pipelines.graph.stage import Stage
@@ -331,3 +331,9 @@ def test_a_stream_is_scored_as_the_rows_in_memory_are(tmp_path: Path) -> None:
     spec = DetectorSpec(kind="iforest", seed=0)
     results = [detect(spec, Context(), data=each).weights["score"] for each in (load(data, facts), streamed)]
     assert sorted(results[0]) == pytest.approx(sorted(results[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "note"), [(1, "by 1 anomaly, which is too few"), (9, "by 9 anomalies"), (10, "")])
+def test_few_anomalies_are_noted(count: int, note: str) -> None:
+    found = note_of_few(np.arange(50) < count)
+    assert found.get("test/auroc", "").startswith(note) and bool(found) == bool(note)

@@ -23,6 +23,8 @@ from aecore.models.storage import Result
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
 from aecore.stages.rows import filled, preprocessing
 
+_FEW = 10
+"""Fewer anomalies than this among the test rows are noted: one more or less moves the area by a tenth and more."""
 EXPLAINED_ROWS = 12
 """The strangest test rows, which the report explains."""
 
@@ -79,7 +81,15 @@ def measure_detection(
     metrics |= ranking.measure(added, scores, anomaly)
     arrays = {name: each.astype(np.float32) for name, each in added.items()}
     arrays |= {"score": score, "anomaly": anomaly.astype(np.uint8)}
+    notes |= note_of_few(anomaly)
     return Result(config | ({"notes": notes} if notes else {}), arrays, metrics)
+
+
+def note_of_few(anomaly: np.ndarray) -> Notes:
+    """Return a note if test rows (rows,) hold so few anomalies that intervals over these are too narrow."""
+    count = int(anomaly.sum())
+    text = f"by {count} anomalies, which are too few to tell small differences from chance"
+    return {"test/auroc": text.replace("1 anomalies, which are", "1 anomaly, which is")} if count < _FEW else {}
 
 
 def score_test_rows(all_scores: AllScores, context: Context, data: Arrays | Stream) -> Scores:

@@ -41,7 +41,7 @@ from aecore.evaluation.units import unit_images
 from aecore.models.prepare import Prepare
 from aecore.models.stack import Stack
 from aecore.models.storage import Result
-from aecore.stages.anomalies import detect, explain_strangest, known_rows, score_test_rows, test_anomalies
+from aecore.stages.anomalies import detect, explain_strangest, known_rows, note_of_few, score_test_rows, test_anomalies
 from aecore.stages.context import Context, all_test_rows, rows_in_memory
 from aecore.stages.drawings import Pen, draw_variant, map_codes
 from aecore.stages.rows import preprocessing
@@ -85,6 +85,7 @@ def evaluate(
             stack = build_trained(whole, layers, context.device)
             if spec.anomalies != "none":
                 metrics |= _evaluate_anomalies(spec, context, data, stack, pen)
+                notes |= note_of_few(test_anomalies(context, data))
             metrics |= _evaluate_autoencoder(spec, context, data, stack, _Tools(pen, threads, notes))
         return Result({"notes": notes} if notes else {}, {}, metrics, pen.figures())
 
