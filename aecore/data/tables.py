@@ -96,7 +96,9 @@ def _find_offsets(data: Data, source: ParquetSet, table: TableColumns) -> tuple[
         return ()
     rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_BYTES // (8 * len(names))))
     sample = next(source.batches(names, rows), None)
-    if sample is None or (data.missing == "refuse" and any(sample.table[name].null_count for name in names)):
+    if sample is None or not {*names} <= {*sample.table.column_names}:
+        return ()  # files that lack a column are refused when all are looked at
+    if data.missing == "refuse" and any(sample.table[name].null_count for name in names):
         return ()  # reading refuses missing values
     present = {name: sample._replace(table=sample.table.select([name]).drop_null()) for name in names}
     values = {name: numbers(batch, name) for name, batch in present.items()}
