@@ -326,7 +326,7 @@ def test_one_set_has_the_report_of_a_study_of_it_alone(folder: Path, tmp_path: P
     written, by_set = _write_report(studied(data="sets/glass.parquet"), sets, ended, (), lambda one: one, tmp_path)
     assert by_set == {} and written.files[0] == tmp_path / "report.html" and (tmp_path / "pairs.csv").exists()
     assert "Fewer than two sets" not in written.answer and written.comparisons
-    assert "<title>study: glass" in written.files[0].read_text()
+    assert "<title>glass: study" in written.files[0].read_text()
 
 
 def test_rows_that_cannot_be_ranked_have_no_mean_rank(tmp_path: Path) -> None:
