@@ -63,6 +63,12 @@ def resolve_anomalies(data: Data, facts: Facts) -> Literal["none", "clean", "mix
     return "clean" if data.contamination == "clean" else "mixed"
 
 
+def resolve_references(data: Data, facts: Facts) -> Literal["none", "clean", "mixed"]:
+    """Say whether a served model that reconstructs keeps reference rows to score others by, and whether these may be
+    anomalies. Without labels any row may be one, and rows of vectors are scored all the same."""
+    return "mixed" if not facts.has_anomalies and len(facts.shape) == 1 else resolve_anomalies(data, facts)
+
+
 def absolute_places(data: Data) -> dict[str, Any]:
     """Return the fields of `data` that name places, `root` and `path`, as absolute paths, which mean the same place to
     processes that run in other folders; URIs stay as they are."""

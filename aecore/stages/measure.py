@@ -62,7 +62,6 @@ def measure(
     x = over_batches(prepare, sample.test.x, context.device)
     codes = encode_splits(net, prepare, sample, context.device)
     labels = labels_of(sample)
-
     metrics, errors = reconstruction_errors(net, prepare, sample, x)
     arrays = {"sse": errors}
     source = stack or layers[-1]

@@ -82,7 +82,6 @@ def each(
     from ray.data import ActorPoolStrategy
 
     _set_up(preserve_order=False)
-
     gpus, most = _workers_with(gpus)
     shared, share, fake = ray.put(given), Share(gpus, 1), are_fake()
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from aecore.config.experiment import Experiment, Fit
 from aecore.config.facts import Facts
-from aecore.config.resolve import layer_specs, resolve, resolve_anomalies
+from aecore.config.resolve import layer_specs, resolve, resolve_anomalies, resolve_references
 from aecore.config.specs import EvaluateSpec, FinetuneSpec, LoadSpec, Numerics, PretrainSpec
 from aecore.core.errors import InputError
 from aecore.models.spec import LayerSpec
@@ -72,14 +72,12 @@ def build(experiment: Experiment, facts: Facts, numerics: Numerics, label: str =
         tuned = _with_dropout(specs, experiment.finetune, experiment.network.dropout)
         if task == "reconstruct":  # in the whole stack the variant builds the bottleneck only
             tuned = (*tuned[:-1], variant.build(tuned[-1], len(tuned)))
-        # without labels any row may be an anomaly, and rows of vectors are scored all the same
-        kept = anomalies if facts.has_anomalies or len(facts.shape) > 1 else "mixed"
         tuning = FinetuneSpec(
             layers=tuned, task=task, classes=facts.classes if task == "classify" else (),
             variant=variant if task == "reconstruct" else None,
             fit=Fit.model_validate(experiment.finetune.model_dump(exclude={"task"})),
             seed=experiment.seed, numerics=numerics, served=served, columns=facts.columns,
-            anomalies=kept if served and task == "reconstruct" else "none",
+            anomalies=resolve_references(experiment.data, facts) if served and task == "reconstruct" else "none",
         )  # fmt: skip
         finetune = Stage(f"{label}finetune", "stages.finetune", tuning, _inputs(data, layers))
         if experiment.control and layers:
