@@ -344,3 +344,17 @@ def test_walks_start_and_end_where_they_say() -> None:
     assert torch.allclose(plane[0], stack.mean(upper_left[None])[0], atol=1e-6)
     assert generation.traversals(stack, x).shape == (2 * generation.STEPS, 6)
     assert torch.equal(generation.samples(stack, 3), generation.samples(stack, 3))
+
+
+def test_a_row_far_from_all_others_has_a_finite_bound() -> None:
+    torch.manual_seed(0)
+    spec = LayerSpec(
+        kind="dense", in_shape=(4,), code_shape=(3,), activation="linear", likelihood="gaussian",
+        out_activation="linear", levels=0, dropout=0, normalization="none", tied=False, stochastic=True,
+    )  # fmt: skip
+    layer = Layer(spec)
+    x = torch.cat([torch.randn(7, 4), torch.full((1, 4), 3e4)])
+    assert layer.posterior(x)[1].max() == 40
+    assert all(torch.isfinite(term) for term in Variational().loss(layer, x).values())
+    whole, (_, usual) = layer.log_variance, layer.posterior(x[:7])
+    assert whole is not None and torch.equal(usual, whole(x[:7].flatten(1)))

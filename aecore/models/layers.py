@@ -107,6 +107,11 @@ class Decoder(nn.Module):
         return out.reshape(len(code), *shape)
 
 
+_MOST_LOG_VARIANCE = 40.0
+"""Where a row lies thousands of standard deviations from the others, the variance of its code would be infinite, and so
+the loss of all rows; codes of the prior have the variance 1."""
+
+
 class Layer(Autoencoder):
     """One layer of the stack, which reads the data or the codes of the layer below."""
 
@@ -125,7 +130,7 @@ class Layer(Autoencoder):
 
     def posterior(self, x: Batch) -> tuple[Batch, Batch]:
         assert self.log_variance is not None, "only a stochastic layer has a posterior"
-        return self.encode(x), _apply(self.log_variance, self.filled(x))
+        return self.encode(x), _apply(self.log_variance, self.filled(x)).clamp(max=_MOST_LOG_VARIANCE)
 
     def decode(self, code: Batch) -> Batch:
         out = self.decoder(keep_largest(code, self.spec.top_k), self.encoder.affine.weight if self.spec.tied else None)
