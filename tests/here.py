@@ -1,6 +1,9 @@
 """Stages computed in the test's own process, without Ray."""
 
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from aecore.config.specs import LoadSpec
 from aecore.models.storage import Result
@@ -10,6 +13,19 @@ from pipelines.execution.compute import Work, compute_stage, inputs_of, load_row
 from pipelines.execution.journal import Computed
 from pipelines.graph.stage import Stage
 from pipelines.store.runs import Tracker
+
+
+def encode_here(monkeypatch: pytest.MonkeyPatch, tracker: Tracker, each: Callable[..., Any]) -> None:
+    """Let `jobs.encode` run in this process, with the store of `tracker`.
+
+    Args:
+        each: takes the place of `pipelines.cluster.reading.each`, which starts workers.
+    """
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "test")
+    monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
+    monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
+    monkeypatch.setattr("pipelines.encoding.encode.each", each)
 
 
 def run_here(

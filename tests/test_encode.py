@@ -34,7 +34,7 @@ from pipelines.encoding.encode import MANIFEST
 from pipelines.graph.recipe import build
 from pipelines.store.runs import Tracker
 from tests.benchmarks import encoding as bench
-from tests.here import run_here
+from tests.here import encode_here, run_here
 from tests.nodes import BIN, free_port, running, wait_for
 from tests.test_tracking import parent, small
 from tests.test_train import clean
@@ -117,11 +117,7 @@ def here(
     models: dict[str, Result], tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Here:  # fmt: skip
     made = Here(tmp_path / "out")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "test")
-    monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
-    monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
-    monkeypatch.setattr("pipelines.encoding.encode.each", made.each)
+    encode_here(monkeypatch, tracker, made.each)
     monkeypatch.setattr(encoding, "PIECE_BYTES", 300 * 64)  # six pieces
     monkeypatch.chdir(tmp_path)
     return made

@@ -35,7 +35,7 @@ from pipelines.graph.recipe import build
 from pipelines.retraining import models
 from pipelines.store.models import Models, Registered
 from pipelines.store.runs import Tracker
-from tests.here import run_here
+from tests.here import encode_here, run_here
 from tests.test_encode import Here as Encoding
 from tests.test_retrain import Here as Retraining
 from tests.test_retrain import aliases, in_process, store
@@ -386,11 +386,7 @@ def test_a_model_from_before_is_served_by_position(result: Result, tmp_path: Pat
 @pytest.fixture
 def encoding(result: Result, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encoding:
     made = Encoding(tmp_path / "out")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "test")
-    monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
-    monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
-    monkeypatch.setattr("pipelines.encoding.encode.each", made.each)
+    encode_here(monkeypatch, tracker, made.each)
     monkeypatch.chdir(tmp_path)
     return made
 

@@ -26,7 +26,7 @@ from jobs.encode import Encode, encode
 from pipelines.encoding.encode import MANIFEST
 from pipelines.graph.recipe import build
 from pipelines.store.runs import Tracker
-from tests.here import run_here
+from tests.here import encode_here, run_here
 from tests.test_encode import Here
 from tests.test_tracking import parent
 
@@ -62,11 +62,7 @@ def result(tracker: Tracker, tmp_path_factory: pytest.TempPathFactory) -> Result
 @pytest.fixture
 def here(result: Result, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     made = Here(tmp_path / "out")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "test")
-    monkeypatch.setattr("pipelines.encoding.encode.start_ray", lambda: None)
-    monkeypatch.setattr("pipelines.encoding.encode.check_reach", lambda *_: None)
-    monkeypatch.setattr("pipelines.encoding.encode.each", made.each)
+    encode_here(monkeypatch, tracker, made.each)
     monkeypatch.setattr(encoding, "PIECE_BYTES", 300 * 24)  # pieces of 300 rows
     return made
 

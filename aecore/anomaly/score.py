@@ -82,6 +82,7 @@ class NeighbourScore:
     def __init__(self, stack: TrainedStack, fitted: FittedScore) -> None:
         references, *spreads = (torch.tensor(array, device=stack.device) for array in fitted[:4])
         self.stack, self.references = stack, References(references)
+        self.features = References(references[:, : references.shape[1] // 2])
         self.spread, self.residual_spread, self.neighbour_spread = spreads
 
     def vectors(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows values"]:
@@ -104,11 +105,10 @@ class NeighbourScore:
         x = bounded(x)
         rows = x.flatten(1)
         units = rows / self.spread
-        features = References(self.references.rows[:, : rows.shape[1]])
         suspects = min(_SUSPECTS, max(1, rows.shape[1] // _SUSPECT_SHARE), rows.shape[1] - 1)
         compared, read = units, rows
         for _ in range(_ROUNDS):
-            expected = features.mean(features.nearest(compared))
+            expected = self.features.mean(self.features.nearest(compared))
             residual = rows - read + residuals(self.stack, read.view_as(x))
             deviations = ((units - expected) / self.neighbour_spread).square()
             deviations += (residual / self.residual_spread).square()

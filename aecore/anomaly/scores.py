@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aecore.anomaly.neighbours import References, most_references
-from aecore.anomaly.score import NeighbourScore, bounded, fit_score, residuals
+from aecore.anomaly.score import NeighbourScore, bounded, fit_score
 from aecore.evaluation.sampling import sample_rows
 from aecore.evaluation.scoring import TrainedStack, fixed_noise, over_prepared, to_numpy
 from aecore.models.divergences import kl_to_prior
@@ -45,10 +45,10 @@ class AllScores:
     def __call__(self, x: Tensor) -> Scores:
         """Score prepared rows."""
         x = bounded(x)
-        codes = self._codes(x)
-        error = (residuals(self.stack, x) / self.default.residual_spread).square().nanmean(1)
+        codes, vectors = self._codes(x), self.default.vectors(x)
+        error = vectors[:, vectors.shape[1] // 2 :].square().nanmean(1)
         scores = {
-            DEFAULT: to_numpy(self.default.score(x)),
+            DEFAULT: to_numpy(self.default.references.nearest(vectors).mean_distance()),
             "error": to_numpy(error.nan_to_num()),
             "code_neighbours": to_numpy(self._codes_known.nearest(codes).mean_distance()),
             "code_distance": self._covariance.mahalanobis(to_numpy(codes)).astype(np.float32),

@@ -45,7 +45,7 @@ class TableColumns(Frozen):
 
     @property
     def cell_offsets(self) -> tuple[int | float, ...]:
-        """What is subtracted from each value of a row; empty where nothing is."""
+        """The number that is subtracted from each value of a row; the tuple is empty if nothing is subtracted."""
         return tuple(self.offsets[number] for number in self.owners) if self.offsets else ()
 
     @property

@@ -1,7 +1,7 @@
-"""What is learnt of a table in which each feature has a column of its own: the texts of its categories, and the numbers
-that are subtracted from its values.
+"""Reads a table once to find the different texts of its text columns, which become categories, and the numbers that are
+subtracted from its numeric columns.
 
-Functions raise an InputError that names the column if nothing can be learnt of it.
+Functions raise an InputError that names a column whose values cannot be used.
 """
 
 import warnings

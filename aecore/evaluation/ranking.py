@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MEASURES = ("auroc", "average_precision", "precision_at_n")
-"""The measures, in the order of reports: the area under the ROC curve, the average precision, and the share of
-anomalies among as many of the strangest rows as there are anomalies."""
-
 
 class Curves(NamedTuple):
     """A ROC curve and a precision-recall curve, at the same thresholds on the score, from the highest down."""
@@ -26,7 +22,10 @@ class Curves(NamedTuple):
 
 
 def rank(scores: np.ndarray, anomaly: np.ndarray) -> dict[str, np.ndarray]:
-    """Return for each of `MEASURES` what each test row adds to it, (rows,); the mean over rows is the measure.
+    """Return for each measure what each test row adds to it, (rows,); the mean over rows is the measure.
+
+    The measures are `auroc`, the area under the ROC curve; `average_precision`; and `precision_at_n`, the share of
+    anomalies among as many of the strangest rows as there are anomalies.
 
     Args:
         scores: (rows,) the higher, the stranger; equal scores are ties.

@@ -84,8 +84,7 @@ def evaluate(
         if whole or layers:
             stack = build_trained(whole, layers, context.device)
             if spec.anomalies != "none":
-                metrics |= _evaluate_anomalies(spec, context, data, stack, pen)
-                notes |= note_of_few(test_anomalies(context, data))
+                metrics |= _evaluate_anomalies(spec, context, data, stack, _Tools(pen, threads, notes))
             metrics |= _evaluate_autoencoder(spec, context, data, stack, _Tools(pen, threads, notes))
         return Result({"notes": notes} if notes else {}, {}, metrics, pen.figures())
 
@@ -143,7 +142,7 @@ def _evaluate_autoencoder(
 
 
 def _evaluate_anomalies(
-    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: TrainedStack, pen: Pen
+    spec: EvaluateSpec, context: Context, data: Arrays | Stream, stack: TrainedStack, tools: _Tools
 ) -> dict[str, float]:
     """Measure how well the scores of a model rank the anomalies among the test rows, and draw it.
 
@@ -152,7 +151,8 @@ def _evaluate_anomalies(
     train, validation = known_rows(context, data)
     all_scores = AllScores(stack, train, validation, spec.anomalies == "mixed")
     scores, anomaly = score_test_rows(all_scores, context, data), test_anomalies(context, data)
-    score = scores.pop(DEFAULT)
+    score, pen = scores.pop(DEFAULT), tools.pen
+    tools.notes.update(note_of_few(anomaly))
     if spec.pictures:
         ranked = detection.Ranked(score, anomaly)
         pen.draw("ranking", detection.ranking, ranked)

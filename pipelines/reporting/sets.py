@@ -72,7 +72,7 @@ class Overview(NamedTuple):
     """Means over the sets on which all rows have the measure, by study row."""
     ranks: Ranks
     wins: dict[str, dict[str, Wins]]
-    """By study row and reference."""
+    """How often each study row is better or worse than each reference: by the row's name, then by the reference's."""
     lines: list[Line]
     png: bytes
     """The diagram of mean ranks; empty where there are too few sets to rank rows."""

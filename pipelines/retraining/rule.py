@@ -17,7 +17,8 @@ _UNITS: dict[Metric, tuple[int, int, str]] = {
     "reconstruction": (100, 2, "% of the champion's reconstruction error"),
     "auroc": (1, 3, "AUROC"),
 }
-"""By what number a gain is multiplied in words, with how many digits it is written, and in which unit."""
+"""How a gain is written in a reason, for each metric: the factor that it is multiplied by, the number of decimals, and
+the unit."""
 
 
 def today() -> date:
